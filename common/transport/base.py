@@ -1,0 +1,104 @@
+"""The transport's interface: links, the callbacks of whoever owns them, and what both promise.
+
+Concurrency contract. Everything runs on one event loop, in one thread. `Handler` methods are plain calls made by the
+transport as messages complete: they must not block and must not raise (an exception closes that link). `post` and
+`send_control` never wait. No task and no future exists per data message; awaiting is for opening and closing.
+
+Delivery contract, per link and direction: data messages arrive in the order posted, each at most once; a message that
+was posted may be lost only if the link closes. After `on_close` no other callback of that link comes. Whoever needs
+an answer keeps what it sent until the answer is in, and posts it again on the next link: the transport never re-sends.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from common.errors import LinkClosed
+from common.ids import ProcessId
+from common.transport.buffers import Buffer, BufferPool
+from common.wire.header import Header
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a process says of itself in the handshake; both sides must agree on `model` and `epoch`.
+
+    `facts` travels as JSON: whatever a role wants its peer to know from the start (an expert: the content hashes of
+    its resident experts). `data` is False for a link that carries control frames only (no UCX endpoint is made).
+    """
+
+    process: ProcessId
+    node: int
+    pid: int
+    model: str  # hash of the served model's manifest
+    epoch: int
+    wire: str
+    data: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Link(Protocol):
+    """One authenticated peer."""
+
+    @property
+    def peer(self) -> Hello:
+        """What the peer said of itself."""
+        ...
+
+    def post(self, header: Header, payload: Buffer | None = None) -> None:
+        """Send a data message: never waits. Takes its own reference to `payload` and drops it when the bytes are out.
+
+        Without credit the message waits in the link's bounded queue. Raises LinkClosed after the link closed,
+        Overloaded when the queue is full.
+        """
+        ...
+
+    def send_control(self, message: dict[str, Any]) -> None:
+        """Send a small JSON message on the authenticated control socket: never waits. Raises LinkClosed."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """Close both ways at once; idempotent. `on_close` follows exactly once."""
+        ...
+
+
+class Handler(Protocol):
+    """Whoever owns links. All calls come from the event loop's thread."""
+
+    def on_open(self, link: Link) -> None:
+        """The handshake is done and the link can be posted to."""
+        ...
+
+    def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        """A data message is complete. The callee owns `payload` and releases it when done; that returns the credit."""
+        ...
+
+    def on_control(self, link: Link, message: dict[str, Any]) -> None:
+        """A control message arrived."""
+        ...
+
+    def on_close(self, link: Link, error: LinkClosed) -> None:
+        """The link is gone; everything owed by the peer on it will never come."""
+        ...
+
+
+class Transport(Protocol):
+    """A factory of links and the buffers that travel on them."""
+
+    @property
+    def pool(self) -> BufferPool:
+        """Buffers for payloads."""
+        ...
+
+    async def listen(self, address: str, hello: Hello, handler: Handler) -> str:
+        """Accept links; returns the address really bound (`tcp://host:port` with the port filled in, `unix:/path`)."""
+        ...
+
+    async def connect(
+        self, address: str, hello: Hello, handler: Handler, *, timeout_s: float
+    ) -> Link:
+        """Open a link. Raises LinkClosed (unreachable), AuthError (refused), DeadlineExceeded."""
+        ...
+
+    async def close(self) -> None:
+        """Close every link and listener, then the transport itself."""
+        ...

@@ -1,0 +1,89 @@
+"""Pooled payload buffers with reference counts: who holds the last reference gives the memory back.
+
+A buffer has `HEADER_NBYTES` of headroom before its payload, so that header and payload of a host message leave as one
+contiguous message without a copy. Sizes are rounded up to powers of two; the pool keeps what comes back, up to a bound.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from common.wire.header import HEADER_NBYTES
+
+_MIN_NBYTES = 1024
+
+
+class Buffer:
+    """`nbytes` of payload in host memory, owned by reference count (one reference at `acquire`)."""
+
+    __slots__ = ("_count", "_give_back", "nbytes", "on_free", "storage")
+
+    def __init__(
+        self, storage: npt.NDArray[np.uint8], give_back: Callable[["Buffer"], None]
+    ) -> None:
+        self.storage = storage  # headroom, then capacity for the payload
+        self.nbytes = 0
+        self.on_free: Callable[[], None] | None = None  # set by a link that must return a credit
+        self._count = 0
+        self._give_back = give_back
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The payload, uint8 [nbytes], a view."""
+        return self.storage[HEADER_NBYTES : HEADER_NBYTES + self.nbytes]
+
+    @property
+    def message(self) -> npt.NDArray[np.uint8]:
+        """Headroom and payload together, uint8 [HEADER_NBYTES + nbytes], a view."""
+        return self.storage[: HEADER_NBYTES + self.nbytes]
+
+    def retain(self) -> "Buffer":
+        """Take one more reference."""
+        assert self._count > 0, "retain of a free buffer"
+        self._count += 1
+        return self
+
+    def release(self) -> None:
+        """Drop a reference; the last one gives the buffer back to its pool."""
+        assert self._count > 0, "release of a free buffer"
+        self._count -= 1
+        if self._count == 0:
+            on_free, self.on_free = self.on_free, None
+            self._give_back(self)
+            if on_free is not None:
+                on_free()
+
+
+class BufferPool:
+    """Buffers by power-of-two capacity. `outstanding` counts those not given back: zero when idle, or there is a leak."""
+
+    def __init__(self, *, max_kept_nbytes: int = 256 << 20) -> None:
+        self.outstanding = 0
+        self._max_kept_nbytes = max_kept_nbytes
+        self._kept_nbytes = 0
+        self._free: dict[int, list[Buffer]] = {}
+
+    def __repr__(self) -> str:
+        return f"<BufferPool [{self.outstanding} outstanding | {self._kept_nbytes} bytes kept]>"
+
+    def acquire(self, nbytes: int) -> Buffer:
+        """A buffer for `nbytes` of payload, with one reference; its content is whatever was there before."""
+        capacity = max(_MIN_NBYTES, 1 << (nbytes + HEADER_NBYTES - 1).bit_length())
+        free = self._free.get(capacity)
+        if free:
+            buffer = free.pop()
+            self._kept_nbytes -= capacity
+        else:
+            buffer = Buffer(np.empty(capacity, np.uint8), self._take_back)
+        buffer.nbytes = nbytes
+        buffer._count = 1
+        self.outstanding += 1
+        return buffer
+
+    def _take_back(self, buffer: Buffer) -> None:
+        self.outstanding -= 1
+        capacity = buffer.storage.nbytes
+        if self._kept_nbytes + capacity <= self._max_kept_nbytes:
+            self._kept_nbytes += capacity
+            self._free.setdefault(capacity, []).append(buffer)

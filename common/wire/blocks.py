@@ -1,0 +1,110 @@
+"""Layouts of the payloads: where rows, scales, expert ids and weights lie in one contiguous buffer. Pure arithmetic.
+
+A *row segment* holds `num_rows` rows of `width` elements in a row type. For FP8 the e4m3 bytes come first, then one
+fp32 scale per 1x128 block of columns (the last block may be short), starting at the next multiple of 16 bytes.
+
+    DISPATCH   rows | expert ids int32 [num_rows, top_k] | gate weights fp32 [num_rows, top_k]
+    RELAY      rows | pairs: row index int32 [num_pairs] | expert ids int32 [num_pairs] | weights fp32 [num_pairs]
+               (pairs sorted by row, then ascending expert id)
+    EXPERT_IN  rows            EXPERT_OUT  rows (bf16; fp32 on the fp32 wire)
+    PARTIAL    rows (bf16; float64 on the fp32 wire)        COMBINED  rows in the compute dtype of the device
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from common.errors import WireError
+from common.wire.header import Wire
+
+SCALE_BLOCK = 128
+_ALIGN = 16
+
+
+class RowType(IntEnum):
+    """Element type of a row segment; the value is the element's size in bytes, with FP8 apart."""
+
+    FP8 = 1
+    BF16 = 2
+    FP32 = 4
+    FP64 = 8
+
+
+DISPATCH_ROWS = {Wire.FP8: RowType.FP8, Wire.BF16: RowType.BF16, Wire.FP32: RowType.FP32}
+EXPERT_OUT_ROWS = {Wire.FP8: RowType.BF16, Wire.BF16: RowType.BF16, Wire.FP32: RowType.FP32}
+# float64 because regrouping fp32 terms by node changes the last bit of more than half of the results
+PARTIAL_ROWS = {Wire.FP8: RowType.BF16, Wire.BF16: RowType.BF16, Wire.FP32: RowType.FP64}
+
+
+def align(offset: int) -> int:
+    """The next multiple of 16 at or after `offset`, so that every section can be viewed with its own dtype."""
+    return -(-offset // _ALIGN) * _ALIGN
+
+
+def num_scales(width: int) -> int:
+    """Scales per FP8 row of `width` columns."""
+    return -(-width // SCALE_BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSegment:
+    """Where a row segment lies in a payload; all offsets and sizes in bytes from the payload's start."""
+
+    num_rows: int
+    width: int
+    row_type: RowType
+    rows_offset: int
+    scales_offset: int  # equal to `end` unless FP8
+    end: int
+
+
+def row_segment(num_rows: int, width: int, row_type: RowType, offset: int = 0) -> RowSegment:
+    """Lay out `num_rows` rows of `width` elements from `offset` on."""
+    rows_end = align(offset + num_rows * width * int(row_type))
+    if row_type is not RowType.FP8:
+        return RowSegment(num_rows, width, row_type, offset, rows_end, rows_end)
+    scales_end = align(rows_end + num_rows * num_scales(width) * 4)
+    return RowSegment(num_rows, width, row_type, offset, rows_end, scales_end)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchLayout:
+    """DISPATCH payload: `experts` and `weights` are byte offsets of [num_rows, top_k] arrays (int32, fp32)."""
+
+    rows: RowSegment
+    experts: int
+    weights: int
+    nbytes: int
+
+
+def dispatch_layout(num_rows: int, width: int, top_k: int, wire: Wire) -> DispatchLayout:
+    """Lay out a DISPATCH payload."""
+    rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
+    weights = align(rows.end + num_rows * top_k * 4)
+    return DispatchLayout(rows, rows.end, weights, align(weights + num_rows * top_k * 4))
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLayout:
+    """RELAY payload: `pair_rows`, `experts`, `weights` are byte offsets of [num_pairs] arrays (int32, int32, fp32)."""
+
+    rows: RowSegment
+    pair_rows: int
+    experts: int
+    weights: int
+    nbytes: int
+
+
+def relay_layout(num_rows: int, width: int, num_pairs: int, wire: Wire) -> RelayLayout:
+    """Lay out a RELAY payload."""
+    rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
+    experts = align(rows.end + num_pairs * 4)
+    weights = align(experts + num_pairs * 4)
+    return RelayLayout(rows, rows.end, experts, weights, align(weights + num_pairs * 4))
+
+
+def check_payload(what: str, declared_nbytes: int, expected_nbytes: int) -> None:
+    """Raise WireError unless a payload has exactly the size that its header's counts imply."""
+    if declared_nbytes != expected_nbytes:
+        raise WireError(
+            f"{what} payload has {declared_nbytes} bytes, its header implies {expected_nbytes}"
+        )

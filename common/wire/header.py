@@ -1,0 +1,123 @@
+"""The fixed binary header of every data message. Pure: bytes in, values out.
+
+Decides what a message says about itself; the layout of payloads is `common.wire.blocks`.
+
+Invariants: 128 bytes, little endian, no optional field. A header that a correct peer would not send raises
+`WireError` naming the field; nothing is allocated before `payload_nbytes` was checked against the caller's limit.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from common.errors import WireError
+
+HEADER_NBYTES = 128
+MAGIC = 0xA701
+VERSION = 1
+
+# magic version kind | wire flags layer | epoch width | block | trace | num_rows num_pairs | target attempt
+# microbatch reserved | payload | credits source reserved | sent_ns | queue compute combine transit (us, u32)
+_LAYOUT = struct.Struct("<HBB BBH II Q Q II HHHH Q IHH Q IIII")
+_PADDING = HEADER_NBYTES - _LAYOUT.size
+
+
+class Kind(IntEnum):
+    """What a data message is; the arrow says who sends it to whom."""
+
+    DISPATCH = 1  # attention -> source router: rows, chosen experts, gate weights
+    RELAY = 2  # source router -> router of another node: each needed row once, and who wants it
+    EXPERT_IN = 3  # router -> expert: rows of one block for one expert
+    EXPERT_OUT = 4  # expert -> router: as many rows back, in the same order
+    PARTIAL = 5  # router of another node -> source router: one pre-reduced row per row of the RELAY
+    COMBINED = 6  # source router -> attention: one row per row of the DISPATCH
+    CREDIT = 7  # no payload: returns credits when nothing else travels that way
+    FAILED = 8  # answer to any request above that cannot be answered; payload is a UTF-8 sentence
+
+
+class Wire(IntEnum):
+    """Element type of rows on the dispatch hop (`--wire`)."""
+
+    FP8 = 1
+    BF16 = 2
+    FP32 = 3
+
+    @classmethod
+    def parse(cls, name: str) -> "Wire":
+        """`fp8`, `bf16` or `fp32`; raises ValueError for another name."""
+        try:
+            return cls[name.upper()]
+        except KeyError:
+            raise ValueError(f"wire must be fp8, bf16 or fp32, not {name!r}") from None
+
+
+@dataclass(slots=True)
+class Header:
+    """One data message's header. Sizes are counts of rows or bytes, times are microseconds unless named `_ns`.
+
+    `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
+    in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is an expert id
+    (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits` is filled by the link.
+    """
+
+    kind: Kind
+    wire: Wire = Wire.FP8
+    flags: int = 0
+    layer: int = 0
+    epoch: int = 0
+    width: int = 0
+    block: int = 0
+    trace: int = 0
+    num_rows: int = 0
+    num_pairs: int = 0
+    target: int = 0
+    attempt: int = 0
+    microbatch: int = 0
+    payload_nbytes: int = 0
+    credits: int = 0
+    source: int = 0
+    sent_ns: int = 0
+    queue_us: int = 0
+    compute_us: int = 0
+    combine_us: int = 0
+    transit_us: int = 0
+
+    def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
+        """Write the 128 bytes at `offset`. Raises WireError when a value does not fit its field."""
+        try:
+            _LAYOUT.pack_into(
+                buffer, offset, MAGIC, VERSION, self.kind, self.wire, self.flags, self.layer,
+                self.epoch, self.width, self.block, self.trace, self.num_rows, self.num_pairs,
+                self.target, self.attempt, self.microbatch, 0, self.payload_nbytes,
+                self.credits, self.source, 0, self.sent_ns,
+                self.queue_us, self.compute_us, self.combine_us, self.transit_us,
+            )  # fmt: skip
+        except struct.error as exc:
+            raise WireError(f"header field out of range in {self}: {exc}") from exc
+        start = offset + _LAYOUT.size
+        buffer[start : start + _PADDING] = bytes(_PADDING)
+
+    @classmethod
+    def unpack_from(
+        cls, buffer: bytes | bytearray | memoryview, offset: int = 0, *, max_payload_nbytes: int
+    ) -> "Header":
+        """Parse and check 128 bytes. Raises WireError naming the field that is wrong."""
+        if len(buffer) - offset < HEADER_NBYTES:
+            raise WireError(
+                f"message of {len(buffer) - offset} bytes, a header has {HEADER_NBYTES}"
+            )
+        (magic, version, kind, wire, flags, layer, epoch, width, block, trace, num_rows, num_pairs,
+         target, attempt, microbatch, _, payload_nbytes, credits, source, _, sent_ns,
+         queue_us, compute_us, combine_us, transit_us) = _LAYOUT.unpack_from(buffer, offset)  # fmt: skip
+        if magic != MAGIC:
+            raise WireError(f"magic {magic:#06x}, expected {MAGIC:#06x}")
+        if version != VERSION:
+            raise WireError(f"wire version {version}, this process speaks {VERSION}")
+        if payload_nbytes > max_payload_nbytes:
+            raise WireError(f"payload of {payload_nbytes} bytes, the limit is {max_payload_nbytes}")
+        try:
+            return cls(Kind(kind), Wire(wire), flags, layer, epoch, width, block, trace, num_rows,
+                       num_pairs, target, attempt, microbatch, payload_nbytes, credits, source,
+                       sent_ns, queue_us, compute_us, combine_us, transit_us)  # fmt: skip
+        except ValueError as exc:
+            raise WireError(str(exc)) from exc
