@@ -36,7 +36,8 @@ def column_plan(
     needed = -(-num_experts // experts_per_gpu)
     if len(nodes) < needed:
         raise ConfigError(
-            f"{num_experts} experts at {experts_per_gpu} per GPU need {needed} expert workers, the cluster has {len(nodes)}"
+            f"{num_experts} experts at {experts_per_gpu} per GPU need {needed} expert workers, "
+            f"the cluster has {len(nodes)}"
         )
     holders = tuple(expert // experts_per_gpu for expert in range(num_experts))
-    return Plan(epoch, {layer: holders for layer in moe_layers}, nodes)
+    return Plan(epoch, dict.fromkeys(moe_layers, holders), nodes)

@@ -56,7 +56,7 @@ class Buffer:
 
 
 class BufferPool:
-    """Buffers by power-of-two capacity. `outstanding` counts those not given back: zero when idle, or there is a leak."""
+    """Buffers by power-of-two capacity. `outstanding` counts those not given back: zero when idle."""
 
     def __init__(self, *, max_kept_nbytes: int = 256 << 20) -> None:
         self.outstanding = 0
