@@ -1,0 +1,145 @@
+"""Weighted sums of expert rows in one fixed order on the GPU: one program per row and 1024 columns.
+
+All k loads of a program are in flight together; the sum runs in ascending k. Fused multiply-add is off, so that the
+bits are those of the reference: product and sum are rounded apart. Floor: (k rows in + 1 row out) / copy bandwidth.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quant import quantise_blocks
+from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
+
+_COLUMNS = 1024
+_SPLIT_ROWS = 512  # below, narrower programs fill the card
+
+
+@triton.jit
+def _weighted_sum(
+    SOURCE, SLOTS, WEIGHTS, row, column, inside, width, K: tl.constexpr,
+    WEIGHTED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Sum of K rows over columns [C], ascending k, in WIDE."""
+    acc = tl.zeros((C,), WIDE)
+    for k in tl.static_range(K):
+        slot = tl.load(SLOTS + row * K + k)
+        # An absent row is read as zeros: adding +0 changes no bit of an accumulator that is never -0.
+        here = inside & (slot >= 0)
+        at = SOURCE + slot.to(tl.int64) * width + column
+        term = tl.load(at, mask=here, other=0.0).to(WIDE)
+        if WEIGHTED:
+            weight = tl.load(WEIGHTS + row * K + k).to(WIDE)
+            term = tl.where(here, term * weight, 0.0)
+        acc += term
+    return acc
+
+
+@triton.jit
+def _combine(
+    SOURCE, SLOTS, WEIGHTS, OUT, width, K: tl.constexpr,
+    WEIGHTED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    inside = column < width
+    acc = _weighted_sum(SOURCE, SLOTS, WEIGHTS, row, column, inside, width, K, WEIGHTED, WIDE, C)
+    tl.store(OUT + row * width + column, acc, mask=inside)
+
+
+@triton.jit
+def _combine_fp8(
+    SOURCE, SLOTS, WEIGHTS, ROWS, SCALES, width, per_row, K: tl.constexpr,
+    WEIGHTED: tl.constexpr, C: tl.constexpr, MIN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * C
+    column = first + tl.arange(0, C)
+    inside = column < width
+    acc = _weighted_sum(
+        SOURCE, SLOTS, WEIGHTS, row, column, inside, width, K, WEIGHTED, tl.float32, C
+    )
+    q, scale = quantise_blocks(tl.reshape(acc, (C // 128, 128)), MIN)
+    tl.store(ROWS + row * width + column, tl.reshape(q, (C,)), mask=inside)
+    block = first // 128 + tl.arange(0, C // 128)
+    tl.store(SCALES + row * per_row + block, scale, mask=block < per_row)
+
+
+def _columns(num_rows: int) -> int:
+    return _COLUMNS if num_rows >= _SPLIT_ROWS else _COLUMNS // 2
+
+
+def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """out[i] = sum over j, ascending, of weights[i, j] * source[slots[i, j]], skipping slots of -1.
+
+    source [m, width] bf16, fp32 or float64; slots [n, k] int32; weights [n, k] fp32, or None for a plain sum;
+    out [n, width] bf16, fp32 or float64. A row without pairs becomes zero. All contiguous.
+    """
+    n, depth = slots.shape
+    width = source.shape[1]
+    if n == 0:
+        return
+    exact = torch.float64 in (out.dtype, source.dtype)
+    columns = _columns(n)
+    _combine[(n, triton.cdiv(width, columns))](
+        source, slots, weights, out, width, depth, weights is not None,
+        tl.float64 if exact else tl.float32, columns, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def combine_fp8(
+    source: Tensor,
+    slots: Tensor,
+    weights: Tensor | None,
+    payload: Tensor,
+    *,
+    rows_offset: int,
+    scales_offset: int,
+) -> None:
+    """`combine` with FP8 rows and scales written into `payload` (uint8), as `quantise_rows` lays them out."""
+    n, depth = slots.shape
+    width = source.shape[1]
+    per_row = -(-width // BLOCK)
+    rows = rows_view(payload, rows_offset, n, width, torch.float8_e4m3fn)
+    scales = rows_view(payload, scales_offset, n, per_row, torch.float32)
+    if n == 0:
+        return
+    columns = _columns(n)
+    _combine_fp8[(n, triton.cdiv(width, columns))](
+        source, slots, weights, rows, scales, width, per_row, depth, weights is not None,
+        columns, SCALE_MIN, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_rows(PARTIAL, ROWS, ACC, width, INDEXED: tl.constexpr, C: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    inside = column < width
+    row = i
+    if INDEXED:
+        row = tl.load(ROWS + i).to(tl.int64)
+    term = tl.load(PARTIAL + i * width + column, mask=inside).to(ACC.dtype.element_ty)
+    at = ACC + row * width + column
+    tl.store(at, tl.load(at, mask=inside) + term, mask=inside)
+
+
+def sum_partials(partials: Sequence[Tensor], rows: Sequence[Tensor | None], out: Tensor) -> None:
+    """Add node partials into `out` [n, width] in the order given (ascending node), starting from zero.
+
+    partials[j] [n_j, width] holds the rows rows[j] [n_j] (distinct; None: all n rows in order). float64 partials are
+    summed in float64 and rounded once to `out`; others are summed in fp32. Where all partials lie in one arena,
+    `combine` with weights None does the same in one launch.
+    """
+    exact = any(p.dtype is torch.float64 for p in partials)
+    wide = torch.float64 if exact else torch.float32
+    acc = torch.zeros(out.shape, dtype=wide, device=out.device)
+    width = out.shape[1]
+    for partial, index in zip(partials, rows, strict=True):
+        if partial.shape[0]:
+            grid = (partial.shape[0], triton.cdiv(width, _COLUMNS))
+            _add_rows[grid](partial, index, acc, width, index is not None, _COLUMNS)
+    out.copy_(acc)

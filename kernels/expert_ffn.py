@@ -1,0 +1,124 @@
+"""One routed expert in FP8 on a GPU: down(quantise(silu(gate x) * up x)), no gate weight (combine applies it).
+
+Three regimes, chosen by the number of rows alone; within each a row's bits depend on no other row:
+
+- up to `STREAM_ROWS` rows, reading the weights is all the work: two `stream_gemm` launches with the sums of runs,
+  SwiGLU and requantisation between them and the sums after, four launches chained as programmatic dependents;
+- above, torch's block-scaled scaled_mm, with SwiGLU and requantisation in one launch;
+- `reproducible`: the same bits for any number of rows, `tile_gemm` instead of the library above STREAM_ROWS.
+
+Floor: max((weights + rows in + rows out) / read bandwidth, 6 * rows * width * hidden / FP8 peak).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import ScalingType, scaled_mm
+
+from kernels.block_gemm import cut, stream_gemm, tile_gemm
+from kernels.swiglu import store_runs, swiglu_dense, swiglu_runs
+
+STREAM_ROWS = 128
+
+
+def _stream(
+    rows: Tensor,
+    scales: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor,
+    down: Tensor,
+    down_scales: Tensor,
+) -> Tensor:
+    m, (width, hidden) = rows.shape[0], down.shape
+    c = cut(2 * hidden, width, 2)
+    partial = torch.empty(c.workers * c.slots, m, 128, device=rows.device)
+    stream_gemm(rows, scales, gate_up, gate_up_scales, partial, c, prefetch=False)
+    h, h_scales = swiglu_runs(partial, c, hidden, m)
+    d = cut(width, hidden, 1)
+    partial = torch.empty(d.workers * d.slots, m, 128, device=rows.device)
+    stream_gemm(h, h_scales, down, down_scales, partial, d, prefetch=True)
+    out = torch.empty(m, width, dtype=torch.bfloat16, device=rows.device)
+    store_runs(partial, d, out)
+    return out
+
+
+def _scaled_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
+    """x [M, K] times w [N, K] by torch's block-scaled product; x_scales with stride 1 along rows. bf16 [M, N]."""
+    return scaled_mm(
+        x, w.t(), x_scales, ScalingType.BlockWise1x128, w_scales.t(), ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def _library(
+    rows: Tensor,
+    scales: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor,
+    down: Tensor,
+    down_scales: Tensor,
+) -> Tensor:
+    by_block = scales.t().contiguous().t()
+    both = _scaled_mm(rows, by_block, gate_up, gate_up_scales)
+    h, h_scales = swiglu_dense(both, scales_by_block=True)
+    return _scaled_mm(h, h_scales, down, down_scales)
+
+
+def _tiles(
+    rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
+    down_scales: Tensor, offsets: Tensor | None = None, max_rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    m, width, hidden = rows.shape[0], down.shape[-2], down.shape[-1]
+    both = torch.empty(m, 2 * hidden, device=rows.device)
+    c = cut(2 * hidden, width, 2)
+    tile_gemm(rows, scales, gate_up, gate_up_scales, both, c, offsets, max_rows)
+    h, h_scales = swiglu_dense(both, scales_by_block=False)
+    out = torch.empty(m, width, dtype=torch.bfloat16, device=rows.device)
+    tile_gemm(h, h_scales, down, down_scales, out, cut(width, hidden, 1), offsets, max_rows)
+    return out
+
+
+def expert_ffn(
+    rows: Tensor,
+    scales: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor,
+    down: Tensor,
+    down_scales: Tensor,
+    *,
+    reproducible: bool = False,
+) -> Tensor:
+    """Apply an expert to rows e4m3 [M, width] with scales fp32 [M, ceil(width / 128)]: bf16 [M, width].
+
+    gate_up e4m3 [2 * hidden, width], gate first; gate_up_scales fp32 [2 * ceil(hidden / 128), ceil(width / 128)];
+    down e4m3 [width, hidden]; down_scales fp32 [ceil(width / 128), ceil(hidden / 128)]. Scales multiply.
+    """
+    m, hidden = rows.shape[0], down.shape[1]
+    weights = (gate_up, gate_up_scales, down, down_scales)
+    if m == 0:
+        return torch.empty(0, down.shape[0], dtype=torch.bfloat16, device=rows.device)
+    if m <= STREAM_ROWS:
+        return _stream(rows, scales, *weights)
+    if reproducible or hidden % 128 or rows.shape[1] % 128:
+        return _tiles(rows, scales, *weights)
+    return _library(rows, scales, *weights)
+
+
+def expert_ffn_grouped(
+    rows: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor,
+    down: Tensor,
+    down_scales: Tensor,
+    *,
+    max_rows: int,
+) -> Tensor:
+    """Apply E experts that share a GPU: expert e to rows offsets[e] .. offsets[e + 1] (int32 [E + 1], on the GPU).
+
+    As `expert_ffn`, with weights and their scales stacked along a first dimension E; no expert may have more than
+    `max_rows` rows. A row's bits are those of `expert_ffn(reproducible=True)`.
+    """
+    if rows.shape[0] == 0:
+        return torch.empty(0, down.shape[-2], dtype=torch.bfloat16, device=rows.device)
+    return _tiles(rows, scales, gate_up, gate_up_scales, down, down_scales, offsets, max_rows)

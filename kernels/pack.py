@@ -1,0 +1,216 @@
+"""Gather rows into send blocks and scatter them back on the GPU: one program per row copies row and scales.
+
+Rows are copied as the widest integers that all sizes and offsets allow. Floor: 2 x bytes moved / copy bandwidth.
+An index outside its buffer is the caller's error: it is not checked on the device.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.reference.pack import route as route_reference
+
+_UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+@triton.jit
+def _copy_row(SOURCE, OUT, source_row, out_row, size, C: tl.constexpr):
+    for start in tl.static_range(0, C, min(C, 2048)):
+        at = start + tl.arange(0, min(C, 2048))
+        inside = at < size
+        value = tl.load(SOURCE + source_row * size + at, mask=inside)
+        tl.store(OUT + out_row * size + at, value, mask=inside)
+
+
+@triton.jit
+def _copy_rows(
+    SOURCE, OUT, SOURCE_SCALES, OUT_SCALES, INDEX, size, scale_size, SCATTER: tl.constexpr,
+    SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    j = tl.load(INDEX + i).to(tl.int64)
+    source_row, out_row = j, i
+    if SCATTER:
+        source_row, out_row = i, j
+    _copy_row(SOURCE, OUT, source_row, out_row, size, C)
+    if SCALED:
+        _copy_row(SOURCE_SCALES, OUT_SCALES, source_row, out_row, scale_size, CS)
+
+
+@triton.jit
+def _copy_blocks(
+    SOURCE, OUT, SOURCE_SCALES, ROWS, COUNTS, n, size, scale_size, block_size, align,
+    SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    d = tl.program_id(1)
+    count = tl.load(COUNTS + d)
+    if i < count:
+        j = tl.load(ROWS + d * n + i).to(tl.int64)
+        block = OUT + d.to(tl.int64) * block_size
+        _copy_row(SOURCE, block, j, i.to(tl.int64), size, C)
+        if SCALED:
+            scales = tl.cdiv(count * size, align) * align
+            _copy_row(SOURCE_SCALES, block + scales, j, i.to(tl.int64), scale_size, CS)
+
+
+def _unit(*sizes: int) -> int:
+    """The widest integer, in bytes, that divides every size and offset."""
+    return math.gcd(8, *sizes)
+
+
+def _view(buffer: Tensor, offset: int, unit: int) -> Tensor:
+    """The rest of a buffer from `offset` on, as integers of `unit` bytes."""
+    usable = (buffer.numel() - offset) // unit * unit
+    return buffer.narrow(0, offset, usable).view(_UNITS[unit])
+
+
+def _check_room(buffer: Tensor, offset: int, num_rows: int, row_nbytes: int) -> None:
+    if offset + num_rows * row_nbytes > buffer.numel():
+        raise RuntimeError(
+            f"{num_rows} rows of {row_nbytes} bytes at {offset} do not fit {buffer.numel()} bytes"
+        )
+
+
+def _move(
+    source: Tensor,
+    out: Tensor,
+    index: Tensor,
+    rows: tuple[int, int, int],
+    scales: tuple[int, int, int],
+    *,
+    scatter: bool,
+) -> None:
+    """Copy `rows` and `scales`, each (bytes of a row, source offset, out offset), by `index`."""
+    n = index.numel()
+    if n == 0:
+        return
+    for nbytes, source_offset, out_offset in (rows, scales):
+        block = (source, source_offset) if scatter else (out, out_offset)
+        _check_room(block[0], block[1], n, nbytes)
+    unit = _unit(*rows, *scales, source.data_ptr(), out.data_ptr())
+    size, scale_size = rows[0] // unit, scales[0] // unit
+    _copy_rows[(n,)](
+        _view(source, rows[1], unit), _view(out, rows[2], unit),
+        _view(source, scales[1], unit), _view(out, scales[2], unit), index, size, scale_size,
+        scatter, scale_size > 0, triton.next_power_of_2(size),
+        triton.next_power_of_2(max(1, scale_size)), num_warps=4,
+    )  # fmt: skip
+
+
+def pack(
+    source: Tensor,
+    out: Tensor,
+    index: Tensor,
+    *,
+    row_nbytes: int,
+    source_offset: int,
+    out_offset: int,
+    scale_nbytes: int = 0,
+    source_scales: int = 0,
+    out_scales: int = 0,
+) -> None:
+    """Gather: row i of the block at `out_offset` becomes row index[i] of `source`; FP8 scales likewise.
+
+    Raises RuntimeError when the block does not fit `out`.
+    """
+    rows = (row_nbytes, source_offset, out_offset)
+    scales = (scale_nbytes, source_scales, out_scales)
+    _move(source, out, index, rows, scales, scatter=False)
+
+
+def unpack(
+    source: Tensor,
+    out: Tensor,
+    index: Tensor,
+    *,
+    row_nbytes: int,
+    source_offset: int,
+    out_offset: int,
+    scale_nbytes: int = 0,
+    source_scales: int = 0,
+    out_scales: int = 0,
+) -> None:
+    """Scatter, the reverse of `pack`: row index[i] at `out_offset` becomes row i of the block in `source`.
+
+    Indexes must be distinct. Raises RuntimeError when the block does not lie in `source`.
+    """
+    rows = (row_nbytes, source_offset, out_offset)
+    scales = (scale_nbytes, source_scales, out_scales)
+    _move(source, out, index, rows, scales, scatter=True)
+
+
+@triton.jit
+def _route(EXPERTS, DESTINATIONS, ROWS, COUNTS, n, K: tl.constexpr, R: tl.constexpr):
+    d = tl.program_id(0)
+    count = 0
+    for start in range(0, n, R):
+        row = start + tl.arange(0, R)
+        wanted = tl.zeros((R,), tl.int32)
+        for k in tl.static_range(K):
+            expert = tl.load(EXPERTS + row * K + k, mask=row < n, other=0)
+            there = tl.load(DESTINATIONS + expert, mask=row < n, other=-1)
+            wanted = wanted | (there == d).to(tl.int32)
+        place = count + tl.cumsum(wanted, 0) - wanted
+        tl.store(ROWS + d * n + place, row, mask=wanted != 0)
+        count += tl.sum(wanted, 0)
+    tl.store(COUNTS + d, count)
+    for start in range(0, n, R):
+        rest = start + tl.arange(0, R)
+        tl.store(ROWS + d * n + rest, -1, mask=(rest >= count) & (rest < n))
+
+
+def route(experts: Tensor, destinations: Tensor, num_destinations: int) -> tuple[Tensor, Tensor]:
+    """Which rows go to which destination (a node or an expert); a row goes to a destination at most once.
+
+    experts [n, top_k] int32, destinations [num_experts] int32 maps an expert to its destination (-1: none).
+    Returns rows [num_destinations, n] int32, ascending, padded with -1, and counts [num_destinations] int32.
+    """
+    n, top_k = experts.shape
+    if n == 0:
+        return route_reference(experts, destinations, num_destinations)
+    rows = torch.empty(num_destinations, n, dtype=torch.int32, device=experts.device)
+    counts = torch.empty(num_destinations, dtype=torch.int32, device=experts.device)
+    block = min(1024, triton.next_power_of_2(n))
+    _route[(num_destinations,)](experts, destinations, rows, counts, n, top_k, block)
+    return rows, counts
+
+
+def pack_blocks(
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    *,
+    row_nbytes: int,
+    source_offset: int,
+    block_nbytes: int,
+    scale_nbytes: int = 0,
+    source_scales: int = 0,
+    align: int = 16,
+) -> None:
+    """Gather the rows of every destination, as `route` returned them, into one block each, in one launch.
+
+    Block d starts at byte d * block_nbytes of `out`: counts[d] rows, then (FP8) their scales from the next multiple
+    of `align` bytes. Raises RuntimeError when a block could not hold all n rows: counts stay on the device.
+    """
+    num_destinations, n = rows.shape
+    worst = -(-n * row_nbytes // align) * align + n * scale_nbytes
+    if worst > block_nbytes or num_destinations * block_nbytes > out.numel():
+        raise RuntimeError(f"{n} rows do not fit a block of {block_nbytes} bytes")
+    if n == 0:
+        return
+    unit = _unit(
+        row_nbytes, source_offset, block_nbytes, scale_nbytes, source_scales, align,
+        source.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    size, scale_size = row_nbytes // unit, scale_nbytes // unit
+    _copy_blocks[(n, num_destinations)](
+        _view(source, source_offset, unit), _view(out, 0, unit),
+        _view(source, source_scales, unit), rows, counts, n, size, scale_size,
+        block_nbytes // unit, align // unit, scale_size > 0, triton.next_power_of_2(size),
+        triton.next_power_of_2(max(1, scale_size)), num_warps=4,
+    )  # fmt: skip

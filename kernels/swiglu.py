@@ -1,0 +1,133 @@
+"""The steps between and after the two products of an expert: sums of runs, SwiGLU, requantisation.
+
+h = silu(gate) * up in fp32, quantised to e4m3 with 1x128 scales; gate and up come as sums of runs (see block_gemm) or
+as one matrix [M, 2 * hidden]. Floor: bytes in and out / copy bandwidth; at few rows everything stays in L2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.block_gemm import Cut, worker_of
+from kernels.quant import quantise_blocks
+from kernels.reference.quant import SCALE_MIN
+
+
+@triton.jit
+def _swiglu(gate, up):
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _sum_of_runs(
+    PARTIAL, sub_tile, row, row_ok, M, units, workers, slots, kb,
+    SUBS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Sum a tile's runs in order: fp32 [rows, 128]. All loads are in flight before the first addition."""
+    tile = sub_tile // SUBS
+    first = worker_of(tile * kb, units, workers)
+    last = worker_of(tile * kb + kb - 1, units, workers)
+    total = tl.zeros((row.shape[0], 128), tl.float32)
+    for r in tl.static_range(RUNS):
+        worker = first + r
+        slot = (worker * slots + tile - (worker * units // workers) // kb) * SUBS + sub_tile % SUBS
+        at = (slot.to(tl.int64) * M + row)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        ok = row_ok & (worker <= last)
+        total += tl.load(PARTIAL + at, mask=ok[:, None], other=0.0)
+    return total
+
+
+@triton.jit
+def _swiglu_runs(
+    PARTIAL, Q, S, M, hidden, units, workers, slots, kb, half_tiles,
+    SUBS: tl.constexpr, RUNS: tl.constexpr, R: tl.constexpr, MIN: tl.constexpr,
+):  # fmt: skip
+    gdc_launch_dependents()
+    gdc_wait()
+    tile = tl.program_id(0)
+    row = tl.program_id(1) * R + tl.arange(0, R)
+    ok = row < M
+    gate = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, SUBS, RUNS)
+    up = _sum_of_runs(PARTIAL, tile + half_tiles, row, ok, M, units, workers, slots, kb, SUBS, RUNS)
+    column = tile * 128 + tl.arange(0, 128)
+    inside = ok[:, None] & (column < hidden)[None, :]
+    q, scale = quantise_blocks(tl.where(inside, _swiglu(gate, up), 0.0), MIN)
+    tl.store(Q + row[:, None] * hidden + column[None, :], q, mask=inside)
+    tl.store(S + row * half_tiles + tile, scale, mask=ok)
+
+
+@triton.jit
+def _store_runs(
+    PARTIAL, OUT, M, width, units, workers, slots, kb, SUBS: tl.constexpr,
+    RUNS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    gdc_launch_dependents()
+    gdc_wait()
+    tile = tl.program_id(0)
+    row = tl.program_id(1) * R + tl.arange(0, R)
+    ok = row < M
+    total = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, SUBS, RUNS)
+    column = tile * 128 + tl.arange(0, 128)
+    inside = ok[:, None] & (column < width)[None, :]
+    tl.store(OUT + row[:, None] * width + column[None, :], total, mask=inside)
+
+
+@triton.jit
+def _swiglu_dense(
+    BOTH, Q, S, num_blocks, hidden, per_row, s_row, s_block, MIN: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    b = tl.program_id(0) * G + tl.arange(0, G)
+    row = (b // per_row).to(tl.int64)
+    block = b % per_row
+    column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = (b < num_blocks)[:, None] & (column < hidden)
+    at = row[:, None] * (2 * hidden) + column
+    gate = tl.load(BOTH + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(BOTH + at + hidden, mask=inside, other=0.0).to(tl.float32)
+    q, scale = quantise_blocks(_swiglu(gate, up), MIN)
+    tl.store(Q + row[:, None] * hidden + column, q, mask=inside)
+    tl.store(S + row * s_row + block * s_block, scale, mask=b < num_blocks)
+
+
+def swiglu_runs(partial: Tensor, c: Cut, hidden: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """SwiGLU of the sums of runs of gate and up: e4m3 [M, hidden] and scales [M, ceil(hidden / 128)]."""
+    q = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=partial.device)
+    s = torch.empty(num_rows, c.half_tiles, device=partial.device)
+    block = 4 if num_rows > 16 else 1
+    _swiglu_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
+        partial, q, s, num_rows, hidden, c.units, c.workers, c.slots, c.kb, c.half_tiles,
+        c.subs, c.runs, block, SCALE_MIN, num_warps=4 if block == 4 else 1, launch_pdl=True,
+    )  # fmt: skip
+    return q, s
+
+
+def store_runs(partial: Tensor, c: Cut, out: Tensor) -> None:
+    """Sums of runs to out [M, width] (bf16, fp32)."""
+    num_rows, width = out.shape
+    block = 4 if num_rows > 16 else 1
+    _store_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
+        partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.subs, c.runs, block,
+        num_warps=4 if block == 4 else 1, launch_pdl=True,
+    )  # fmt: skip
+
+
+def swiglu_dense(both: Tensor, *, scales_by_block: bool) -> tuple[Tensor, Tensor]:
+    """SwiGLU of both [M, 2 * hidden] (bf16, fp32), gate first: e4m3 [M, hidden], scales [M, ceil(hidden / 128)].
+
+    `scales_by_block` lays the scales out block after block (stride 1 along rows), as block-scaled scaled_mm wants them.
+    """
+    num_rows, hidden = both.shape[0], both.shape[1] // 2
+    per_row = -(-hidden // 128)
+    q = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=both.device)
+    if scales_by_block:
+        s = torch.empty(per_row, num_rows, device=both.device).t()
+    else:
+        s = torch.empty(num_rows, per_row, device=both.device)
+    group = 16
+    _swiglu_dense[(triton.cdiv(num_rows * per_row, group),)](
+        both, q, s, num_rows * per_row, hidden, per_row, s.stride(0), s.stride(1), SCALE_MIN,
+        group, num_warps=4,
+    )  # fmt: skip
+    return q, s

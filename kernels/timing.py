@@ -1,0 +1,92 @@
+"""Device time of kernels and the card's ceilings: replays of a CUDA graph, median and spread, weights rotated."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Timing(NamedTuple):
+    """Microseconds of one call: median, 10th and 90th percentile over replays."""
+
+    us: float
+    low_us: float
+    high_us: float
+
+
+def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> Timing:
+    """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in zip(events, events[1:], strict=False)]
+    tenths = statistics.quantiles(times, n=10)
+    return Timing(statistics.median(times), tenths[0], tenths[-1])
+
+
+@triton.jit
+def _read(X, OUT, n, B: tl.constexpr):
+    acc = tl.zeros((B,), tl.int32)
+    start = tl.program_id(0).to(tl.int64) * B
+    step = tl.num_programs(0).to(tl.int64) * B
+    for at in tl.range(start, n, step, num_stages=1, loop_unroll_factor=4):
+        acc += tl.load(X + at + tl.arange(0, B), cache_modifier=".cg")
+    tl.store(OUT + tl.program_id(0), tl.sum(acc, 0))
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading 4 GiB with plain wide loads."""
+    x = torch.ones(1 << 30, dtype=torch.int32, device="cuda")
+    out = torch.empty(1 << 16, dtype=torch.int32, device="cuda")
+    best = 0.0
+    for programs in (132 * 8, 132 * 16, 132 * 32):
+        for block in (2048, 4096):
+
+            def call(programs: int = programs, block: int = block) -> None:
+                _read[(programs,)](x, out, x.numel(), block, num_warps=8)
+
+            best = max(best, x.nbytes / time_calls([call], replays=8).us * 1e6)
+    return best
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written together, of a 2 GiB device-to-device copy."""
+    x = torch.ones(1 << 29, dtype=torch.int32, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / time_calls([lambda: y.copy_(x)], replays=8).us * 1e6
+
+
+def bf16_peak() -> float:
+    """FLOP per second of an 8192^3 bf16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return float(2 * 8192**3 / time_calls([lambda: a @ b], replays=8).us * 1e6)
+
+
+def fp8_peak() -> float:
+    """FLOP per second of an 8192^3 FP8 product with one scale per tensor, on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+
+    def call() -> Tensor:
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return float(2 * 8192**3 / time_calls([call], replays=8).us * 1e6)
