@@ -6,7 +6,8 @@ fp32 scale per 1x128 block of columns (the last block may be short), starting at
     DISPATCH   rows | expert ids int32 [num_rows, top_k] | gate weights fp32 [num_rows, top_k]
     RELAY      rows | pairs: row index int32 [num_pairs] | expert ids int32 [num_pairs] | weights fp32 [num_pairs]
                (pairs sorted by row, then ascending expert id)
-    EXPERT_IN  rows            EXPERT_OUT  rows (bf16; fp32 on the fp32 wire)
+    EXPERT_IN  rows, sorted by expert | segments int32 [num_pairs, 2]: (expert id, number of its rows), ascending
+    EXPERT_OUT rows in the order of the EXPERT_IN (bf16; fp32 on the fp32 wire)
     PARTIAL    rows (bf16; float64 on the fp32 wire)        COMBINED  rows in the compute dtype of the device
 """
 
@@ -100,6 +101,21 @@ def relay_layout(num_rows: int, width: int, num_pairs: int, wire: Wire) -> Relay
     experts = align(rows.end + num_pairs * 4)
     weights = align(experts + num_pairs * 4)
     return RelayLayout(rows, rows.end, experts, weights, align(weights + num_pairs * 4))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInLayout:
+    """EXPERT_IN payload: `segments` is the byte offset of an int32 [num_segments, 2] array."""
+
+    rows: RowSegment
+    segments: int
+    nbytes: int
+
+
+def expert_in_layout(num_rows: int, width: int, num_segments: int, wire: Wire) -> ExpertInLayout:
+    """Lay out an EXPERT_IN payload."""
+    rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
+    return ExpertInLayout(rows, rows.end, align(rows.end + num_segments * 8))
 
 
 def check_payload(what: str, declared_nbytes: int, expected_nbytes: int) -> None:
