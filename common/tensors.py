@@ -12,7 +12,7 @@ from common.errors import WireError
 from common.transport.buffers import Buffer
 from common.wire.blocks import RowSegment, RowType, check_payload, num_scales, row_segment
 
-_TORCH = {
+TORCH_DTYPES = {
     RowType.FP8: torch.float8_e4m3fn,
     RowType.BF16: torch.bfloat16,
     RowType.FP32: torch.float32,
@@ -41,7 +41,7 @@ def scale_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.float32]:
 
 def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     """The rows of a segment in their own dtype, [num_rows, width], a view."""
-    return torch.from_numpy(byte_rows(buffer, segment)).view(_TORCH[segment.row_type])
+    return torch.from_numpy(byte_rows(buffer, segment)).view(TORCH_DTYPES[segment.row_type])
 
 
 def read_rows(
@@ -60,16 +60,21 @@ def write_rows(buffer: Buffer, segment: RowSegment, rows: torch.Tensor) -> None:
     rows_of(buffer, segment).copy_(rows)
 
 
-def gather_rows(
-    target: Buffer,
-    into: RowSegment,
-    source: Buffer,
-    segment: RowSegment,
-    index: npt.NDArray[np.int64],
-) -> None:
-    """Copy rows `index` of one segment into another of the same type: bytes and, for FP8, scales. [len(index)] rows."""
-    np.take(byte_rows(source, segment), index, axis=0, out=byte_rows(target, into), mode="clip")
-    if segment.row_type is RowType.FP8:
-        np.take(
-            scale_rows(source, segment), index, axis=0, out=scale_rows(target, into), mode="clip"
+class RowPick:
+    """Rows of a segment gathered once, in the order of `index`, to be copied in ranges into several payloads."""
+
+    __slots__ = ("_rows", "_scales")
+
+    def __init__(self, source: Buffer, segment: RowSegment, index: npt.NDArray[np.int64]) -> None:
+        self._rows = byte_rows(source, segment).take(index, axis=0)
+        self._scales = (
+            scale_rows(source, segment).take(index, axis=0)
+            if segment.row_type is RowType.FP8
+            else None
         )
+
+    def copy_to(self, target: Buffer, into: RowSegment, start: int, stop: int) -> None:
+        """Copy picked rows `start` to `stop` into a segment of the same type; for FP8 their scales too."""
+        byte_rows(target, into)[:] = self._rows[start:stop]
+        if self._scales is not None:
+            scale_rows(target, into)[:] = self._scales[start:stop]

@@ -13,6 +13,7 @@ fp32 scale per 1x128 block of columns (the last block may be short), starting at
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 from common.errors import WireError
 from common.wire.header import Wire
@@ -58,6 +59,7 @@ class RowSegment:
     end: int
 
 
+@lru_cache(maxsize=4096)
 def row_segment(num_rows: int, width: int, row_type: RowType, offset: int = 0) -> RowSegment:
     """Lay out `num_rows` rows of `width` elements from `offset` on."""
     rows_end = align(offset + num_rows * width * int(row_type))
@@ -77,6 +79,7 @@ class DispatchLayout:
     nbytes: int
 
 
+@lru_cache(maxsize=4096)
 def dispatch_layout(num_rows: int, width: int, top_k: int, wire: Wire) -> DispatchLayout:
     """Lay out a DISPATCH payload."""
     rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
@@ -95,6 +98,7 @@ class RelayLayout:
     nbytes: int
 
 
+@lru_cache(maxsize=4096)
 def relay_layout(num_rows: int, width: int, num_pairs: int, wire: Wire) -> RelayLayout:
     """Lay out a RELAY payload."""
     rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
@@ -112,6 +116,7 @@ class ExpertInLayout:
     nbytes: int
 
 
+@lru_cache(maxsize=4096)
 def expert_in_layout(num_rows: int, width: int, num_segments: int, wire: Wire) -> ExpertInLayout:
     """Lay out an EXPERT_IN payload."""
     rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])

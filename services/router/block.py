@@ -12,7 +12,8 @@ import torch
 
 from common.transport.base import Link
 from common.wire.header import Header
-from services.router.plan import Int32s, Ints, NodeShare, WorkerShare, row_steps
+from kernels import ops
+from services.router.plan import NodeShare, WorkerShare
 
 Tensor = torch.Tensor
 
@@ -36,31 +37,31 @@ class Timing:
 class NodeWork:
     """This node's pairs of one block, their expert outputs as they come, and who is still missing.
 
-    `outputs` is [num_pairs, width] in pair order, filled at each EXPERT_OUT; the sum waits for the last one, so the
-    order of arrival cannot matter.
+    `outputs` is filled at each EXPERT_OUT; the sum waits for the last one, so the order of arrival cannot matter.
     """
 
     request: Header  # the DISPATCH or RELAY that brought the rows
     origin: Link  # who sent it and gets the answer
     num_rows: int
-    pair_rows: Int32s  # [num_pairs], ascending
-    weights: Tensor  # fp32 [num_pairs]
-    outputs: Tensor
+    slots: Tensor  # int32 [num_rows, most pairs of a row]: places, by ascending expert id
+    weights: Tensor  # fp32, the same shape
+    outputs: Tensor  # [num_pairs, width], in places of the fan-out
     waiting: dict[int, WorkerShare] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
 
     def arrived(self, worker: int, header: Header, rows: Tensor) -> bool:
         """Take the outputs of one worker, [num_rows, width]. True when it was the last one missing."""
         share = self.waiting.pop(worker)
-        self.outputs[torch.from_numpy(share.pairs)] = rows
+        self.outputs[share.start : share.stop].copy_(rows)
         self.timing.include(header)
         return not self.waiting
 
     def partial(self, *, exact: bool) -> Tensor:
         """The weighted sum per row: float64 [num_rows, width] when exact, else fp32."""
-        return weighted_sum(
-            self.outputs, self.weights, row_steps(self.pair_rows), self.num_rows, exact=exact
-        )
+        dtype = torch.float64 if exact else torch.float32
+        out = torch.empty((self.num_rows, self.outputs.shape[1]), dtype=dtype)
+        ops.combine(self.outputs, self.slots, self.weights, out)
+        return out
 
 
 @dataclass(slots=True)
@@ -78,27 +79,11 @@ class SourceWork:
         self.partials[node] = partial
         return len(self.partials) == len(self.shares)
 
-    def combined(self, *, exact: bool) -> Tensor:
+    def combined(self) -> Tensor:
         """Sum of the node partials in ascending node order: fp32 [num_rows, width], rounded once when exact."""
-        width = self.request.width
-        dtype = torch.float64 if exact else torch.float32
-        total = torch.zeros((self.request.num_rows, width), dtype=dtype)
-        for node in sorted(self.partials):
-            rows = torch.from_numpy(self.shares[node].rows)
-            total[rows] += self.partials[node].to(dtype)
-        return total.to(torch.float32)
-
-
-def weighted_sum(
-    outputs: Tensor, weights: Tensor, steps: list[tuple[Ints, Ints]], num_rows: int, *, exact: bool
-) -> Tensor:
-    """Sum of weight * output over each row's pairs, in the order of `steps`: [num_rows, width].
-
-    Products and sums are float64 when exact, else fp32: regrouping by node then costs no bit of the rounded result.
-    """
-    dtype = torch.float64 if exact else torch.float32
-    total = torch.zeros((num_rows, outputs.shape[1]), dtype=dtype)
-    terms = outputs.to(dtype) * weights.to(dtype)[:, None]
-    for rows, pairs in steps:
-        total[torch.from_numpy(rows)] += terms[torch.from_numpy(pairs)]
-    return total
+        nodes = sorted(self.partials)
+        out = torch.empty((self.request.num_rows, self.request.width))
+        partials = [self.partials[node] for node in nodes]
+        rows = [torch.from_numpy(self.shares[node].rows) for node in nodes]
+        ops.sum_partials(partials, rows, out)
+        return out

@@ -15,7 +15,7 @@ import torch
 from common.errors import AtollError, DeadlineExceeded, LinkClosed, WireError
 from common.ids import Role
 from common.placement.plan import Plan
-from common.tensors import gather_rows, numbers, read_rows, write_rows
+from common.tensors import TORCH_DTYPES, RowPick, numbers, read_rows, write_rows
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.outbox import Outbox
@@ -32,7 +32,7 @@ from common.wire.blocks import (
 )
 from common.wire.header import Header, Kind, Wire
 from services.router.block import NodeWork, SourceWork, Timing
-from services.router.plan import NodeShare, check_pairs, split_by_node, split_by_worker
+from services.router.plan import NodeShare, check_pairs, fan_out, split_by_node
 
 
 @dataclass(slots=True)
@@ -163,7 +163,8 @@ class Dataflow:
         num_pairs = len(share.pair_rows)
         layout = relay_layout(len(share.rows), request.width, num_pairs, request.wire)
         buffer = self.pool.acquire(layout.nbytes)
-        gather_rows(buffer, layout.rows, payload, rows, share.rows)
+        picked = RowPick(payload, rows, share.rows)
+        picked.copy_to(buffer, layout.rows, 0, len(share.rows))
         numbers(buffer, layout.pair_rows, num_pairs, np.int32)[:] = share.pair_rows
         numbers(buffer, layout.experts, num_pairs, np.int32)[:] = share.experts
         numbers(buffer, layout.weights, num_pairs, np.float32)[:] = share.weights
@@ -205,29 +206,30 @@ class Dataflow:
         weights: np.ndarray,
     ) -> None:
         """Fan a node's share out to its workers; `rows` index the segment, `pair_rows` index `rows`."""
-        shares = split_by_worker(pair_rows, experts, self._workers_of[request.layer])
-        exact = request.wire is Wire.FP32
+        plan = fan_out(pair_rows, experts, weights, len(rows), self._workers_of[request.layer])
+        out_type = EXPERT_OUT_ROWS[request.wire]
         work = NodeWork(
-            request, link, len(rows), pair_rows.copy(), torch.tensor(weights),
-            torch.empty((len(pair_rows), request.width), dtype=torch.float32 if exact else torch.bfloat16),
-            {share.worker: share for share in shares},
+            request, link, len(rows), torch.from_numpy(plan.slots), torch.from_numpy(plan.weights),
+            torch.empty((len(plan.rows), request.width), dtype=TORCH_DTYPES[out_type]),
+            {share.worker: share for share in plan.shares},
         )  # fmt: skip
         self._works[request.block] = work
-        for share in shares:
-            num_segments = len(share.segments)
-            layout = expert_in_layout(len(share.rows), request.width, num_segments, request.wire)
+        picked = RowPick(payload, segment, rows[plan.rows])
+        for share in plan.shares:
+            num_rows, num_segments = share.stop - share.start, len(share.segments)
+            layout = expert_in_layout(num_rows, request.width, num_segments, request.wire)
             buffer = self.pool.acquire(layout.nbytes)
-            gather_rows(buffer, layout.rows, payload, segment, rows[share.rows])
+            picked.copy_to(buffer, layout.rows, share.start, share.stop)
             numbers(buffer, layout.segments, num_segments * 2, np.int32)[:] = share.segments.ravel()
-            self.counters.rows_to_experts += len(share.rows)
             header = request.derive(
                 Kind.EXPERT_IN,
                 target=share.worker,
-                num_rows=len(share.rows),
+                num_rows=num_rows,
                 num_pairs=num_segments,
                 payload_nbytes=layout.nbytes,
             )
             self._send(self.experts[share.worker], header, buffer)
+        self.counters.rows_to_experts += len(plan.rows)
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -276,7 +278,7 @@ class Dataflow:
             return
         del self._sources[source.request.block]
         started = self.clock_ns()
-        combined = source.combined(exact=source.request.wire is Wire.FP32)
+        combined = source.combined()
         elapsed_us = (self.clock_ns() - started) // 1000
         source.timing.combine_us += elapsed_us
         self.counters.combine_us += elapsed_us

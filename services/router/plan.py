@@ -27,14 +27,28 @@ class NodeShare:
     weights: Floats  # [num_pairs]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerShare:
-    """What one expert worker does for a block: its pairs sorted by expert, then row."""
+    """What one expert worker does for a block: places `start` to `stop` of the fan-out."""
 
     worker: int
-    pairs: Ints  # [n] positions in the node's pairs
-    rows: Ints  # [n] index of each pair's row in the node's rows
-    segments: Int32s  # [num_experts_hit, 2]: expert id, number of rows
+    start: int
+    stop: int
+    segments: Int32s  # [num_experts_hit, 2]: expert id, number of rows; ascending
+
+
+@dataclass(slots=True)
+class FanOut:
+    """A node's pairs in the order in which they are sent: by worker, expert, row. A *place* is a position in it.
+
+    `slots[i, j]` is the place of row i's j-th pair in ascending expert id, -1 beyond its last; `weights` likewise, 0
+    there. That table is the order of the weighted sum.
+    """
+
+    rows: Ints  # [num_pairs]: index of each place's row in the node's rows
+    shares: list[WorkerShare]
+    slots: Int32s  # [num_rows, most pairs of a row]
+    weights: Floats  # the same shape
 
 
 def split_by_node(experts: Int32s, weights: Floats, node_of_expert: Int32s) -> list[NodeShare]:
@@ -45,25 +59,19 @@ def split_by_node(experts: Int32s, weights: Floats, node_of_expert: Int32s) -> l
     """
     if experts.size and (int(experts.min()) < 0 or int(experts.max()) >= len(node_of_expert)):
         raise WireError(f"expert id outside 0..{len(node_of_expert) - 1}")
-    num_rows, top_k = experts.shape
-    order = np.argsort(experts, axis=1, kind="stable")
-    sorted_experts = np.take_along_axis(experts, order, axis=1).ravel()
-    sorted_weights = np.take_along_axis(weights, order, axis=1).ravel()
-    pair_rows = np.repeat(np.arange(num_rows), top_k)
-    nodes = node_of_expert[sorted_experts]
+    top_k = experts.shape[1]
+    order = experts.argsort(axis=1, kind="stable")
+    experts = np.take_along_axis(experts, order, axis=1).ravel()
+    weights = np.take_along_axis(weights, order, axis=1).ravel()
+    nodes = node_of_expert[experts]
     shares = []
-    for node in np.unique(nodes).tolist():
-        chosen = np.flatnonzero(nodes == node)
-        rows, compact = np.unique(pair_rows[chosen], return_inverse=True)
-        shares.append(
-            NodeShare(
-                node,
-                rows,
-                compact.astype(np.int32),
-                sorted_experts[chosen],
-                sorted_weights[chosen],
-            )
-        )
+    for node in sorted(set(nodes.tolist())):
+        mine = nodes == node
+        chosen = mine.nonzero()[0]
+        wanted = mine.reshape(-1, top_k).any(axis=1)
+        pair_rows = (wanted.cumsum() - 1)[chosen // top_k].astype(np.int32)
+        rows = wanted.nonzero()[0]
+        shares.append(NodeShare(node, rows, pair_rows, experts[chosen], weights[chosen]))
     return shares
 
 
@@ -80,35 +88,44 @@ def check_pairs(pair_rows: Int32s, experts: Int32s, *, num_rows: int, num_expert
         raise WireError("pairs are not sorted by row and expert")
 
 
-def split_by_worker(
-    pair_rows: Int32s, experts: Int32s, worker_of_expert: Int32s
-) -> list[WorkerShare]:
-    """Divide a node's pairs by expert worker. `worker_of_expert` is [num_experts]."""
-    workers = worker_of_expert[experts].astype(np.int64)
-    order = np.lexsort((experts, workers))  # stable: rows stay ascending within an expert
-    bounds = np.flatnonzero(np.diff(workers[order])) + 1
-    shares = []
-    for pairs in np.split(order, bounds):
-        hit = experts[pairs]
-        starts = np.flatnonzero(np.diff(hit, prepend=-1))
-        counts = np.diff(starts, append=len(hit))
-        segments = np.stack([hit[starts], counts], axis=1).astype(np.int32)
-        rows = pair_rows[pairs].astype(np.int64)
-        shares.append(WorkerShare(int(workers[pairs[0]]), pairs, rows, segments))
+def fan_out(
+    pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, worker_of_expert: Int32s
+) -> FanOut:
+    """Divide a node's pairs by expert worker. `worker_of_expert` is [num_experts], every row has at least one pair."""
+    num_experts = len(worker_of_expert)
+    key = worker_of_expert[experts].astype(np.int64) * num_experts + experts
+    order = key.argsort(kind="stable")  # rows stay ascending within an expert
+    sorted_key = key[order]
+    starts = np.concatenate(([0], (sorted_key[1:] != sorted_key[:-1]).nonzero()[0] + 1))
+    table = np.empty((len(starts), 2), np.int32)
+    table[:, 0] = sorted_key[starts] % num_experts
+    table[:-1, 1] = starts[1:] - starts[:-1]
+    table[-1, 1] = len(order) - starts[-1]
+    slots, slot_weights = _slot_table(pair_rows, weights, order, num_rows)
+    workers = (sorted_key[starts] // num_experts).tolist()
+    shares = _worker_shares(workers, [*starts.tolist(), len(order)], table)
+    return FanOut(pair_rows[order].astype(np.int64), shares, slots, slot_weights)
+
+
+def _worker_shares(workers: list[int], bounds: list[int], table: Int32s) -> list[WorkerShare]:
+    shares: list[WorkerShare] = []
+    first = 0
+    for i, worker in enumerate(workers):
+        if i + 1 == len(workers) or workers[i + 1] != worker:
+            shares.append(WorkerShare(worker, bounds[first], bounds[i + 1], table[first : i + 1]))
+            first = i + 1
     return shares
 
 
-def row_steps(pair_rows: Int32s) -> list[tuple[Ints, Ints]]:
-    """The order of a weighted sum: step k holds (rows, pairs) of the k-th pair of every row that has one.
-
-    Pairs are sorted by row, so within a step every row occurs once: a step is one vectorised addition, and the steps in
-    sequence add each row's terms in ascending expert id whatever the other rows do.
-    """
-    starts = np.flatnonzero(np.diff(pair_rows, prepend=-1))
-    rank = np.arange(len(pair_rows)) - np.repeat(starts, np.diff(starts, append=len(pair_rows)))
-    rows = pair_rows.astype(np.int64)
-    return [
-        (rows[pairs], pairs)
-        for k in range(int(rank.max()) + 1)
-        if len(pairs := np.flatnonzero(rank == k))
-    ]
+def _slot_table(
+    pair_rows: Int32s, weights: Floats, order: Ints, num_rows: int
+) -> tuple[Int32s, Floats]:
+    counts = np.bincount(pair_rows, minlength=num_rows)
+    rank = np.arange(len(pair_rows)) - (counts.cumsum() - counts)[pair_rows]
+    places = np.empty(len(order), np.int32)
+    places[order] = np.arange(len(order), dtype=np.int32)
+    slots = np.full((num_rows, int(counts.max())), -1, np.int32)
+    slots[pair_rows, rank] = places
+    slot_weights = np.zeros(slots.shape, np.float32)
+    slot_weights[pair_rows, rank] = weights
+    return slots, slot_weights
