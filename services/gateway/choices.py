@@ -61,7 +61,7 @@ class Choice:
         self._job = job
         self._echo = job.echo[index // job.num_choices] if job.echo else ""
         self._prompt = job.requests[index].prompt_token_ids
-        self._detokenizer = Detokenizer(model.tokenizer)
+        self._detokenizer = Detokenizer(model.tokenizer, model.special_ids)
         self._stops = StopMatcher(job.stops)
 
     @property

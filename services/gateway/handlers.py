@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import orjson
-from aiohttp import ClientConnectionResetError, web
+from aiohttp import ClientConnectionResetError, ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from common.request import TokenEvent
 from services.gateway.choices import Choice, Piece
 from services.gateway.dispatch import Batch, Dispatcher
-from services.gateway.errors import ApiError
+from services.gateway.errors import ApiError, invalid
 from services.gateway.model import ServedModel
 from services.gateway.prepare import Job, chat_job, completion_job
 from services.gateway.render import ChatFormat, CompletionFormat, Format
@@ -23,6 +24,8 @@ from services.gateway.schema import ChatRequest, CompletionRequest, parse_body
 
 # A worker fails requests at their deadline by itself; this is for a gateway whose reader does not read.
 _GRACE_S = 5.0
+
+_BODY_S = 60.0  # for a client to send its body
 
 _SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -40,7 +43,7 @@ class Generation:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
-        body = parse_body(CompletionRequest, await request.read())
+        body = parse_body(CompletionRequest, await _read(request))
         self._check_model(body.model)
         job = await completion_job(body, self._model)
         layout = CompletionFormat(job, self._model, created=int(time.time()))
@@ -48,7 +51,7 @@ class Generation:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        body = parse_body(ChatRequest, await request.read())
+        body = parse_body(ChatRequest, await _read(request))
         self._check_model(body.model)
         job = await chat_job(body, self._model)
         layout = ChatFormat(job, self._model, created=int(time.time()))
@@ -84,6 +87,17 @@ def unknown_model(name: str) -> ApiError:
 def json_response(body: dict[str, Any], *, status: int = 200) -> web.Response:
     """A JSON answer."""
     return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")
+
+
+async def _read(request: web.Request) -> bytes:
+    """The whole body. Raises ApiError 408 when it does not come, 400 when it cannot be decoded."""
+    try:
+        async with asyncio.timeout(_BODY_S):
+            return await request.read()
+    except TimeoutError as exc:
+        raise ApiError(408, f"the body did not arrive within {_BODY_S:g} s") from exc
+    except (web.RequestPayloadError, HttpProcessingError, ClientPayloadError) as exc:
+        raise invalid(f"the body cannot be read: {exc}") from exc
 
 
 async def _collect(layout: Format, choices: Sequence[Choice], batch: Batch) -> web.Response:

@@ -13,6 +13,7 @@ from common.config import ClusterConfig
 from common.errors import ModelError
 from services.gateway.chat import ChatTemplate
 from services.gateway.errors import invalid
+from services.gateway.text import special_ids
 
 # Characters from which encoding leaves the event loop: below it takes less than about a millisecond.
 _ENCODE_INLINE = 4096
@@ -27,6 +28,7 @@ class ServedModel:
     vocab_size: int
     created: int  # Unix seconds, for /v1/models
     tokenizer: Tokenizer | None = None
+    special_ids: frozenset[int] = frozenset()
     template: ChatTemplate | None = None
     bos_token_id: int | None = None  # put before every plain-text prompt, if the tokenizer does not
 
@@ -105,6 +107,7 @@ def load_model(config: ClusterConfig, *, created: int) -> ServedModel:
         vocab_size=_positive(document, "vocab_size", directory),
         created=created,
         tokenizer=tokenizer,
+        special_ids=special_ids(tokenizer) if tokenizer else frozenset(),
         template=ChatTemplate.load(directory, tokenizer_config) if tokenizer else None,
         bos_token_id=tokenizer.token_to_id(bos) if tokenizer and bos and add_bos else None,
     )

@@ -7,6 +7,7 @@ that may still turn out to belong to a stop string.
 
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from tokenizers import Tokenizer
 
@@ -20,21 +21,24 @@ _TAIL = 8
 
 
 class Detokenizer:
-    """The text of a growing list of tokens. Special tokens have no text."""
+    """The text of a growing list of tokens. Those in `special_ids` have no text."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, special_ids: AbstractSet[int]) -> None:
         self._tokenizer = tokenizer
+        self._special_ids = special_ids
         self._window: list[int] = []
         self._emitted = 0  # characters of the window's text that are out
 
     def add(self, token_id: int) -> str:
         """The text that this token makes certain, often its own, "" while a character is incomplete."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or token_id in self._special_ids:
+            return ""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:  # a vocabulary padded beyond the tokenizer's
             return ""
         self._window.append(token_id)
         # A run of byte tokens decodes as a whole, to nothing but replacement characters if any byte is wrong.
-        token = self._tokenizer.id_to_token(token_id)
-        if token is not None and _BYTE_TOKEN.fullmatch(token):
+        if _BYTE_TOKEN.fullmatch(token):
             return ""
         text = self._decode(self._window)
         certain = len(text.rstrip(_REPLACEMENT))
@@ -61,6 +65,12 @@ class Detokenizer:
     def _decode(self, token_ids: Sequence[int]) -> str:
         assert self._tokenizer is not None, "decoding without a tokenizer"
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that decoding leaves out."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(token_id for token_id, token in added.items() if token.special)
 
 
 class StopMatcher:
