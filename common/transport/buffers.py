@@ -81,6 +81,13 @@ class BufferPool:
         self.outstanding += 1
         return buffer
 
+    def acquire_text(self, sentence: str) -> Buffer:
+        """A buffer that holds a sentence in UTF-8 (the payload of FAILED), cut at 4096 bytes."""
+        text = np.frombuffer(sentence.encode()[:4096], np.uint8)
+        buffer = self.acquire(len(text))
+        buffer.array[:] = text
+        return buffer
+
     def _take_back(self, buffer: Buffer) -> None:
         self.outstanding -= 1
         capacity = buffer.storage.nbytes

@@ -27,7 +27,7 @@ class Kind(IntEnum):
 
     DISPATCH = 1  # attention -> source router: rows, chosen experts, gate weights
     RELAY = 2  # source router -> router of another node: each needed row once, and who wants it
-    EXPERT_IN = 3  # router -> expert: rows of one block for one expert
+    EXPERT_IN = 3  # router -> expert worker: rows of one block, sorted by expert
     EXPERT_OUT = 4  # expert -> router: as many rows back, in the same order
     PARTIAL = 5  # router of another node -> source router: one pre-reduced row per row of the RELAY
     COMBINED = 6  # source router -> attention: one row per row of the DISPATCH
@@ -56,7 +56,7 @@ class Header:
     """One data message's header. Sizes are counts of rows or bytes, times are microseconds unless named `_ns`.
 
     `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
-    in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is an expert id
+    in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is a worker index
     (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits` is filled by the link.
     """
 
@@ -81,6 +81,15 @@ class Header:
     compute_us: int = 0
     combine_us: int = 0
     transit_us: int = 0
+
+    def derive(
+        self, kind: Kind, *, target: int, num_rows: int = 0, num_pairs: int = 0, payload_nbytes: int
+    ) -> "Header":
+        """A header about the same block: the next hop of a request, or the answer to it."""
+        return Header(
+            kind, self.wire, 0, self.layer, self.epoch, self.width, self.block, self.trace,
+            num_rows, num_pairs, target, self.attempt, self.microbatch, payload_nbytes,
+        )  # fmt: skip
 
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
         """Write the 128 bytes at `offset`. Raises WireError when a value does not fit its field."""

@@ -1,0 +1,1 @@
+"""`python -m services.gateway --cluster F --index I` runs the gateway of a cluster until SIGTERM."""
