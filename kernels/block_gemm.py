@@ -22,6 +22,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+PREFETCH_UNITS: tl.constexpr = tl.constexpr(8)  # of each run: 17 MB in all, a third of an H100's L2
+PDL = True
 WORKERS = 132  # SMs of an H100 or H200; on any other card the order stays this one
 
 
@@ -32,11 +34,16 @@ def worker_of(unit, units, workers):
 
 
 @triton.jit
-def _prefetch_l2(address):
-    """Ask for 128 bytes at each int64 address to be brought into L2."""
+def _prefetch_l2(address, nbytes):
+    """Ask for bytes (a multiple of 16; none where not positive) at int64 addresses to be brought into L2."""
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 128; mov.u32 $0, 0;",
-        "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1,
+        """{
+        .reg .pred some;
+        setp.gt.s32 some, $2, 0;
+        @some cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [address, nbytes], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -44,6 +51,37 @@ def _prefetch_l2(address):
 def _first_row(tile, half_rows, half_tiles):
     """First weight row of a tile: gate and up (or the only half, of a down projection) are cut apart."""
     return tile // half_tiles * half_rows + tile % half_tiles * 128
+
+
+@triton.jit
+def prefetch_runs(
+    W, K, kb, units, workers, half_rows, half_tiles, line, SUBS: tl.constexpr, UNITS: tl.constexpr
+):  # fmt: skip
+    """Bring the first units of runs into L2; line = 128 * worker + row of the tile, one request per line."""
+    worker = tl.minimum(line // 128, workers - 1)
+    start = worker * units // workers
+    tile = start // kb
+    k = start - tile * kb
+    num_units = tl.minimum(tl.minimum((worker + 1) * units // workers - start, kb - k), UNITS)
+    nbytes = tl.minimum(num_units * 128, K - k * 128)
+    nbytes = tl.where(line < workers * 128, nbytes, 0)
+    for sub in tl.static_range(SUBS):
+        t = tile * SUBS + sub
+        n = (
+            tl.minimum(t % half_tiles * 128 + line % 128, half_rows - 1)
+            + t // half_tiles * half_rows
+        )
+        _prefetch_l2((W + n.to(tl.int64) * K + k * 128).to(tl.int64), nbytes)
+
+
+@triton.jit
+def _store_tile(at, acc, ok):
+    """Store acc [BM, 128] at pointers `at` [BM, 1] in two halves, which halves the scratch memory."""
+    halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, 64)), (0, 2, 1))
+    left, right = tl.split(halves)
+    column = tl.arange(0, 64)[None, :]
+    tl.store(at + column, left, mask=ok[:, None])
+    tl.store(at + 64 + column, right, mask=ok[:, None])
 
 
 @triton.jit
@@ -65,11 +103,8 @@ def _stream_gemm(
     end = (worker + 1) * units // workers
     gdc_launch_dependents()
     if PREFETCH:
-        for u in range(start, end):
-            for sub in tl.static_range(SUBS):
-                n0 = _first_row(u // kb * SUBS + sub, half_rows, half_tiles)
-                line = (n0 + tl.arange(0, 128)).to(tl.int64) * K + u % kb * 128
-                _prefetch_l2((WP + line).to(tl.int64))
+        line = worker * 128 + tl.arange(0, 128)
+        prefetch_runs(WP, K, kb, units, workers, half_rows, half_tiles, line, SUBS, PREFETCH_UNITS)
     gdc_wait()
     row = m0 + tl.arange(0, BM)
     ok = row < M
@@ -88,11 +123,11 @@ def _stream_gemm(
             acc1 = _add_unit(acc1, x, xs, W, WS, t + 1, n1, k, kb)
         if (k == kb - 1) | (u == end - 1):
             slot = ((worker * slots + tile - first) * SUBS).to(tl.int64) * M
-            at = PARTIAL + (slot + row)[:, None] * 128 + tl.arange(0, 128)[None, :]
-            tl.store(at, acc, mask=ok[:, None])
+            at = PARTIAL + (slot + row)[:, None] * 128
+            _store_tile(at, acc, ok)
             acc = tl.zeros((BM, 128), tl.float32)
             if SUBS == 2:
-                tl.store(at + M * 128, acc1, mask=ok[:, None])
+                _store_tile(at + M * 128, acc1, ok)
                 acc1 = tl.zeros((BM, 128), tl.float32)
 
 
@@ -181,7 +216,7 @@ def stream_gemm(
         TensorDescriptor(x, list(x.shape), [k, 1], [block, 128]), x_scales,
         TensorDescriptor(w, list(w.shape), [k, 1], [128, 128]), w_scales, partial, w, m, k, c.kb,
         c.units, c.workers, c.slots, c.half_rows, c.half_tiles, block, c.subs, prefetch, num_stages,
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=True,
+        num_warps=num_warps, num_stages=num_stages, launch_pdl=PDL,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def _weighted_sum(
     for k in tl.static_range(K):
         slot = tl.load(SLOTS + row * K + k)
         # An absent row is read as zeros: adding +0 changes no bit of an accumulator that is never -0.
-        here = inside & (slot >= 0)
+        here = inside & (tl.zeros((C,), tl.int32) + slot >= 0)
         at = SOURCE + slot.to(tl.int64) * width + column
         term = tl.load(at, mask=here, other=0.0).to(WIDE)
         if WEIGHTED:

@@ -12,7 +12,7 @@ Floor: max((weights + rows in + rows out) / read bandwidth, 6 * rows * width * h
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, scaled_mm
+from torch.nn.functional import ScalingType, pad, scaled_mm
 
 from kernels.block_gemm import cut, stream_gemm, tile_gemm
 from kernels.swiglu import store_runs, swiglu_dense, swiglu_runs
@@ -31,11 +31,11 @@ def _stream(
     m, (width, hidden) = rows.shape[0], down.shape
     c = cut(2 * hidden, width, 2)
     partial = torch.empty(c.workers * c.slots, m, 128, device=rows.device)
-    stream_gemm(rows, scales, gate_up, gate_up_scales, partial, c, prefetch=False)
-    h, h_scales = swiglu_runs(partial, c, hidden, m)
+    stream_gemm(rows, scales, gate_up, gate_up_scales, partial, c, prefetch=True)
     d = cut(width, hidden, 1)
+    h, h_scales = swiglu_runs(partial, c, m, down, d)
     partial = torch.empty(d.workers * d.slots, m, 128, device=rows.device)
-    stream_gemm(h, h_scales, down, down_scales, partial, d, prefetch=True)
+    stream_gemm(h, h_scales, down, down_scales, partial, d, prefetch=False)
     out = torch.empty(m, width, dtype=torch.bfloat16, device=rows.device)
     store_runs(partial, d, out)
     return out
@@ -57,10 +57,16 @@ def _library(
     down: Tensor,
     down_scales: Tensor,
 ) -> Tensor:
+    m = rows.shape[0]
+    if (
+        m % 4
+    ):  # the library wants the scales of a block of columns to start at multiples of 16 bytes
+        rows = pad(rows.view(torch.uint8), (0, 0, 0, -m % 4)).view(rows.dtype)
+        scales = pad(scales, (0, 0, 0, -m % 4))
     by_block = scales.t().contiguous().t()
     both = _scaled_mm(rows, by_block, gate_up, gate_up_scales)
     h, h_scales = swiglu_dense(both, scales_by_block=True)
-    return _scaled_mm(h, h_scales, down, down_scales)
+    return _scaled_mm(h, h_scales, down, down_scales)[:m]
 
 
 def _tiles(

@@ -10,9 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.block_gemm import Cut, worker_of
+from kernels.block_gemm import PREFETCH_UNITS, Cut, prefetch_runs, worker_of
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import SCALE_MIN
+
+PDL = True
+PREFETCH = True
 
 
 @triton.jit
@@ -42,9 +45,19 @@ def _sum_of_runs(
 @triton.jit
 def _swiglu_runs(
     PARTIAL, Q, S, M, hidden, units, workers, slots, kb, half_tiles,
-    SUBS: tl.constexpr, RUNS: tl.constexpr, R: tl.constexpr, MIN: tl.constexpr,
+    NEXT, next_kb, next_units, next_workers, next_rows, lines,
+    SUBS: tl.constexpr, NEXT_SUBS: tl.constexpr, RUNS: tl.constexpr, R: tl.constexpr,
+    L: tl.constexpr, MIN: tl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
+    # The down weights come into L2 while the gate_up product drains: its end leaves memory idle.
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    for first in range(0, lines, L):
+        line = program * lines + first + tl.arange(0, L)
+        prefetch_runs(
+            NEXT, hidden, next_kb, next_units, next_workers, next_rows,
+            tl.cdiv(next_rows, 128), line, NEXT_SUBS, PREFETCH_UNITS,
+        )  # fmt: skip
     gdc_wait()
     tile = tl.program_id(0)
     row = tl.program_id(1) * R + tl.arange(0, R)
@@ -91,14 +104,24 @@ def _swiglu_dense(
     tl.store(S + row * s_row + block * s_block, scale, mask=b < num_blocks)
 
 
-def swiglu_runs(partial: Tensor, c: Cut, hidden: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """SwiGLU of the sums of runs of gate and up: e4m3 [M, hidden] and scales [M, ceil(hidden / 128)]."""
+def swiglu_runs(
+    partial: Tensor, c: Cut, num_rows: int, down: Tensor, d: Cut
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU of the sums of runs of gate and up: e4m3 [M, hidden] and scales [M, ceil(hidden / 128)].
+
+    Prefetches the beginning of each run of `down` [width, hidden], cut as `d`, into L2.
+    """
+    hidden = down.shape[1]
     q = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=partial.device)
     s = torch.empty(num_rows, c.half_tiles, device=partial.device)
     block = 4 if num_rows > 16 else 1
-    _swiglu_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
-        partial, q, s, num_rows, hidden, c.units, c.workers, c.slots, c.kb, c.half_tiles,
-        c.subs, c.runs, block, SCALE_MIN, num_warps=4 if block == 4 else 1, launch_pdl=True,
+    grid = (c.half_tiles, triton.cdiv(num_rows, block))
+    lanes = 128 if block == 4 else 32
+    lines = triton.cdiv(triton.cdiv(d.workers * 128, grid[0] * grid[1]), lanes) * lanes
+    _swiglu_runs[grid](
+        partial, q, s, num_rows, hidden, c.units, c.workers, c.slots, c.kb, c.half_tiles, down,
+        d.kb, d.units, d.workers, d.half_rows, lines if PREFETCH else 0, c.subs, d.subs, c.runs, block, lanes, SCALE_MIN,
+        num_warps=4 if block == 4 else 1, launch_pdl=PDL,
     )  # fmt: skip
     return q, s
 
@@ -109,7 +132,7 @@ def store_runs(partial: Tensor, c: Cut, out: Tensor) -> None:
     block = 4 if num_rows > 16 else 1
     _store_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
         partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.subs, c.runs, block,
-        num_warps=4 if block == 4 else 1, launch_pdl=True,
+        num_warps=4 if block == 4 else 1, launch_pdl=PDL,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Device time of kernels and the card's ceilings: replays of a CUDA graph, median and spread, weights rotated."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,7 +20,11 @@ class Timing(NamedTuple):
 
 
 def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> Timing:
-    """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed."""
+    """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed.
+
+    They are repeated up to 32 calls, so that the gap between two replays does not count.
+    """
+    calls = list(calls) * max(1, 32 // len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -38,7 +43,7 @@ def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> T
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in zip(events, events[1:], strict=False)]
+    times = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in itertools.pairwise(events)]
     tenths = statistics.quantiles(times, n=10)
     return Timing(statistics.median(times), tenths[0], tenths[-1])
 
@@ -64,21 +69,33 @@ def read_bandwidth() -> float:
             def call(programs: int = programs, block: int = block) -> None:
                 _read[(programs,)](x, out, x.numel(), block, num_warps=8)
 
-            best = max(best, x.nbytes / time_calls([call], replays=8).us * 1e6)
+            best = max(best, x.nbytes / time_calls([call], replays=4).us * 1e6)
     return best
 
 
+@triton.jit
+def _copy(X, OUT, B: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    tl.store(OUT + at, tl.load(X + at))
+
+
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written together, of a 2 GiB device-to-device copy."""
+    """Bytes per second, read and written together, of a 2 GiB copy: the better of cudaMemcpy and a plain kernel."""
     x = torch.ones(1 << 29, dtype=torch.int32, device="cuda")
     y = torch.empty_like(x)
-    return 2 * x.nbytes / time_calls([lambda: y.copy_(x)], replays=8).us * 1e6
+
+    def kernel() -> None:
+        _copy[(x.numel() // 4096,)](x, y, 4096, num_warps=8)
+
+    return max(
+        2 * x.nbytes / time_calls([f], replays=4).us * 1e6 for f in (lambda: y.copy_(x), kernel)
+    )
 
 
 def bf16_peak() -> float:
     """FLOP per second of an 8192^3 bf16 product on random data."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return float(2 * 8192**3 / time_calls([lambda: a @ b], replays=8).us * 1e6)
+    return float(2 * 8192**3 / time_calls([lambda: a @ b], replays=4).us * 1e6)
 
 
 def fp8_peak() -> float:
@@ -89,4 +106,4 @@ def fp8_peak() -> float:
     def call() -> Tensor:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return float(2 * 8192**3 / time_calls([call], replays=8).us * 1e6)
+    return float(2 * 8192**3 / time_calls([call], replays=4).us * 1e6)

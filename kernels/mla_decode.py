@@ -1,0 +1,188 @@
+"""MLA decode on a paged latent cache: queries already projected into the latent space read each page once.
+
+One program per request, block of 64 heads and split of the context. How a context is split depends on its own length
+alone (`SPLIT_TOKENS`), so a request's bits depend on no other request; a request of one split is finished in the first
+kernel, others by a second that adds the splits in order. DeepSeek-V2 (arXiv 2405.04434), section 2.1; the running
+softmax is arXiv 2205.14135.
+
+Cache: bf16 [pages, page tokens, latent + rope], or uint8 [pages, page tokens, latent + latent / 32 + 2 * rope]: e4m3
+latents, one fp32 scale per 128 of them, then the rotated key in bf16. Floor: max(cache bytes / read bandwidth,
+2 * heads * context * (2 * latent + rope) / bf16 peak).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+SPLIT_TOKENS = 2048
+_HEADS = 64  # of a program: the rows of one wgmma
+_KEYS = 64  # of a step
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _load_entries(CACHE, entry, ok, LATENT: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr):
+    """Latents [BK, LATENT] and rotated keys [BK, ROPE] of cache entries (their numbers), zeros where not ok."""
+    latent, rope = tl.arange(0, LATENT)[None, :], tl.arange(0, ROPE)[None, :]
+    mask = ok[:, None]
+    if FP8:
+        base = CACHE + entry[:, None] * (LATENT + LATENT // 32 + 2 * ROPE)
+        q = tl.load(base.to(tl.pointer_type(tl.float8e4nv)) + latent, mask=mask, other=0.0)
+        scales = (base + LATENT).to(tl.pointer_type(tl.float32))
+        scale = tl.load(scales + latent // 128, mask=mask, other=0.0)
+        keys = (q.to(tl.float32) * scale).to(tl.bfloat16)
+        rotated = (base + LATENT + LATENT // 32).to(tl.pointer_type(tl.bfloat16))
+    else:
+        base = CACHE + entry[:, None] * (LATENT + ROPE)
+        keys = tl.load(base + latent, mask=mask, other=0.0)
+        rotated = base + LATENT
+    return keys, tl.load(rotated + rope, mask=mask, other=0.0)
+
+
+@triton.jit
+def _attend(q, qr, keys, rotated, ok, scale2, maximum, total, acc):
+    """Add keys [BK, LATENT] to the running softmax (base 2) of BH heads; where not ok, a key has no weight."""
+    new = maximum
+    shrink = maximum
+    weight = tl.zeros((q.shape[0], keys.shape[0]), tl.bfloat16)
+    # Always true. In a region of its own the compiler does not see that another product follows, and shares the keys
+    # out over both warpgroups; else each computes all 64 x 64 scores.
+    scores = tl.zeros((q.shape[0], keys.shape[0]), tl.float32)
+    if scale2 < 1e30:
+        scores = tl.dot(qr, rotated.T)
+    if scale2 > 0:
+        scores = tl.dot(q, keys.T, scores) * scale2
+        scores = tl.where(ok[None, :], scores, float("-inf"))
+        new = tl.maximum(maximum, tl.max(scores, 1))
+        shrink = tl.exp2(maximum - new)
+        exact = tl.exp2(scores - new[:, None])
+        total = total * shrink + tl.sum(exact, 1)
+        weight = exact.to(tl.bfloat16)
+    acc = tl.dot(weight, keys, acc * shrink[:, None])
+    return new, total, acc
+
+
+@triton.jit
+def _decode(
+    Q, CACHE, ENTRIES, ROTATED, TABLE, CONTEXT, OUT, PARTIAL, LSE, scale2, heads, table_width,
+    max_splits, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    FP8: tl.constexpr, TMA: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    request, split = tl.program_id(2), tl.program_id(1)
+    context = tl.load(CONTEXT + request)
+    start = split * SPLIT
+    if start >= context:
+        return
+    end = tl.minimum(start + SPLIT, context)
+    head = tl.program_id(0) * BH + tl.arange(0, BH)
+    head_ok = (head < heads)[:, None]
+    latent = tl.arange(0, LATENT)[None, :]
+    q_at = Q + (request * heads + head).to(tl.int64)[:, None] * (LATENT + ROPE)
+    q = tl.load(q_at + latent, mask=head_ok, other=0.0)
+    qr = tl.load(q_at + LATENT + tl.arange(0, ROPE)[None, :], mask=head_ok, other=0.0)
+    acc = tl.zeros((BH, LATENT), tl.float32)
+    maximum = tl.full((BH,), -1e30, tl.float32)
+    total = tl.zeros((BH,), tl.float32)
+    table = TABLE + request * table_width
+    i = tl.arange(0, BK)
+    whole = start
+    if TMA:  # whole blocks of one page each; slots never written are read by none of them
+        whole += (end - start) // BK * BK
+        page = tl.load(table + start // PAGE)
+        for first in tl.range(start, whole, BK, num_stages=STAGES):
+            following = tl.load(table + tl.minimum(first + BK, end - 1) // PAGE)
+            entry = page * PAGE + first % PAGE
+            keys = ENTRIES.load([entry, 0])
+            rotated = ROTATED.load([entry, LATENT])
+            maximum, total, acc = _attend(
+                q, qr, keys, rotated, first + i < end, scale2, maximum, total, acc
+            )
+            page = following
+    # What is left, in smaller blocks: this loop goes through registers.
+    i = tl.arange(0, 64)
+    for first in tl.range(whole, end, 64, num_stages=1 if TMA else STAGES):
+        ok = first + i < end
+        page_of = tl.load(table + (first + i) // PAGE, mask=ok, other=0).to(tl.int64)
+        entry = page_of * PAGE + (first + i) % PAGE
+        keys, rotated = _load_entries(CACHE, entry, ok, LATENT, ROPE, FP8)
+        maximum, total, acc = _attend(q, qr, keys, rotated, ok, scale2, maximum, total, acc)
+    acc = acc / total[:, None]
+    row = (request * heads + head).to(tl.int64)[:, None]
+    if context <= SPLIT:
+        tl.store(OUT + row * LATENT + latent, acc, mask=head_ok)
+    else:
+        part = (request * max_splits + split).to(tl.int64) * heads + head
+        tl.store(PARTIAL + part[:, None] * LATENT + latent, acc, mask=head_ok)
+        tl.store(LSE + part, maximum + tl.log2(total), mask=head < heads)
+
+
+@triton.jit
+def _add_splits(
+    PARTIAL, LSE, CONTEXT, OUT, heads, max_splits, LATENT: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    request, head = tl.program_id(1), tl.program_id(0)
+    context = tl.load(CONTEXT + request)
+    if context <= SPLIT:
+        return
+    splits = tl.cdiv(context, SPLIT)
+    latent = tl.arange(0, LATENT)
+    first = (request * max_splits).to(tl.int64) * heads + head
+    maximum = tl.load(LSE + first)
+    for s in range(1, splits):
+        maximum = tl.maximum(maximum, tl.load(LSE + first + s * heads))
+    acc = tl.zeros((LATENT,), tl.float32)
+    total = 0.0
+    for s in tl.range(0, splits, num_stages=3):
+        part = first + s * heads
+        weight = tl.exp2(tl.load(LSE + part) - maximum)
+        acc += weight * tl.load(PARTIAL + part * LATENT + latent)
+        total += weight
+    row = (request * heads + head).to(tl.int64)
+    tl.store(OUT + row * LATENT + latent, acc / total)
+
+
+def mla_decode_paged(
+    queries: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    context: Tensor,
+    *,
+    scale: float,
+    latent: int,
+    max_context: int,
+) -> Tensor:
+    """softmax(scale * queries @ keys) @ latents: bf16 [requests, heads, latent].
+
+    queries bf16 [requests, heads, latent + rope] in the latent space; cache as above; page_table int32
+    [requests, pages]; context int32 [requests], tokens of each request (at least 1), none above `max_context`.
+    Raises ValueError for a latent width that is no power of two or a rope width that is not one either.
+    """
+    requests, heads, width = queries.shape
+    rope = width - latent
+    if latent & (latent - 1) or rope & (rope - 1) or rope < 16:
+        raise ValueError(f"latent {latent} and rope {rope} must be powers of two, rope at least 16")
+    fp8 = cache.dtype is torch.uint8
+    splits = -(-max_context // SPLIT_TOKENS)
+    out = torch.empty(requests, heads, latent, dtype=torch.bfloat16, device=queries.device)
+    # Never written and never read where no request has a second split.
+    kept = (requests * splits * heads) if splits > 1 else 1
+    partial = torch.empty(kept, latent, device=queries.device)
+    lse = torch.empty(kept, device=queries.device)
+    page = cache.shape[1]
+    tma = not fp8 and page % _KEYS == 0
+    flat = cache.view(-1, cache.shape[2])
+    entries = TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [_KEYS, latent])
+    rotated = TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [_KEYS, rope])
+    _decode[(triton.cdiv(heads, _HEADS), splits, requests)](
+        queries, cache, entries if tma else None, rotated if tma else None, page_table, context,
+        out, partial, lse, scale * _LOG2_E, heads, page_table.shape[1], splits, latent, rope, page,
+        SPLIT_TOKENS, fp8, tma, _HEADS, _KEYS if tma else 32, 2, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        _add_splits[(heads, requests)](
+            partial, lse, context, out, heads, splits, latent, SPLIT_TOKENS, num_warps=2
+        )
+    return out

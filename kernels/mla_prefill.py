@@ -1,0 +1,100 @@
+"""Causal attention of prompt rows whose keys and values were expanded from the latent, sequences of any length.
+
+One program per 128 rows of one sequence and one head; pages of 64 keys in ascending order with a running softmax
+(arXiv 2205.14135), so a row's bits depend on its own position and context alone. Floor: FLOP / bf16 peak.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _prefill(
+    Q, K, V, OUT, STARTS_Q, STARTS_K, scale2, heads, QK: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """QK columns are taken as A + B, both padded to powers of two, so that 192 costs no padding to 256."""
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    q0, q1 = tl.load(STARTS_Q + sequence), tl.load(STARTS_Q + sequence + 1)
+    k0, k1 = tl.load(STARTS_K + sequence), tl.load(STARTS_K + sequence + 1)
+    # The longest tiles first: they decide when the grid ends.
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    if m0 >= q1 - q0:
+        return
+    before = (k1 - k0) - (q1 - q0)  # tokens of context in front of the first row
+    m = m0 + tl.arange(0, BM)
+    m_ok = m < q1 - q0
+    a, b, dv = tl.arange(0, A), tl.arange(0, B), tl.arange(0, DVP)
+    b_ok = A + b < QK
+    q_at = Q + ((q0 + m).to(tl.int64) * heads + head)[:, None] * QK
+    qa = tl.load(q_at + a[None, :], mask=m_ok[:, None], other=0.0)
+    qb = tl.load(q_at + A + b[None, :], mask=m_ok[:, None] & b_ok[None, :], other=0.0)
+    acc = tl.zeros((BM, DVP), tl.float32)
+    maximum = tl.full((BM,), -1e30, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    end = tl.minimum(before + m0 + BM, k1 - k0)
+    for n0 in tl.range(0, end, BN, num_stages=STAGES):
+        n = n0 + tl.arange(0, BN)
+        n_ok = n < k1 - k0
+        k_at = K + ((k0 + n).to(tl.int64) * heads + head)[:, None] * QK
+        ka = tl.load(k_at + a[None, :], mask=n_ok[:, None], other=0.0)
+        kb = tl.load(k_at + A + b[None, :], mask=n_ok[:, None] & b_ok[None, :], other=0.0)
+        v_at = V + ((k0 + n).to(tl.int64) * heads + head)[:, None] * DV
+        v = tl.load(v_at + dv[None, :], mask=n_ok[:, None] & (dv < DV)[None, :], other=0.0)
+        scores = tl.dot(qa, ka.T)
+        scores = tl.dot(qb, kb.T, scores) * scale2
+        scores = tl.where(n[None, :] <= before + m[:, None], scores, float("-inf"))
+        new = tl.maximum(maximum, tl.max(scores, 1))
+        shrink = tl.exp2(maximum - new)
+        weight = tl.exp2(scores - new[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None])
+        maximum = new
+    at = OUT + ((q0 + m).to(tl.int64) * heads + head)[:, None] * DV + dv[None, :]
+    tl.store(at, acc / total[:, None], mask=m_ok[:, None] & (dv < DV)[None, :])
+
+
+def _halves(width: int) -> tuple[int, int]:
+    """Two powers of two that cover `width` columns: 192 = 128 + 64, 56 = 32 + 24 (32)."""
+    first = 1 << (width.bit_length() - 1)
+    return (first // 2, first // 2) if first == width else (first, max(16, _padded(width - first)))
+
+
+def _padded(width: int) -> int:
+    return 1 << (width - 1).bit_length()
+
+
+def mla_prefill_rows(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    *,
+    scale: float,
+    max_rows: int,
+) -> Tensor:
+    """Causal attention: bf16 [rows, heads, v] for queries bf16 [rows, heads, qk] of several sequences.
+
+    keys [tokens, heads, qk] and values [tokens, heads, v], bf16; sequence i has queries starts_q[i] .. starts_q[i + 1]
+    (int32 [sequences + 1]) and keys starts_k[i] .. starts_k[i + 1], its queries being the last of its tokens; no
+    sequence has more than `max_rows` queries.
+    """
+    rows, heads, width = queries.shape
+    value_width = values.shape[-1]
+    out = torch.empty(rows, heads, value_width, dtype=queries.dtype, device=queries.device)
+    if rows:
+        first, second = _halves(width)
+        block = 128
+        grid = (triton.cdiv(max_rows, block), heads, starts_q.shape[0] - 1)
+        _prefill[grid](
+            queries, keys, values, out, starts_q, starts_k, scale * _LOG2_E, heads, width, first,
+            second, value_width, triton.next_power_of_2(value_width), block, 64, 2, num_warps=8,
+            num_stages=2,
+        )  # fmt: skip
+    return out
