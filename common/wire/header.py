@@ -18,8 +18,13 @@ VERSION = 1
 
 # magic version kind | wire flags layer | epoch width | block | trace | num_rows num_pairs | target attempt
 # microbatch reserved | payload | credits source reserved | sent_ns | queue compute combine transit (us, u32)
-_LAYOUT = struct.Struct("<HBB BBH II Q Q II HHHH Q IHH Q IIII")
-_PADDING = HEADER_NBYTES - _LAYOUT.size
+_FIELDS = "<HBB BBH II Q Q II HHHH Q IHH Q IIII"
+_LAYOUT = struct.Struct(
+    f"{_FIELDS} {HEADER_NBYTES - struct.calcsize(_FIELDS)}x"
+)  # padded with zeros
+CREDITS_OFFSET = struct.calcsize(
+    "<HBB BBH II Q Q II HHHH Q"
+)  # a link fills `credits` in at the last moment
 
 
 class Kind(IntEnum):
@@ -103,8 +108,6 @@ class Header:
             )  # fmt: skip
         except struct.error as exc:
             raise WireError(f"header field out of range in {self}: {exc}") from exc
-        start = offset + _LAYOUT.size
-        buffer[start : start + _PADDING] = bytes(_PADDING)
 
     @classmethod
     def unpack_from(
