@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.errors import LinkClosed
+from common.errors import Fatal, LinkClosed
 from common.request import FinishReason, Request, TokenEvent
 from services.gateway.admission import Admission, Offer
 from services.gateway.backends import Backends
@@ -225,6 +225,8 @@ class Dispatcher:
         ) as exc:  # on_worker_lost may come later; until then nothing more goes there
             self._admission.set_ready(worker, False, now=self._loop.time())
             self._resubmit(continuation, str(exc))
+        except Fatal as exc:  # a frame beyond the transport's limits: no worker can be sent it
+            self._fail(continuation, str(exc), retryable=False)
 
     def _may_resubmit(self, continuation: _Continuation, event: TokenEvent | None) -> bool:
         return (
@@ -248,14 +250,14 @@ class Dispatcher:
         except LinkClosed:
             return  # the worker cancels what belongs to a closed link
 
-    def _fail(self, continuation: _Continuation, sentence: str) -> None:
+    def _fail(self, continuation: _Continuation, sentence: str, *, retryable: bool = True) -> None:
         continuation.batch.put(
             continuation.index,
             TokenEvent(
                 continuation.request.id,
                 finish_reason=FinishReason.ERROR,
                 error=sentence,
-                retryable=True,
+                retryable=retryable,
             ),
         )
         self._end(continuation, "failed")
