@@ -91,6 +91,11 @@ class Dispatcher:
         self._idle.set()
         self.draining = False
         backends.listener = self
+        metrics.watch(
+            running=lambda: admission.num_running,
+            queued=lambda: admission.num_waiting,
+            outstanding=admission.outstanding,
+        )
 
     def __repr__(self) -> str:
         draining = " | draining" if self.draining else ""
@@ -156,6 +161,7 @@ class Dispatcher:
         elif continuation.num_tokens > continuation.request.sampling.max_tokens:
             self._cancel_at_worker(continuation)
             self._fail(continuation, f"attention-{worker} sent more tokens than were asked for")
+            self._pump()
         else:
             if event.finish_reason is FinishReason.CANCELLED:  # not on our request
                 event = replace(
@@ -168,7 +174,8 @@ class Dispatcher:
             if event.finish_reason is not None:
                 failed = event.finish_reason is FinishReason.ERROR
                 self._end(continuation, "failed" if failed else "finished")
-        self._pump()
+        if event.finish_reason is not None:
+            self._pump()  # not for every token: only an end makes room
 
     def on_worker(self, worker: int, ready: bool) -> None:
         """Admission may use it, or may not any more."""
@@ -205,10 +212,6 @@ class Dispatcher:
             if not decisions.assigned:
                 break
         self._set_timer()
-        self._metrics.running.set(self._admission.num_running)
-        self._metrics.queued.set(self._admission.num_waiting)
-        for worker, tokens in self._admission.outstanding().items():
-            self._metrics.outstanding.labels(worker).set(tokens)
 
     def _submit_to(self, continuation: _Continuation, worker: int) -> None:
         continuation.worker = worker
