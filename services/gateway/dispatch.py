@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.errors import LinkClosed
+from common.errors import Fatal, LinkClosed
 from common.request import FinishReason, Request, TokenEvent
 from services.gateway.admission import Admission, Offer
 from services.gateway.backends import Backends
@@ -91,6 +91,11 @@ class Dispatcher:
         self._idle.set()
         self.draining = False
         backends.listener = self
+        metrics.watch(
+            running=lambda: admission.num_running,
+            queued=lambda: admission.num_waiting,
+            outstanding=admission.outstanding,
+        )
 
     def __repr__(self) -> str:
         draining = " | draining" if self.draining else ""
@@ -156,6 +161,7 @@ class Dispatcher:
         elif continuation.num_tokens > continuation.request.sampling.max_tokens:
             self._cancel_at_worker(continuation)
             self._fail(continuation, f"attention-{worker} sent more tokens than were asked for")
+            self._pump()
         else:
             if event.finish_reason is FinishReason.CANCELLED:  # not on our request
                 event = replace(
@@ -168,7 +174,8 @@ class Dispatcher:
             if event.finish_reason is not None:
                 failed = event.finish_reason is FinishReason.ERROR
                 self._end(continuation, "failed" if failed else "finished")
-        self._pump()
+        if event.finish_reason is not None:
+            self._pump()  # not for every token: only an end makes room
 
     def on_worker(self, worker: int, ready: bool) -> None:
         """Admission may use it, or may not any more."""
@@ -205,10 +212,6 @@ class Dispatcher:
             if not decisions.assigned:
                 break
         self._set_timer()
-        self._metrics.running.set(self._admission.num_running)
-        self._metrics.queued.set(self._admission.num_waiting)
-        for worker, tokens in self._admission.outstanding().items():
-            self._metrics.outstanding.labels(worker).set(tokens)
 
     def _submit_to(self, continuation: _Continuation, worker: int) -> None:
         continuation.worker = worker
@@ -225,6 +228,8 @@ class Dispatcher:
         ) as exc:  # on_worker_lost may come later; until then nothing more goes there
             self._admission.set_ready(worker, False, now=self._loop.time())
             self._resubmit(continuation, str(exc))
+        except Fatal as exc:  # a frame beyond the transport's limits: no worker can be sent it
+            self._fail(continuation, str(exc), retryable=False)
 
     def _may_resubmit(self, continuation: _Continuation, event: TokenEvent | None) -> bool:
         return (
@@ -248,14 +253,14 @@ class Dispatcher:
         except LinkClosed:
             return  # the worker cancels what belongs to a closed link
 
-    def _fail(self, continuation: _Continuation, sentence: str) -> None:
+    def _fail(self, continuation: _Continuation, sentence: str, *, retryable: bool = True) -> None:
         continuation.batch.put(
             continuation.index,
             TokenEvent(
                 continuation.request.id,
                 finish_reason=FinishReason.ERROR,
                 error=sentence,
-                retryable=True,
+                retryable=retryable,
             ),
         )
         self._end(continuation, "failed")

@@ -159,7 +159,8 @@ def test_models_health_ready_cluster_metrics(config):
                 for i in (0, 1)
             ]
             cluster["router-0"].also = [e | {"counters": {"rows": 12}} for e in experts]
-            cluster["router-1"].counters = {"missing_experts": 2}
+            cluster["router-1"].state = "starting"
+            cluster["router-1"].missing = "not connected: expert-3"
             cluster["attention-1"].state = "starting"
 
         async with gateway(config, prepare) as (client, cluster, _):
@@ -175,8 +176,8 @@ def test_models_health_ready_cluster_metrics(config):
             async with client.get("/ready") as response:
                 assert response.status == 503
                 sentence = (await response.json())["error"]["message"]
-                assert sentence == "router-1 cannot reach 2 experts"
-            cluster["router-1"].counters = {"missing_experts": 0}
+                assert sentence == "router-1 is starting (not connected: expert-3)"
+            cluster["router-1"].state = "ready"  # not pushed: /ready asks
             async with client.get("/ready") as response:
                 assert response.status == 200
             async with client.get("/cluster") as response:
