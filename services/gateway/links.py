@@ -2,12 +2,11 @@
 
 import os
 
-from common.transport.dial import keep_connected
-
 from common.config import ClusterConfig
 from common.ids import Role
 from common.model.manifest import build_manifest
 from common.transport.base import Handler, Hello, Transport
+from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 
 
@@ -29,7 +28,7 @@ class ClusterDialler:
             wire=config.cluster.wire,
             data=False,
         )
-        self._transport = transport or open_transport(config, spec)
+        self._transport = transport or open_transport(config)
 
     async def keep(self, address: str, handler: Handler) -> None:
         """Keep one link open for ever; ends only by cancellation."""
