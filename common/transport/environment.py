@@ -10,20 +10,32 @@ from collections.abc import MutableMapping
 
 log = logging.getLogger(__name__)
 
-# With endpoint error handling UCX drops shared memory (and with it two thirds of the speed on one host) unless
-# UCX_MM_ERROR_HANDLING=y; keepalive is what notices a dead shared-memory peer when the control socket does not.
+# With endpoint error handling UCX drops shared memory unless UCX_MM_ERROR_HANDLING=y (for whoever chooses it);
+# keepalive notices a dead peer when neither the control socket nor a TCP lane does.
 _ALWAYS = {
     "UCX_MM_ERROR_HANDLING": "y",
     "UCX_KEEPALIVE_INTERVAL": "1s",
     "UCX_LOG_LEVEL": "error",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
-    "UCX_RNDV_THRESH": "8192",
 }
-# One host without GPUs: shared memory, and TCP for what it cannot do (connection set-up) on loopback only, since
-# several interfaces slow UCX down and every worker listens on each of them.
-_LOCAL = {"UCX_TLS": "sm,self,tcp", "UCX_NET_DEVICES": "lo"}
-# A router hears from every expert of its node: at 256 peers the default receive FIFO of 256 slots made a
-# scatter-gather four times slower. 8 MiB of shared memory where set, so on routers only.
+# One host without GPUs: TCP on loopback only, since several interfaces slow UCX down and every worker listens on each.
+# Not shared memory, although it is faster when polling: all peers write into ONE receive queue, and a peer killed
+# between taking a slot and filling it stops that queue for good, for every peer (seen in 1 of about 12 kill -9 under
+# load: the survivor spins and receives nothing from anyone, new peers included).
+# Sleeping between messages, as here, it costs little: round trip and CPU per round trip in us, 2 shared cores,
+#                      8 KiB       16 KiB      64 KiB       1 MiB
+#   sm                 48 / 30    113 / 64    138 / 76     414 / 372
+#   tcp as shipped     80 / 45    214 / 117   341 / 179   2545 / 1221
+#   tcp as set here    76 / 40     87 / 47    165 / 88    1223 / 621
+_LOCAL = {
+    "UCX_TLS": "tcp,self",
+    "UCX_NET_DEVICES": "lo",
+    "UCX_RNDV_THRESH": "256k",
+    "UCX_TCP_TX_SEG_SIZE": "256k",
+    "UCX_TCP_RX_SEG_SIZE": "256k",
+}
+# Only with shared memory: a router hears from every expert of its node, and at 256 peers the default receive queue of
+# 256 slots made a scatter-gather four times slower. 8 MiB where set, so on routers only.
 _ROUTER = {"UCX_MM_FIFO_SIZE": "1024"}
 
 
