@@ -190,6 +190,9 @@ def test_models_health_ready_cluster_metrics(config):
             assert processes["expert", 3]["state"] == "starting"
             assert processes["attention", 1]["state"] == "starting"
             assert processes["gateway", 0]["state"] == "ready"
+            async with client.get("/openapi.json") as response:
+                paths = (await response.json())["paths"]
+                assert "post" in paths["/v1/chat/completions"]
             await post(client, {"prompt": [1], "max_tokens": 3})
             async with client.get("/metrics") as response:
                 text = await response.text()
