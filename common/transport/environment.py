@@ -22,20 +22,27 @@ _ALWAYS = {
 # One host without GPUs: shared memory, and TCP for what it cannot do (connection set-up) on loopback only, since
 # several interfaces slow UCX down and every worker listens on each of them.
 _LOCAL = {"UCX_TLS": "sm,self,tcp", "UCX_NET_DEVICES": "lo"}
-# A router hears from every expert of its node: at 256 peers the default receive FIFO of 256 slots made a
-# scatter-gather four times slower. 8 MiB of shared memory where set, so on routers only.
-_ROUTER = {"UCX_MM_FIFO_SIZE": "1024"}
+# With 256 experts on one host the default receive FIFO of 256 slots makes a router's scatter-gather four times slower.
+# A sender computes slots of the receiver's FIFO with its own size, so it must be the same in every process of a host:
+# where only routers had 1024, every link died silently after 256 messages. 8 MiB of shared memory per process.
+_LARGE = {"UCX_MM_FIFO_SIZE": "1024"}
+LARGE_HOST = 64  # processes
 
 
 def set_ucx_environment(
-    *, router: bool, local: bool, environ: MutableMapping[str, str] | None = None
+    *, num_processes: int, local: bool, environ: MutableMapping[str, str] | None = None
 ) -> dict[str, str]:
     """Set what the user left unset; returns the UCX variables in force, sorted.
 
+    `num_processes` is how many the largest host of the cluster runs: the same number everywhere.
     `local`: every process of the cluster runs on this host and no payload lies in GPU memory.
     """
     target = os.environ if environ is None else environ
-    wanted = {**_ALWAYS, **(_LOCAL if local else {}), **(_ROUTER if router else {})}
+    wanted = {
+        **_ALWAYS,
+        **(_LOCAL if local else {}),
+        **(_LARGE if num_processes > LARGE_HOST else {}),
+    }
     for name, value in wanted.items():
         target.setdefault(name, value)
     force = {name: target[name] for name in sorted(target) if name.startswith("UCX_")}

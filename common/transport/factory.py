@@ -1,19 +1,30 @@
 """The transport of a process, from the cluster's configuration."""
 
-from common.config import ClusterConfig, ProcessSpec
+from collections import Counter
+
+from common.config import LOCAL, ClusterConfig
 from common.errors import ConfigError
 from common.transport.base import Transport
+from common.transport.environment import set_ucx_environment
+from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
 
 
-def open_transport(config: ClusterConfig, spec: ProcessSpec) -> Transport:
+def open_transport(config: ClusterConfig) -> Transport:
     """UCX with the cluster's secret and limits. Raises ConfigError when the secret cannot be read."""
     try:
         secret = config.secret_path.read_bytes().strip()
     except OSError as exc:
         raise ConfigError(f"cluster secret {config.secret_path}: {exc.strerror}") from exc
+    hosts = Counter(config.nodes[other.node].host for other in config.processes())
+    set_ucx_environment(
+        num_processes=max(hosts.values()),
+        local=config.cluster.device == "cpu" and set(hosts) == {LOCAL},
+    )
+    limits = config.limits
     return UcxTransport(
         secret,
-        max_payload_nbytes=config.limits.max_payload_mb << 20,
-        window=config.limits.link_window,
+        link_limits=LinkLimits(
+            window=limits.link_window, max_payload_nbytes=limits.max_payload_mb << 20
+        ),
     )

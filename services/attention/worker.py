@@ -40,7 +40,7 @@ class AttentionWorker:
     ) -> None:
         self.config = config
         self.spec = config.process(Role.ATTENTION, index)
-        self.transport = transport or open_transport(config, self.spec)
+        self.transport = transport or open_transport(config)
         self.draining = False
         self.times = StepTimes()
         self._lanes: list[Lane] = []

@@ -40,7 +40,7 @@ class ExpertWorker:
     ) -> None:
         self.config = config
         self.spec = config.process(Role.EXPERT, index)
-        self.transport = transport or open_transport(config, self.spec)
+        self.transport = transport or open_transport(config)
         self.state = State.STARTING
         self.counters = {
             "calls": 0,

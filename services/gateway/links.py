@@ -29,7 +29,7 @@ class ClusterDialler:
             wire=config.cluster.wire,
             data=False,
         )
-        self._transport = transport or open_transport(config, spec)
+        self._transport = transport or open_transport(config)
 
     async def keep(self, address: str, handler: Handler) -> None:
         """Keep one link open for ever; ends only by cancellation."""

@@ -42,7 +42,7 @@ class RouterWorker:
     ) -> None:
         self.config = config
         self.spec = config.process(Role.ROUTER, index)
-        self.transport = transport or open_transport(config, self.spec)
+        self.transport = transport or open_transport(config)
         self.draining = False
         self._experts: dict[int, Link] = {}
         self._expert_status: dict[int, dict[str, Any]] = {}
