@@ -187,7 +187,8 @@ class Dispatcher:
         """Queue again what had no token yet, fail the rest."""
         self._admission.set_ready(worker, False, now=self._loop.time())
         lost = self._admission.running_on(worker)
-        log.warning("attention-%d was lost with %d requests: %s", worker, len(lost), reason)
+        level = logging.WARNING if lost else logging.INFO
+        log.log(level, "attention-%d was lost with %d requests: %s", worker, len(lost), reason)
         for request_id in lost:
             continuation = self._live[request_id]
             sentence = f"attention-{worker} was lost after {continuation.num_tokens} tokens"
