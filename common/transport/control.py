@@ -52,10 +52,7 @@ class ChannelOwner(Protocol):
 class Channel(asyncio.Protocol):
     """One control socket, either side."""
 
-    def __init__(
-        self, owner: ChannelOwner, handshake: Handshake, where: str, limits: ControlLimits
-    ) -> None:
-        self.where = where
+    def __init__(self, owner: ChannelOwner, handshake: Handshake, limits: ControlLimits) -> None:
         self._owner = owner
         self._handshake = handshake
         self._limits = limits
@@ -63,6 +60,11 @@ class Channel(asyncio.Protocol):
         self._received = bytearray()
         self._error: AtollError | None = None
         self._closed = False
+
+    @property
+    def where(self) -> str:
+        """Names the peer in errors."""
+        return self._handshake.where
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has a class of its own
@@ -185,7 +187,7 @@ class Listener:
             nonce=os.urandom(NONCE_NBYTES),
             where=f"a peer on {self.address}",
         )
-        channel = Channel(_Accepting(self), handshake, f"a peer on {self.address}", self._limits)
+        channel = Channel(_Accepting(self), handshake, self._limits)
         timer = asyncio.get_running_loop().call_later(
             self._limits.handshake_timeout_s, self._expire, channel
         )
@@ -217,7 +219,6 @@ class Listener:
     def take_over(self, channel: Channel, peer: Hello) -> None:
         """Hand an authenticated channel to its owner."""
         self.finished(channel)
-        channel.where = f"{peer.process} on {self.address}"
         owner = self._accept()
         channel._owner = owner
         owner.on_peer(channel, peer)
@@ -258,7 +259,7 @@ async def dial(
     loop = asyncio.get_running_loop()
 
     def factory() -> Channel:
-        return Channel(owner, handshake, str(address), limits)
+        return Channel(owner, handshake, limits)
 
     try:
         if address.path:

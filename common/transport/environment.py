@@ -10,39 +10,43 @@ from collections.abc import MutableMapping
 
 log = logging.getLogger(__name__)
 
-# With endpoint error handling UCX drops shared memory (and with it two thirds of the speed on one host) unless
-# UCX_MM_ERROR_HANDLING=y; keepalive is what notices a dead shared-memory peer when the control socket does not.
+# With endpoint error handling UCX drops shared memory unless UCX_MM_ERROR_HANDLING=y (for whoever chooses it);
+# keepalive notices a dead peer when neither the control socket nor a TCP lane does.
 _ALWAYS = {
     "UCX_MM_ERROR_HANDLING": "y",
     "UCX_KEEPALIVE_INTERVAL": "1s",
     "UCX_LOG_LEVEL": "error",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
-    "UCX_RNDV_THRESH": "8192",
 }
-# One host without GPUs: shared memory, and TCP for what it cannot do (connection set-up) on loopback only, since
-# several interfaces slow UCX down and every worker listens on each of them.
-_LOCAL = {"UCX_TLS": "sm,self,tcp", "UCX_NET_DEVICES": "lo"}
-# With 256 experts on one host the default receive FIFO of 256 slots makes a router's scatter-gather four times slower.
-# A sender computes slots of the receiver's FIFO with its own size, so it must be the same in every process of a host:
-# where only routers had 1024, every link died silently after 256 messages. 8 MiB of shared memory per process.
-_LARGE = {"UCX_MM_FIFO_SIZE": "1024"}
-LARGE_HOST = 64  # processes
+# One host without GPUs: TCP on loopback only, since several interfaces slow UCX down and every worker listens on each.
+# Not shared memory, although it is faster when polling: all peers write into ONE receive queue, and a peer killed
+# between taking a slot and filling it stops that queue for good, for every peer (seen in 1 of about 12 kill -9 under
+# load: the survivor spins and receives nothing from anyone, new peers included).
+# Sleeping between messages, as here, it costs little: round trip and CPU per round trip in us, 2 shared cores,
+#                      8 KiB       16 KiB      64 KiB       1 MiB
+#   sm                 48 / 30    113 / 64    138 / 76     414 / 372
+#   tcp as shipped     80 / 45    214 / 117   341 / 179   2545 / 1221
+#   tcp as set here    76 / 40     87 / 47    165 / 88    1223 / 621
+_LOCAL = {
+    "UCX_TLS": "tcp,self",
+    "UCX_NET_DEVICES": "lo",
+    "UCX_RNDV_THRESH": "256k",
+    "UCX_TCP_TX_SEG_SIZE": "256k",
+    "UCX_TCP_RX_SEG_SIZE": "256k",
+}
+# Whoever chooses shared memory all the same: UCX_MM_FIFO_SIZE must be equal in every process of a host, since a sender
+# finds its slot in the receiver's queue with its own size (1024 on routers only: every link died after 256 messages).
 
 
 def set_ucx_environment(
-    *, num_processes: int, local: bool, environ: MutableMapping[str, str] | None = None
+    *, local: bool, environ: MutableMapping[str, str] | None = None
 ) -> dict[str, str]:
     """Set what the user left unset; returns the UCX variables in force, sorted.
 
-    `num_processes` is how many the largest host of the cluster runs: the same number everywhere.
     `local`: every process of the cluster runs on this host and no payload lies in GPU memory.
     """
     target = os.environ if environ is None else environ
-    wanted = {
-        **_ALWAYS,
-        **(_LOCAL if local else {}),
-        **(_LARGE if num_processes > LARGE_HOST else {}),
-    }
+    wanted = {**_ALWAYS, **(_LOCAL if local else {})}
     for name, value in wanted.items():
         target.setdefault(name, value)
     force = {name: target[name] for name in sorted(target) if name.startswith("UCX_")}

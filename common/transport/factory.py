@@ -1,7 +1,5 @@
 """The transport of a process, from the cluster's configuration."""
 
-from collections import Counter
-
 from common.config import LOCAL, ClusterConfig
 from common.errors import ConfigError
 from common.transport.base import Transport
@@ -16,10 +14,8 @@ def open_transport(config: ClusterConfig) -> Transport:
         secret = config.secret_path.read_bytes().strip()
     except OSError as exc:
         raise ConfigError(f"cluster secret {config.secret_path}: {exc.strerror}") from exc
-    hosts = Counter(config.nodes[other.node].host for other in config.processes())
     set_ucx_environment(
-        num_processes=max(hosts.values()),
-        local=config.cluster.device == "cpu" and set(hosts) == {LOCAL},
+        local=config.cluster.device == "cpu" and all(node.host == LOCAL for node in config.nodes)
     )
     limits = config.limits
     return UcxTransport(

@@ -80,7 +80,7 @@ class Handshake:
         self._secret = secret
         self._mine = hello
         self._dialling = dialling
-        self._where = where
+        self.where = where  # names the peer in errors, by its process once it has proved itself
         self._version = version
         self._claims = orjson.dumps({"nonce": nonce.hex(), **_claims(hello)})
         self._claimed: Hello | None = None
@@ -101,20 +101,20 @@ class Handshake:
         """
         if len(data) < _PREFIX.size:
             if not _MAGIC.startswith(data[:4]):
-                raise AuthError(f"{self._where} does not speak this protocol")
+                raise AuthError(f"{self.where} does not speak this protocol")
             return b""
         magic, version, kind, _, nbytes = _PREFIX.unpack_from(data)
         if magic != _MAGIC:
-            raise AuthError(f"{self._where} does not speak this protocol")
+            raise AuthError(f"{self.where} does not speak this protocol")
         if version != self._version:
             self.refusal = self._frame(_Type.REFUSE, b"another protocol version")
             raise AuthError(
-                f"{self._where} speaks protocol version {version}, "
+                f"{self.where} speaks protocol version {version}, "
                 f"{self._mine.process} speaks {self._version}"
             )
         if nbytes > MAX_HANDSHAKE_NBYTES:
             raise AuthError(
-                f"{self._where} sent a handshake frame of {nbytes} bytes, "
+                f"{self.where} sent a handshake frame of {nbytes} bytes, "
                 f"the limit is {MAX_HANDSHAKE_NBYTES}"
             )
         if len(data) < _PREFIX.size + nbytes:
@@ -126,24 +126,24 @@ class Handshake:
     def _step(self, kind: int, body: bytes) -> bytes:
         if kind == _Type.REFUSE:
             text = "".join(c for c in body[:200].decode("utf-8", "replace") if c.isprintable())
-            raise AuthError(f"{self._where} refused {self._mine.process}: {text}")
+            raise AuthError(f"{self.where} refused {self._mine.process}: {text}")
         if self._dialling and kind == _Type.RESPONSE and self._claimed is None:
             return self._on_response(body)
         if not self._dialling and kind == _Type.CHALLENGE and self._claimed is None:
             return self._on_challenge(body)
         if not self._dialling and kind == _Type.PROOF and self._claimed is not None:
             return self._on_proof(body)
-        raise AuthError(f"{self._where} sent a handshake frame out of order")
+        raise AuthError(f"{self.where} sent a handshake frame out of order")
 
     def _on_challenge(self, body: bytes) -> bytes:
-        self._claimed = _parse_claims(body, self._where)
+        self._claimed = _parse_claims(body, self.where)
         self._transcript = hashlib.sha256(body).digest() + hashlib.sha256(self._claims).digest()
         self._listener_proof = self._prove(b"atoll listener")
         return self._frame(_Type.RESPONSE, self._listener_proof + self._claims)
 
     def _on_response(self, body: bytes) -> bytes:
         proof, claims = body[:_PROOF_NBYTES], body[_PROOF_NBYTES:]
-        self._claimed = _parse_claims(claims, self._where)
+        self._claimed = _parse_claims(claims, self.where)
         self._transcript = hashlib.sha256(self._claims).digest() + hashlib.sha256(claims).digest()
         self._listener_proof = proof
         if not hmac.compare_digest(proof, self._prove(b"atoll listener")):
@@ -168,7 +168,7 @@ class Handshake:
 
     def _wrong_secret(self, claimed: Hello) -> AuthError:
         return AuthError(
-            f"{claimed.process} at {self._where} does not have the cluster secret "
+            f"{claimed.process} at {self.where} does not have the cluster secret "
             f"of {self._mine.process}"
         )
 
@@ -180,6 +180,7 @@ class Handshake:
         up = hmac.digest(session, b"listener to dialler", "sha256")
         self._keys = (down, up) if self._dialling else (up, down)
         self.peer = self._claimed
+        self.where = f"{self.peer.process} ({self.where})"
 
     def _prove(self, label: bytes) -> bytes:
         return hmac.digest(self._secret, label + self._transcript, "sha256")
@@ -203,7 +204,7 @@ class Handshake:
         nbytes, sequence = _SEAL.unpack_from(data)
         if nbytes > max_nbytes:
             raise WireError(
-                f"control frame of {nbytes} bytes from {self._where}, the limit is {max_nbytes}"
+                f"control frame of {nbytes} bytes from {self.where}, the limit is {max_nbytes}"
             )
         if len(data) < SEAL_NBYTES + nbytes:
             return None
@@ -213,7 +214,7 @@ class Handshake:
             mac, hmac.digest(self._keys[1], prefix + body, "sha256")
         ):
             raise WireError(
-                f"control frame {sequence} from {self._where} was modified, replayed or lost"
+                f"control frame {sequence} from {self.where} was modified, replayed or lost"
             )
         del data[: SEAL_NBYTES + nbytes]
         self._num_received += 1

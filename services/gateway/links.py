@@ -2,12 +2,11 @@
 
 import os
 
-from common.transport.dial import keep_connected
-
 from common.config import ClusterConfig
 from common.ids import Role
 from common.model.manifest import build_manifest
 from common.transport.base import Handler, Hello, Transport
+from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 
 
