@@ -1,7 +1,7 @@
 """One TOML describes a cluster; this file turns it into one frozen tree. Nothing else reads configuration.
 
     [cluster]   name, wire, epoch, run_dir, secret_file, device
-    [model]     path, served_name
+    [model]     path, served_name, cache_dir
     [placement] experts_per_gpu
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
@@ -56,6 +56,7 @@ class ModelSection:
 
     path: Path
     served_name: str = ""
+    cache_dir: Path = field(default_factory=lambda: Path("~/.cache/atoll").expanduser())  # hashes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import uvloop
+from blockbuster import blockbuster_ctx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from common import config as cluster_config
@@ -61,7 +62,7 @@ def write_model(directory: Path, *, tokenizer: bool = True, template: bool = Tru
 def make_config(model: Path, *, attention: int = 2, **sections: dict[str, Any]) -> ClusterConfig:
     """Two nodes with a router and experts each, attention workers on the first."""
     document = {
-        "cluster": {"run_dir": "/run/atoll-test"},  # nothing is written there
+        "cluster": {"run_dir": str(model.parent)},
         "model": {"path": str(model), "served_name": "tiny"},
         "gateway": {"port": 0} | sections.pop("gateway", {}),
         "nodes": [{"attention": attention, "experts": 2}, {"attention": 0, "experts": 2}],
@@ -107,6 +108,7 @@ class FakePeer:
         self.step_s = step_s
         self.state = "ready"
         self.counters: dict[str, Any] = {}
+        self.missing = ""
         self.also: list[dict[str, Any]] = []  # processes it reports beside itself
         self.up = asyncio.Event()
         self.up.set()
@@ -144,6 +146,7 @@ class FakePeer:
             "pid": self.pid,
             "state": self.state,
             "counters": self.counters,
+            "missing": self.missing,
         }
         assert self.link is not None
         self.link.deliver({"type": "status", "id": number, "processes": [own, *self.also]})
@@ -185,7 +188,7 @@ class FakePeer:
 
 
 class FakeCluster:
-    """All peers by name (`attention-0`) and the dialler that finds them."""
+    """All peers by name (`attention-0`); also the gateway's dialler, which finds them."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
@@ -199,7 +202,12 @@ class FakeCluster:
     def __getitem__(self, name: str) -> FakePeer:
         return self.peers[name]
 
-    async def dial(self, address: str, handler: Handler) -> None:
+    async def close(self) -> None:
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.close("the transport is closing")
+
+    async def keep(self, address: str, handler: Handler) -> None:
         peer = self.by_address[address]
         while True:
             await peer.up.wait()
@@ -216,7 +224,7 @@ async def gateway(
     """A running gateway over a fake cluster, and a client of it."""
     cluster = FakeCluster(config)
     prepare(cluster)
-    service = GatewayService(config, 0, cluster.dial)
+    service = GatewayService(config, 0, cluster)
     try:
         async with asyncio.TaskGroup() as owner:
             await service.start(owner)
@@ -224,7 +232,8 @@ async def gateway(
             timeout = aiohttp.ClientTimeout(total=20)
             async with aiohttp.ClientSession(base, timeout=timeout) as session:
                 try:
-                    yield session, cluster, service
+                    with blockbuster_ctx("services.gateway"):  # blocking the loop is an error
+                        yield session, cluster, service
                 finally:
                     await service.stop()
             raise _Done  # the group's way to cancel what still runs

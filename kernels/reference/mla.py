@@ -26,6 +26,7 @@ class DecodeItems:
     """
 
     rows: torch.Tensor  # int64 [items], index into the queries
+    places: torch.Tensor  # int64 [items], the row's place in that order
     pages: torch.Tensor  # int64 [items], page of the cache
     mask: torch.Tensor  # [items, 1, page tokens], 0 or -inf, added to the scores
     block_rows: tuple[int, ...]
@@ -37,7 +38,8 @@ def mla_decode(
     """softmax(scale * queries @ keys) @ latents: [rows, heads, latent] in the dtype of the queries.
 
     queries [rows, heads, latent + rope] already projected into the latent space; cache [pages, page tokens,
-    latent + rope]. Softmax with the exact maximum over the whole context; sums over pages in ascending order.
+    latent + rope]; the result is in the items' order of rows. The softmax has the exact maximum over the whole
+    context; sums over pages are in ascending order.
     """
     keys = cache.index_select(0, items.pages)  # [items, page tokens, latent + rope]
     item_queries = queries.index_select(0, items.rows)
@@ -50,7 +52,7 @@ def mla_decode(
         for count in items.block_rows[1:]:
             torch.maximum(maximum[:count], block_max[start : start + count], out=maximum[:count])
             start += count
-        block_max = maximum.index_select(0, items.rows)
+        block_max = maximum.index_select(0, items.places)
     probabilities = scores.sub_(block_max).exp_()
     total = probabilities.sum(dim=-1, keepdim=True)  # [items, heads, 1]
     weighted = torch.bmm(probabilities, keys[..., :latent])  # [items, heads, latent]

@@ -129,6 +129,7 @@ def _decode_part(
     order = sorted(range(len(rows)), key=lambda i: -(rows[i].position // page_tokens))
     block_rows: list[int] = []
     item_rows: list[int] = []
+    item_places: list[int] = []
     item_pages: list[int] = []
     limits: list[int] = []  # last offset in the page that the row may look at
     count = len(order)
@@ -137,10 +138,12 @@ def _decode_part(
             count -= 1
         block_rows.append(count)
         item_rows.extend(order[:count])
+        item_places.extend(range(count))
         item_pages.extend(rows[i].pages[block] for i in order[:count])
         limits.extend(rows[i].position - block * page_tokens for i in order[:count])
     while len(item_rows) < MIN_ITEMS:
         item_rows.append(0)
+        item_places.append(0)
         item_pages.append(null_page)
         limits.append(0)
     padded = padded_rows(len(rows))
@@ -159,6 +162,7 @@ def _decode_part(
         num_rows=len(rows),
         items=DecodeItems(
             rows=torch.tensor(item_rows, device=device),
+            places=torch.tensor(item_places, device=device),
             pages=torch.tensor(item_pages, device=device),
             mask=mask[:, None],
             block_rows=tuple(block_rows),

@@ -1,6 +1,6 @@
 """A request inside an attention worker: what was asked, what was made, how far the cache is. Counters, no behaviour."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from common.request import FinishReason, Request
 
@@ -18,7 +18,7 @@ class Sequence:
     deadline_ns: int
     num_prompt: int
     num_computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: tuple[int, ...] = ()
     lane: int = -1
     finish: FinishReason | None = None
 

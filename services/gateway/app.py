@@ -25,7 +25,7 @@ from services.gateway.schema import ChatRequest, CompletionRequest
 log = logging.getLogger(__name__)
 
 _STATUS_DEADLINE_S = 1.0  # how long /cluster, /ready and /metrics wait for processes to answer
-_MAX_BODY_NBYTES = 64 << 20
+_MAX_BODY_NBYTES = 16 << 20
 _OPEN_PATHS = frozenset({"/health", "/ready"})  # probes have no key
 
 _Next = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -1,9 +1,8 @@
 """The gateway's links to attention workers and routers, and what every process of the cluster last said of itself.
 
 All links carry control frames only. A worker may be given requests while its link is open and it calls itself ready.
-`ready` of a router means that it can reach an expert for every (layer, expert) of the model; while it cannot, its
-state is another one or its counter `missing_experts` is above zero. Experts have no link here: their routers report
-them.
+`ready` of a router means that it reaches all experts of its node and all other routers; what it lacks is in `missing`.
+Experts have no link here: their routers report them.
 """
 
 import asyncio
@@ -15,11 +14,11 @@ from common.config import ClusterConfig
 from common.errors import LinkClosed, Rejected, WireError
 from common.ids import ProcessId, Role
 from common.request import TokenEvent
+from common.status import State, status_frame
 from common.transport.base import Link
 from common.transport.buffers import Buffer
 from common.wire.header import Header
 
-STATES = ("starting", "ready", "draining", "lost")
 _ROUND_S = 0.5  # callers within this time share one round of status requests
 _MAX_PROCESSES = 4096  # in one status frame
 
@@ -42,14 +41,14 @@ class Listener(Protocol):
 
 @dataclass(slots=True)
 class ProcessReport:
-    """What is known of one process; `seen_at` in loop seconds, None before it was ever heard of."""
+    """What is known of one process; no `pid` before it was ever heard of."""
 
     id: ProcessId
     node: int
     pid: int | None = None
-    state: str = "starting"
+    state: State = State.STARTING
     counters: dict[str, Any] = field(default_factory=dict)
-    seen_at: float | None = None
+    missing: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """An element of /cluster's `processes`."""
@@ -58,27 +57,23 @@ class ProcessReport:
             "index": self.id.index,
             "node": self.node,
             "pid": self.pid,
-            "state": self.state,
+            "state": self.state.value,
             "counters": self.counters,
+            "missing": self.missing,
         }
 
 
-def parse_report(entry: dict[str, Any], *, now: float) -> ProcessReport:
+def parse_report(entry: dict[str, Any]) -> ProcessReport:
     """One process of a status frame. Raises WireError on anything that is not one."""
     try:
-        report = ProcessReport(
-            ProcessId(Role(entry["role"]), entry["index"]),
-            entry["node"],
-            entry["pid"],
-            entry["state"],
-            entry["counters"],
-            now,
-        )
-    except (KeyError, TypeError, ValueError) as exc:
+        counters, missing = entry["counters"], entry.get("missing", "")
+        if not isinstance(counters, dict) or not isinstance(missing, str):
+            raise TypeError("counters or missing")
+        process = ProcessId(Role(entry["role"]), entry["index"])
+        state = State(entry["state"])
+        return ProcessReport(process, entry["node"], entry["pid"], state, counters, missing)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise WireError(f"malformed process in a status frame: {entry!r:.200}") from exc
-    if report.state not in STATES or not isinstance(report.counters, dict):
-        raise WireError(f"malformed process in a status frame: {entry!r:.200}")
-    return report
 
 
 class Refresh:
@@ -132,8 +127,7 @@ class Backends:
             self._forget(process, "it connected again")
             older.close("replaced by a newer link")
         report = self._reports[process]
-        report.pid, report.state = link.peer.pid, "starting"
-        report.seen_at = asyncio.get_running_loop().time()
+        report.pid, report.state = link.peer.pid, State.STARTING
         with contextlib.suppress(LinkClosed):  # on_close follows
             link.send_control({"type": "status_request", "id": 0})
 
@@ -158,7 +152,7 @@ class Backends:
         if self._links.get(process) is not link:
             return  # replaced before
         del self._links[process]
-        self._reports[process].state = "lost"
+        self._reports[process].state = State.LOST
         self._forget(process, str(error))
 
     # --- for the dispatcher and the HTTP side --------------------------------------------------------------------
@@ -201,19 +195,16 @@ class Backends:
 
     def missing(self) -> list[str]:
         """What keeps the cluster from answering requests, in sentences; empty when it is ready."""
-        states = {p: r.state for p, r in self._reports.items() if p.role is Role.ATTENTION}
+        workers = [r for r in self._reports.values() if r.id.role is Role.ATTENTION]
         sentences = []
-        if "ready" not in states.values():
-            listed = ", ".join(f"{process} is {state}" for process, state in states.items())
-            sentences.append(f"no attention worker is ready ({listed})")
-        for process, report in self._reports.items():
-            if process.role is not Role.ROUTER:
-                continue
-            experts = report.counters.get("missing_experts", 0)
-            if report.state != "ready":
-                sentences.append(f"{process} is {report.state}")
-            elif experts:
-                sentences.append(f"{process} cannot reach {experts} experts")
+        if all(report.state is not State.READY for report in workers):
+            listed = ", ".join(map(_describe, workers))
+            sentences.append(f"no attention worker is ready: {listed}")
+        sentences += [
+            _describe(report)
+            for report in self._reports.values()
+            if report.id.role is Role.ROUTER and report.state is not State.READY
+        ]
         return sentences
 
     # --- internals -----------------------------------------------------------------------------------------------
@@ -229,17 +220,16 @@ class Backends:
                 self._on_status(process, message)
             case "status_request":
                 own = [self._own.to_json()]
-                link.send_control({"type": "status", "id": message["id"], "processes": own})
+                link.send_control(status_frame(message["id"], own))
             case other:
                 raise WireError(f"unexpected frame {other!r} from {process}")
 
     def _on_status(self, sender: ProcessId, message: dict[str, Any]) -> None:
-        now = asyncio.get_running_loop().time()
         entries = message["processes"]
         if len(entries) > _MAX_PROCESSES:
             raise WireError(f"{len(entries)} processes in one status frame")
         for entry in entries:
-            self._take(sender, parse_report(entry, now=now))
+            self._take(sender, parse_report(entry))
         if self._refresh is not None and message["id"] == self._refresh.number:
             self._refresh.answered(sender)
 
@@ -248,11 +238,11 @@ class Backends:
         known = self._reports.get(report.id)
         if known is None or (sender != report.id and report.id.role is not Role.EXPERT):
             return
-        was_ready = known.state == "ready"
+        was_ready, is_ready = known.state is State.READY, report.state is State.READY
         self._reports[report.id] = report
-        if report.id.role is Role.ATTENTION and was_ready != (report.state == "ready"):
+        if report.id.role is Role.ATTENTION and was_ready != is_ready:
             assert self.listener is not None, "links opened before the listener was set"
-            self.listener.on_worker(report.id.index, report.state == "ready")
+            self.listener.on_worker(report.id.index, is_ready)
 
     def _forget(self, process: ProcessId, reason: str) -> None:
         if self._refresh is not None:
@@ -260,6 +250,11 @@ class Backends:
         if process.role is Role.ROUTER:
             for report in self._reports.values():
                 if report.id.role is Role.EXPERT and report.node == self._reports[process].node:
-                    report.state = "lost"  # nobody can say; its router will when it is back
+                    report.state = State.LOST  # nobody can say; its router will when it is back
         elif self.listener is not None:
             self.listener.on_worker_lost(process.index, reason)
+
+
+def _describe(report: ProcessReport) -> str:
+    reason = f" ({report.missing})" if report.missing and report.state is not State.LOST else ""
+    return f"{report.id} is {report.state}{reason}"

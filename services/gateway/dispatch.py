@@ -7,11 +7,12 @@ whichever worker is free first, within its deadline; after the first token it fa
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.errors import LinkClosed
+from common.errors import Fatal, LinkClosed
 from common.request import FinishReason, Request, TokenEvent
 from services.gateway.admission import Admission, Offer
 from services.gateway.backends import Backends
@@ -30,8 +31,8 @@ class _Continuation:
     batch: "Batch"
     index: int
     request: Request
-    submitted_at: float
-    deadline: float
+    arrived_at: float  # perf_counter, which is finer than uvloop's millisecond clock
+    deadline: float  # on the loop's clock
     attempts: int = 0
     worker: int | None = None
     wire_id: str = ""
@@ -91,6 +92,11 @@ class Dispatcher:
         self._idle.set()
         self.draining = False
         backends.listener = self
+        metrics.watch(
+            running=lambda: admission.num_running,
+            queued=lambda: admission.num_waiting,
+            outstanding=admission.outstanding,
+        )
 
     def __repr__(self) -> str:
         draining = " | draining" if self.draining else ""
@@ -100,7 +106,7 @@ class Dispatcher:
         """Queue continuations, all or none. Raises Overloaded; ApiError 503 while draining."""
         if self.draining:
             raise unavailable("the gateway is shutting down", code="draining")
-        now = self._loop.time()
+        now, arrived_at = self._loop.time(), time.perf_counter()
         batch = Batch(self, now + max(request.deadline_s for request in requests))
         self._admission.offer(
             [
@@ -110,7 +116,7 @@ class Dispatcher:
         )
         for index, request in enumerate(requests):
             deadline = now + request.deadline_s
-            self._live[request.id] = _Continuation(batch, index, request, now, deadline)
+            self._live[request.id] = _Continuation(batch, index, request, arrived_at, deadline)
             batch.live[index] = request.id
             self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
         self._idle.clear()
@@ -156,6 +162,7 @@ class Dispatcher:
         elif continuation.num_tokens > continuation.request.sampling.max_tokens:
             self._cancel_at_worker(continuation)
             self._fail(continuation, f"attention-{worker} sent more tokens than were asked for")
+            self._pump()
         else:
             if event.finish_reason is FinishReason.CANCELLED:  # not on our request
                 event = replace(
@@ -168,7 +175,8 @@ class Dispatcher:
             if event.finish_reason is not None:
                 failed = event.finish_reason is FinishReason.ERROR
                 self._end(continuation, "failed" if failed else "finished")
-        self._pump()
+        if event.finish_reason is not None:
+            self._pump()  # not for every token: only an end makes room
 
     def on_worker(self, worker: int, ready: bool) -> None:
         """Admission may use it, or may not any more."""
@@ -178,13 +186,16 @@ class Dispatcher:
     def on_worker_lost(self, worker: int, reason: str) -> None:
         """Queue again what had no token yet, fail the rest."""
         self._admission.set_ready(worker, False, now=self._loop.time())
-        for request_id in self._admission.running_on(worker):
+        lost = self._admission.running_on(worker)
+        level = logging.WARNING if lost else logging.INFO
+        log.log(level, "attention-%d was lost with %d requests: %s", worker, len(lost), reason)
+        for request_id in lost:
             continuation = self._live[request_id]
-            why = f"attention-{worker} was lost ({reason})"
+            sentence = f"attention-{worker} was lost after {continuation.num_tokens} tokens"
             if self._may_resubmit(continuation, None):
-                self._resubmit(continuation, why)
+                self._resubmit(continuation, sentence)
             else:
-                self._fail(continuation, f"{why} after {continuation.num_tokens} tokens")
+                self._fail(continuation, f"{sentence}: send the request again")
         self._pump()
 
     # --- internals -----------------------------------------------------------------------------------------------
@@ -205,10 +216,6 @@ class Dispatcher:
             if not decisions.assigned:
                 break
         self._set_timer()
-        self._metrics.running.set(self._admission.num_running)
-        self._metrics.queued.set(self._admission.num_waiting)
-        for worker, tokens in self._admission.outstanding().items():
-            self._metrics.outstanding.labels(worker).set(tokens)
 
     def _submit_to(self, continuation: _Continuation, worker: int) -> None:
         continuation.worker = worker
@@ -225,6 +232,8 @@ class Dispatcher:
         ) as exc:  # on_worker_lost may come later; until then nothing more goes there
             self._admission.set_ready(worker, False, now=self._loop.time())
             self._resubmit(continuation, str(exc))
+        except Fatal as exc:  # a frame beyond the transport's limits: no worker can be sent it
+            self._fail(continuation, str(exc), retryable=False)
 
     def _may_resubmit(self, continuation: _Continuation, event: TokenEvent | None) -> bool:
         return (
@@ -248,14 +257,14 @@ class Dispatcher:
         except LinkClosed:
             return  # the worker cancels what belongs to a closed link
 
-    def _fail(self, continuation: _Continuation, sentence: str) -> None:
+    def _fail(self, continuation: _Continuation, sentence: str, *, retryable: bool = True) -> None:
         continuation.batch.put(
             continuation.index,
             TokenEvent(
                 continuation.request.id,
                 finish_reason=FinishReason.ERROR,
                 error=sentence,
-                retryable=True,
+                retryable=retryable,
             ),
         )
         self._end(continuation, "failed")
@@ -268,15 +277,15 @@ class Dispatcher:
         continuation.batch.live.pop(continuation.index, None)
         self._metrics.requests.labels(outcome).inc()
         if continuation.num_tokens > 1:
-            elapsed = self._loop.time() - continuation.first_token_at
+            elapsed = time.perf_counter() - continuation.first_token_at
             self._metrics.tpot.observe(elapsed / (continuation.num_tokens - 1))
         if not self._live:
             self._idle.set()
 
     def _count_tokens(self, continuation: _Continuation, num_tokens: int) -> None:
         if continuation.num_tokens == 0:
-            continuation.first_token_at = self._loop.time()
-            self._metrics.ttft.observe(continuation.first_token_at - continuation.submitted_at)
+            continuation.first_token_at = time.perf_counter()
+            self._metrics.ttft.observe(continuation.first_token_at - continuation.arrived_at)
         continuation.num_tokens += num_tokens
         self._metrics.generated_tokens.inc(num_tokens)
 

@@ -1,7 +1,7 @@
 """What the gateway counts, and the counters of every other process re-exported with its role and index."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -30,11 +30,6 @@ class GatewayMetrics:
         )
         self.prompt_tokens = metrics.counter("prompt_tokens", "Prompt tokens accepted.")
         self.generated_tokens = metrics.counter("generated_tokens", "Tokens received.")
-        self.running = metrics.gauge("requests_running", "Continuations at attention workers.")
-        self.queued = metrics.gauge("requests_queued", "Continuations waiting in the gateway.")
-        self.outstanding = metrics.gauge(
-            "outstanding_tokens", "Prompt plus maximum new tokens assigned.", ("worker",)
-        )
         self.ttft = metrics.histogram(
             "time_to_first_token_seconds", "Arrival to first token.", buckets=_TTFT_BUCKETS
         )
@@ -47,6 +42,35 @@ class GatewayMetrics:
     def render(self) -> bytes:
         """The text exposition format."""
         return self._metrics.render()
+
+    def watch(
+        self,
+        *,
+        running: Callable[[], int],
+        queued: Callable[[], int],
+        outstanding: Callable[[], Mapping[int, int]],
+    ) -> None:
+        """Gauges read at collection time, so that they cost nothing per request."""
+
+        def collect() -> list[Metric]:
+            tokens = GaugeMetricFamily(
+                "atoll_outstanding_tokens",
+                "Prompt plus maximum new tokens assigned.",
+                labels=("worker",),
+            )
+            for worker, count in outstanding().items():
+                tokens.add_metric((str(worker),), count)
+            return [
+                GaugeMetricFamily(
+                    "atoll_requests_running", "Continuations at attention workers.", running()
+                ),
+                GaugeMetricFamily(
+                    "atoll_requests_queued", "Continuations waiting in the gateway.", queued()
+                ),
+                tokens,
+            ]
+
+        self._metrics.on_collect(collect)
 
     def export_processes(self, processes: Callable[[], list[dict[str, Any]]]) -> None:
         """Re-export the counters in /cluster's process list, read at collection time."""

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from aiohttp import web
 
@@ -17,6 +17,7 @@ from common.config import ClusterConfig
 from common.errors import ConfigError
 from common.ids import Role
 from common.obs.metrics import Metrics
+from common.status import State
 from common.transport.base import Handler
 from services.gateway.admission import Admission
 from services.gateway.app import Parts, make_app
@@ -28,18 +29,27 @@ from services.gateway.model import load_model
 
 log = logging.getLogger(__name__)
 
-# Keeps one link to an address open for ever, reporting to the handler; ends only by cancellation.
-Dial = Callable[[str, Handler], Awaitable[None]]
-
 _CLOSE_S = 2.0  # for connections that are still writing when everything is answered
 
 
-class GatewayService:
-    """Builds the parts and owns them; `dial` is how links are kept."""
+class Dialler(Protocol):
+    """How links are kept."""
 
-    def __init__(self, config: ClusterConfig, index: int, dial: Dial) -> None:
+    async def keep(self, address: str, handler: Handler) -> None:
+        """Keep one link to an address open for ever, reporting to the handler; ends only by cancellation."""
+        ...
+
+    async def close(self) -> None:
+        """Close all links."""
+        ...
+
+
+class GatewayService:
+    """Builds the parts and owns them. Implements `common.service.Service`."""
+
+    def __init__(self, config: ClusterConfig, index: int, dialler: Dialler) -> None:
         self._config = config
-        self._dial = dial
+        self._dialler = dialler
         spec = config.process(Role.GATEWAY, index)
         self._own = ProcessReport(spec.id, spec.node, os.getpid())
         # Everything that can be wrong with the input is found before anything runs.
@@ -72,12 +82,12 @@ class GatewayService:
         await self._runner.setup()
         await self._listen(self._runner)
         for spec in [*workers, *config.of_role(Role.ROUTER)]:
-            tasks.create_task(self._keep(spec.address, backends), name=f"link to {spec.id}")
-        self._own.state = "ready"
+            tasks.create_task(self._dialler.keep(spec.address, backends), name=f"link to {spec.id}")
+        self._own.state = State.READY
 
     async def drain(self) -> None:
         """Refuse new requests and wait for the running ones."""
-        self._own.state = "draining"
+        self._own.state = State.DRAINING
         if self._dispatcher is not None:
             await self._dispatcher.drain()
 
@@ -87,16 +97,26 @@ class GatewayService:
             self._dispatcher.close()
         if self._runner is not None:
             await self._runner.cleanup()
-
-    async def _keep(self, address: str, handler: Handler) -> None:
-        await self._dial(address, handler)
+        await self._dialler.close()
 
     async def _listen(self, runner: web.AppRunner) -> None:
         host, port = self._config.gateway.host, self._config.gateway.port
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as exc:
-            reason = exc.strerror or str(exc)
+            reason = os.strerror(exc.errno) if exc.errno else str(exc)
             raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from exc
         self.port = int(runner.addresses[0][1])
-        log.info("listening on http://%s:%d", host, self.port)
+        self._write_url("127.0.0.1" if host in ("", "0.0.0.0") else host)
+
+    def _write_url(self, host: str) -> None:
+        """`run_dir/gateway-0.url` tells the launcher which port it is. Written whole or not at all."""
+        url = f"http://{host}:{self.port}"
+        path = self._config.cluster.run_dir / f"{self._own.id}.url"
+        partial = path.with_suffix(".tmp")
+        try:
+            partial.write_text(url + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as exc:
+            raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+        log.info("listening on %s", url)

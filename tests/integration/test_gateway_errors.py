@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 
@@ -229,7 +230,7 @@ def test_a_checkpoint_that_cannot_be_served(tmp_path, spoil, error, sentence):
     spoil(model)
     config = make_config(model)
     with pytest.raises(error, match=sentence):
-        GatewayService(config, 0, FakeCluster(config).dial)
+        GatewayService(config, 0, FakeCluster(config))
 
 
 @pytest.mark.parametrize(("text", "sentence"), [("", "no API key in it"), (None, "No such file")])
@@ -239,20 +240,20 @@ def test_a_key_file_without_keys(tmp_path, text, sentence):
         keys.write_text(text)
     config = make_config(write_model(tmp_path / "model"), gateway={"api_key_file": str(keys)})
     with pytest.raises(ConfigError, match=sentence):
-        GatewayService(config, 0, FakeCluster(config).dial)
+        GatewayService(config, 0, FakeCluster(config))
 
 
 def test_a_port_in_use(tmp_path):
     async def main():
-        config = make_config(write_model(tmp_path / "model"))
-        async with gateway(config) as (_, _, service):
-            taken = make_config(config.model.path, gateway={"port": service.port})
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            config = make_config(write_model(tmp_path / "model"), gateway={"port": port})
             with pytest.raises(ExceptionGroup) as caught:
-                async with gateway(taken):
+                async with gateway(config):
                     pass
-            (error,) = caught.value.exceptions
-            assert isinstance(error, ConfigError)
-            assert f"cannot listen on 127.0.0.1 port {service.port}" in str(error)
+        (error,) = caught.value.exceptions
+        assert isinstance(error, ConfigError)
+        assert str(error) == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
 
     run(main())
 
@@ -266,5 +267,5 @@ def test_limits_of_the_toml_lower_the_context(tmp_path):
             "attention": section,
         }
         config = cluster_config.parse(document, source="test")
-        service = GatewayService(config, 0, FakeCluster(config).dial)
+        service = GatewayService(config, 0, FakeCluster(config))
         assert service._model.context == context

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.model.writer import small_config
+from common.model.small import small_config
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""A row's bits depend on no other row: every reference op at M = 1 to 130 against the same rows in one large batch."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from kernels.reference.ffn import ffn, sigmoid, silu
+from kernels.reference.gate import gate_v2, gate_v3
+from kernels.reference.linear import linear, pad_out
+from kernels.reference.norm import rms_norm
+from kernels.reference.rope import apply_rope, rope_frequencies, rope_tables
+
+SIZES = range(1, 131)
+SHAPES = [(1, 64), (5, 777), (16, 31), (18, 5), (64, 256), (130, 97), (333, 129), (40, 1024)]
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}-threads", autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(160, width, generator=torch.Generator().manual_seed(seed))
+
+
+def check(op: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
+    def flat(result: object) -> list[torch.Tensor]:
+        return list(result) if isinstance(result, tuple) else [result]  # type: ignore[list-item]
+
+    whole = flat(op(x))
+    for size in SIZES:
+        start = size * 7 % 29
+        part = flat(op(x[start : start + size].clone()))
+        for ours, theirs in zip(part, whole, strict=True):
+            assert torch.equal(ours, theirs[start : start + size]), f"{size} rows differ"
+
+
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_linear(out: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(out, width, generator=generator), torch.randn(out)
+    padded, padded_bias = pad_out(weight), pad_out(bias)
+    check(lambda x: linear(x, padded, padded_bias, out=out), rows(width))
+    expected = rows(width).double() @ weight.double().T + bias
+    torch.testing.assert_close(
+        linear(rows(width), weight, bias).double(), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("inner", "width"), [(33, 65), (64, 128), (45, 140)])
+def test_ffn(inner: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    gate_up = torch.randn(2 * inner, width, generator=generator) / 8
+    down = torch.randn(width, inner, generator=generator) / 8
+    check(lambda x: ffn(x, gate_up, down), rows(width))
+    x = rows(width).double()
+    gate, up = (x @ gate_up.double().T).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up) @ down.double().T
+    torch.testing.assert_close(
+        ffn(rows(width), gate_up, down).double(), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("width", [3, 37, 128])
+def test_elementwise(width: int) -> None:
+    weight = torch.randn(width)
+    check(silu, rows(width))
+    check(sigmoid, rows(width))
+    check(lambda x: rms_norm(x, weight, 1e-6), rows(width))
+    extreme = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])
+    torch.testing.assert_close(silu(extreme), torch.nn.functional.silu(extreme))
+    torch.testing.assert_close(sigmoid(extreme), torch.sigmoid(extreme))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rope(interleaved: bool) -> None:
+    cos, sin = rope_tables(rope_frequencies(10, 10000.0), 160, 1.0)
+
+    def op(x: torch.Tensor) -> torch.Tensor:
+        index = x[:, 10].long()  # positions travel in the last column
+        return apply_rope(x[:, :10], cos[index], sin[index], interleaved=interleaved)
+
+    x = rows(11)
+    x[:, 10] = torch.arange(160)
+    check(op, x)
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "kept", "top_k"), [(5, 1, 1, 1), (16, 4, 2, 4), (72, 8, 4, 8)]
+)
+def test_gates(experts: int, groups: int, kept: int, top_k: int) -> None:
+    weight, bias = torch.randn(experts, 60), torch.randn(experts) * 0.1
+    padded = pad_out(weight)
+    check(
+        lambda x: gate_v3(
+            x,
+            padded,
+            bias,
+            top_k=top_k,
+            num_groups=groups,
+            top_k_groups=kept,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        ),
+        rows(60),
+    )
+    check(
+        lambda x: gate_v2(
+            x,
+            padded,
+            num_experts=experts,
+            top_k=top_k,
+            num_groups=groups,
+            top_k_groups=kept,
+            routed_scaling_factor=1.3,
+        ),
+        rows(60),
+    )
