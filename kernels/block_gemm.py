@@ -16,14 +16,14 @@ be brought into L2, and waits only before it touches what the predecessor wrote.
 import functools
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-PREFETCH_UNITS: tl.constexpr = tl.constexpr(8)  # of each run: 17 MB in all, a third of an H100's L2
-PDL = True
+PREFETCH_UNITS = 8  # of each run: 17 MB in all, a third of an H100's L2
 WORKERS = 132  # SMs of an H100 or H200; on any other card the order stays this one
 
 
@@ -54,24 +54,15 @@ def _first_row(tile, half_rows, half_tiles):
 
 
 @triton.jit
-def prefetch_runs(
-    W, K, kb, units, workers, half_rows, half_tiles, line, SUBS: tl.constexpr, UNITS: tl.constexpr
-):  # fmt: skip
-    """Bring the first units of runs into L2; line = 128 * worker + row of the tile, one request per line."""
-    worker = tl.minimum(line // 128, workers - 1)
-    start = worker * units // workers
+def _prefetch_run(W, K, kb, start, end, half_rows, half_tiles, UNITS: tl.constexpr):
+    """Bring the first units of a run into L2: one request per weight row."""
     tile = start // kb
     k = start - tile * kb
-    num_units = tl.minimum(tl.minimum((worker + 1) * units // workers - start, kb - k), UNITS)
-    nbytes = tl.minimum(num_units * 128, K - k * 128)
-    nbytes = tl.where(line < workers * 128, nbytes, 0)
-    for sub in tl.static_range(SUBS):
-        t = tile * SUBS + sub
-        n = (
-            tl.minimum(t % half_tiles * 128 + line % 128, half_rows - 1)
-            + t // half_tiles * half_rows
-        )
-        _prefetch_l2((W + n.to(tl.int64) * K + k * 128).to(tl.int64), nbytes)
+    units = tl.minimum(tl.minimum(end - start, kb - k), UNITS)
+    place = tl.minimum(tile % half_tiles * 128 + tl.arange(0, 128), half_rows - 1)
+    line = (tile // half_tiles * half_rows + place).to(tl.int64) * K + k * 128
+    nbytes = tl.minimum(units * 128, K - k * 128) + tl.zeros((128,), tl.int32)
+    _prefetch_l2((W + line).to(tl.int64), nbytes)
 
 
 @triton.jit
@@ -95,40 +86,30 @@ def _add_unit(acc, x, xs, W, WS, tile, n0, k, kb):
 @triton.jit
 def _stream_gemm(
     X, XS, W, WS, PARTIAL, WP, M, K, kb, units, workers, slots, half_rows, half_tiles,
-    BM: tl.constexpr, SUBS: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0)
     m0 = tl.program_id(1) * BM
     start = worker * units // workers
     end = (worker + 1) * units // workers
     gdc_launch_dependents()
-    if PREFETCH:
-        line = worker * 128 + tl.arange(0, 128)
-        prefetch_runs(WP, K, kb, units, workers, half_rows, half_tiles, line, SUBS, PREFETCH_UNITS)
+    if PREFETCH > 0:
+        _prefetch_run(WP, K, kb, start, end, half_rows, half_tiles, PREFETCH)
     gdc_wait()
     row = m0 + tl.arange(0, BM)
     ok = row < M
     first = start // kb
     acc = tl.zeros((BM, 128), tl.float32)
-    acc1 = tl.zeros((BM, 128), tl.float32)
     for u in tl.range(start, end, num_stages=STAGES):
         tile = u // kb
         k = u - tile * kb
         x = X.load([m0, k * 128])
         xs = tl.load(XS + row * kb + k, mask=ok, other=0.0)
-        t = tile * SUBS
-        acc = _add_unit(acc, x, xs, W, WS, t, _first_row(t, half_rows, half_tiles), k, kb)
-        if SUBS == 2:
-            n1 = _first_row(t + 1, half_rows, half_tiles)
-            acc1 = _add_unit(acc1, x, xs, W, WS, t + 1, n1, k, kb)
+        acc = _add_unit(acc, x, xs, W, WS, tile, _first_row(tile, half_rows, half_tiles), k, kb)
         if (k == kb - 1) | (u == end - 1):
-            slot = ((worker * slots + tile - first) * SUBS).to(tl.int64) * M
-            at = PARTIAL + (slot + row)[:, None] * 128
-            _store_tile(at, acc, ok)
+            slot = (worker * slots + tile - first).to(tl.int64) * M
+            _store_tile(PARTIAL + (slot + row)[:, None] * 128, acc, ok)
             acc = tl.zeros((BM, 128), tl.float32)
-            if SUBS == 2:
-                _store_tile(at + M * 128, acc1, ok)
-                acc1 = tl.zeros((BM, 128), tl.float32)
 
 
 @triton.jit
@@ -173,51 +154,40 @@ class Cut:
 
     half_rows: int
     half_tiles: int
-    subs: int  # 128-row tiles that a worker computes together
     kb: int
     units: int
     workers: int
-    slots: int  # (pairs of) tiles that one run can touch
+    slots: int  # tiles that one run can touch
     runs: int  # runs that one tile can lie in
 
 
 @functools.cache
-def cut(num_rows: int, num_columns: int, halves: int, subs: int = 1, workers: int = WORKERS) -> Cut:
-    """The cut of a weight [num_rows, num_columns]: a function of its shape alone."""
+def cut(num_rows: int, num_columns: int, halves: int) -> Cut:
+    """The canonical cut of a weight [num_rows, num_columns]: a function of its shape alone."""
     half_tiles = -(-num_rows // halves // 128)
     kb = -(-num_columns // 128)
-    subs = subs if halves * half_tiles % subs == 0 else 1
-    units = halves * half_tiles // subs * kb
-    workers = min(workers, units)
+    units = halves * half_tiles * kb
+    workers = min(WORKERS, units)
     slots = max(0, -(-units // workers) - 2) // kb + 2
     runs = kb * workers // units + 2
-    return Cut(num_rows // halves, half_tiles, subs, kb, units, workers, slots, runs)
+    return Cut(num_rows // halves, half_tiles, kb, units, workers, slots, runs)
 
 
-def stream_gemm(
-    x: Tensor,
-    x_scales: Tensor,
-    w: Tensor,
-    w_scales: Tensor,
-    partial: Tensor,
-    c: Cut,
-    *,
-    prefetch: bool,
-    block: int = 64,
-    num_warps: int = 4,
-    num_stages: int = 5,
-) -> None:
-    """Products of x e4m3 [M, K] with w e4m3 [N, K]: sums of runs, fp32 [workers * slots * subs, M, 128], to `partial`.
+def stream_gemm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, c: Cut) -> Tensor:
+    """Products of x e4m3 [M, K] with w e4m3 [N, K]: sums of runs, fp32 [workers * slots, M, 128].
 
     x_scales fp32 [M, ceil(K / 128)]; w_scales fp32 [tiles, ceil(K / 128)]. All contiguous, K a multiple of 16.
     """
     m, k = x.shape
+    block = 64 if m <= 64 else 128
+    partial = torch.empty(c.workers * c.slots, m, 128, device=x.device)
     _stream_gemm[(c.workers, triton.cdiv(m, block))](
         TensorDescriptor(x, list(x.shape), [k, 1], [block, 128]), x_scales,
         TensorDescriptor(w, list(w.shape), [k, 1], [128, 128]), w_scales, partial, w, m, k, c.kb,
-        c.units, c.workers, c.slots, c.half_rows, c.half_tiles, block, c.subs, prefetch, num_stages,
-        num_warps=num_warps, num_stages=num_stages, launch_pdl=PDL,
+        c.units, c.workers, c.slots, c.half_rows, c.half_tiles, block, PREFETCH_UNITS, 5,
+        num_warps=4 if block == 64 else 8, num_stages=5, launch_pdl=True,
     )  # fmt: skip
+    return partial
 
 
 def tile_gemm(

@@ -17,7 +17,7 @@ from torch.nn.functional import ScalingType, pad, scaled_mm
 from kernels.block_gemm import cut, stream_gemm, tile_gemm
 from kernels.swiglu import store_runs, swiglu_dense, swiglu_runs
 
-STREAM_ROWS = 128
+STREAM_ROWS = 64
 
 
 def _stream(
@@ -28,16 +28,11 @@ def _stream(
     down: Tensor,
     down_scales: Tensor,
 ) -> Tensor:
-    m, (width, hidden) = rows.shape[0], down.shape
-    c = cut(2 * hidden, width, 2)
-    partial = torch.empty(c.workers * c.slots, m, 128, device=rows.device)
-    stream_gemm(rows, scales, gate_up, gate_up_scales, partial, c, prefetch=True)
-    d = cut(width, hidden, 1)
-    h, h_scales = swiglu_runs(partial, c, m, down, d)
-    partial = torch.empty(d.workers * d.slots, m, 128, device=rows.device)
-    stream_gemm(h, h_scales, down, down_scales, partial, d, prefetch=False)
-    out = torch.empty(m, width, dtype=torch.bfloat16, device=rows.device)
-    store_runs(partial, d, out)
+    width, hidden = down.shape
+    c, d = cut(2 * hidden, width, 2), cut(width, hidden, 1)
+    h, h_scales = swiglu_runs(stream_gemm(rows, scales, gate_up, gate_up_scales, c), c, hidden)
+    out = torch.empty(rows.shape[0], width, dtype=torch.bfloat16, device=rows.device)
+    store_runs(stream_gemm(h, h_scales, down, down_scales, d), d, out)
     return out
 
 

@@ -1,8 +1,8 @@
 """Gates on the GPU: scores, group limit, top-k and weights in one launch, one warp per row.
 
-Semantics: kernels/reference/gate.py (transformers 5.23.0). Of equal scores the expert with the lowest id wins. Ids come in
-descending order of score. A NaN among a row's logits makes its weights NaN. Floor: launch latency; 128 rows x 256 experts
-are 128 KiB.
+Semantics: kernels/reference/gate.py (transformers 5.23.0). Of equal scores the expert with the lowest id wins. Ids come
+in descending order of score. A NaN among a row's logits makes its weights NaN. Floor: launch latency; 128 rows x 256
+experts are 128 KiB.
 """
 
 import torch

@@ -101,9 +101,8 @@ def _decode(
                 q, qr, keys, rotated, first + i < end, scale2, maximum, total, acc
             )
             page = following
-    # What is left, in smaller blocks: this loop goes through registers.
-    i = tl.arange(0, 64)
-    for first in tl.range(whole, end, 64, num_stages=1 if TMA else STAGES):
+    # What is left, or everything where a page is no block: masked, through registers.
+    for first in tl.range(whole, end, BK, num_stages=1 if TMA else STAGES):
         ok = first + i < end
         page_of = tl.load(table + (first + i) // PAGE, mask=ok, other=0).to(tl.int64)
         entry = page_of * PAGE + (first + i) % PAGE

@@ -1,24 +1,92 @@
 """The one place that chooses a kernel: Triton where the tensors are on a GPU, the torch reference elsewhere.
 
-Services import their operations from here and nowhere else in `kernels`. Signatures and semantics are the references'.
+Services import their operations from here or from `kernels.reference`. Signatures and semantics
+are those of the references. Triton is imported at the first call on a GPU: CPU users need none.
 """
 
-from kernels.reference.combine import combine, combine_fp8, slot_table, sum_partials
-from kernels.reference.pack import pack, pack_blocks, route, unpack
-from kernels.reference.quant import dequantise, dequantise_rows, quantise, quantise_rows, rows_view
+import functools
+import importlib
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
-__all__ = [
-    "combine",
-    "combine_fp8",
-    "dequantise",
-    "dequantise_rows",
-    "pack",
-    "pack_blocks",
-    "quantise",
-    "quantise_rows",
-    "route",
-    "rows_view",
-    "slot_table",
-    "sum_partials",
-    "unpack",
-]
+from torch import Tensor
+
+from kernels.reference import combine as _combine
+from kernels.reference import expert_ffn as _expert_ffn
+from kernels.reference import gate as _gate
+from kernels.reference import norm as _norm
+from kernels.reference import pack as _pack
+from kernels.reference import paged as _paged
+from kernels.reference import quant as _quant
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+slot_table = _combine.slot_table
+rows_view = _quant.rows_view
+
+# operation -> Triton module that has it under the same name
+TRITON = {
+    "quantise": "quant",
+    "quantise_rows": "quant",
+    "dequantise": "quant",
+    "dequantise_rows": "quant",
+    "pack": "pack",
+    "unpack": "pack",
+    "pack_blocks": "pack",
+    "route": "pack",
+    "combine": "combine",
+    "combine_fp8": "combine",
+    "sum_partials": "combine",
+    "expert_ffn": "expert_ffn",
+    "expert_ffn_grouped": "expert_ffn",
+    "gate_v3": "gate",
+    "gate_v2": "gate",
+    "rms_norm": "norm_rope",
+    "norm_rope": "norm_rope",
+    "cache_write": "norm_rope",
+    "mla_decode_paged": "mla_decode",
+    "mla_prefill_rows": "mla_prefill",
+}
+
+
+@functools.cache
+def _triton(name: str) -> Callable[..., object]:
+    function: Callable[..., object] = getattr(
+        importlib.import_module(f"kernels.{TRITON[name]}"), name
+    )
+    return function
+
+
+def _choose(reference: Callable[P, R]) -> Callable[P, R]:
+    """The reference, or the Triton kernel of its name when a positional tensor lies on a GPU."""
+
+    @functools.wraps(reference)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+            return _triton(reference.__name__)(*args, **kwargs)  # type: ignore[return-value]
+        return reference(*args, **kwargs)
+
+    return call
+
+
+quantise = _choose(_quant.quantise)
+quantise_rows = _choose(_quant.quantise_rows)
+dequantise = _choose(_quant.dequantise)
+dequantise_rows = _choose(_quant.dequantise_rows)
+pack = _choose(_pack.pack)
+unpack = _choose(_pack.unpack)
+pack_blocks = _choose(_pack.pack_blocks)
+route = _choose(_pack.route)
+combine = _choose(_combine.combine)
+combine_fp8 = _choose(_combine.combine_fp8)
+sum_partials = _choose(_combine.sum_partials)
+expert_ffn = _choose(_expert_ffn.expert_ffn)
+expert_ffn_grouped = _choose(_expert_ffn.expert_ffn_grouped)
+gate_v3 = _choose(_gate.gate_v3)
+gate_v2 = _choose(_gate.gate_v2)
+rms_norm = _choose(_norm.rms_norm)
+norm_rope = _choose(_paged.norm_rope)
+cache_write = _choose(_paged.cache_write)
+mla_decode_paged = _choose(_paged.mla_decode_paged)
+mla_prefill_rows = _choose(_paged.mla_prefill_rows)

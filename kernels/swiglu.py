@@ -10,12 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.block_gemm import PREFETCH_UNITS, Cut, prefetch_runs, worker_of
+from kernels.block_gemm import Cut, worker_of
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import SCALE_MIN
-
-PDL = True
-PREFETCH = True
 
 
 @triton.jit
@@ -25,17 +22,15 @@ def _swiglu(gate, up):
 
 @triton.jit
 def _sum_of_runs(
-    PARTIAL, sub_tile, row, row_ok, M, units, workers, slots, kb,
-    SUBS: tl.constexpr, RUNS: tl.constexpr,
+    PARTIAL, tile, row, row_ok, M, units, workers, slots, kb, RUNS: tl.constexpr
 ):  # fmt: skip
     """Sum a tile's runs in order: fp32 [rows, 128]. All loads are in flight before the first addition."""
-    tile = sub_tile // SUBS
     first = worker_of(tile * kb, units, workers)
     last = worker_of(tile * kb + kb - 1, units, workers)
     total = tl.zeros((row.shape[0], 128), tl.float32)
     for r in tl.static_range(RUNS):
         worker = first + r
-        slot = (worker * slots + tile - (worker * units // workers) // kb) * SUBS + sub_tile % SUBS
+        slot = worker * slots + tile - (worker * units // workers) // kb
         at = (slot.to(tl.int64) * M + row)[:, None] * 128 + tl.arange(0, 128)[None, :]
         ok = row_ok & (worker <= last)
         total += tl.load(PARTIAL + at, mask=ok[:, None], other=0.0)
@@ -45,25 +40,15 @@ def _sum_of_runs(
 @triton.jit
 def _swiglu_runs(
     PARTIAL, Q, S, M, hidden, units, workers, slots, kb, half_tiles,
-    NEXT, next_kb, next_units, next_workers, next_rows, lines,
-    SUBS: tl.constexpr, NEXT_SUBS: tl.constexpr, RUNS: tl.constexpr, R: tl.constexpr,
-    L: tl.constexpr, MIN: tl.constexpr,
+    RUNS: tl.constexpr, R: tl.constexpr, MIN: tl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
-    # The down weights come into L2 while the gate_up product drains: its end leaves memory idle.
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    for first in range(0, lines, L):
-        line = program * lines + first + tl.arange(0, L)
-        prefetch_runs(
-            NEXT, hidden, next_kb, next_units, next_workers, next_rows,
-            tl.cdiv(next_rows, 128), line, NEXT_SUBS, PREFETCH_UNITS,
-        )  # fmt: skip
     gdc_wait()
     tile = tl.program_id(0)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = row < M
-    gate = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, SUBS, RUNS)
-    up = _sum_of_runs(PARTIAL, tile + half_tiles, row, ok, M, units, workers, slots, kb, SUBS, RUNS)
+    gate = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
+    up = _sum_of_runs(PARTIAL, tile + half_tiles, row, ok, M, units, workers, slots, kb, RUNS)
     column = tile * 128 + tl.arange(0, 128)
     inside = ok[:, None] & (column < hidden)[None, :]
     q, scale = quantise_blocks(tl.where(inside, _swiglu(gate, up), 0.0), MIN)
@@ -73,7 +58,7 @@ def _swiglu_runs(
 
 @triton.jit
 def _store_runs(
-    PARTIAL, OUT, M, width, units, workers, slots, kb, SUBS: tl.constexpr,
+    PARTIAL, OUT, M, width, units, workers, slots, kb,
     RUNS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
@@ -81,7 +66,7 @@ def _store_runs(
     tile = tl.program_id(0)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = row < M
-    total = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, SUBS, RUNS)
+    total = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
     column = tile * 128 + tl.arange(0, 128)
     inside = ok[:, None] & (column < width)[None, :]
     tl.store(OUT + row[:, None] * width + column[None, :], total, mask=inside)
@@ -104,24 +89,15 @@ def _swiglu_dense(
     tl.store(S + row * s_row + block * s_block, scale, mask=b < num_blocks)
 
 
-def swiglu_runs(
-    partial: Tensor, c: Cut, num_rows: int, down: Tensor, d: Cut
-) -> tuple[Tensor, Tensor]:
-    """SwiGLU of the sums of runs of gate and up: e4m3 [M, hidden] and scales [M, ceil(hidden / 128)].
-
-    Prefetches the beginning of each run of `down` [width, hidden], cut as `d`, into L2.
-    """
-    hidden = down.shape[1]
+def swiglu_runs(partial: Tensor, c: Cut, hidden: int) -> tuple[Tensor, Tensor]:
+    """SwiGLU of the sums of runs of gate and up: e4m3 [M, hidden] and scales [M, ceil(hidden / 128)]."""
+    num_rows = partial.shape[1]
     q = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=partial.device)
     s = torch.empty(num_rows, c.half_tiles, device=partial.device)
     block = 4 if num_rows > 16 else 1
-    grid = (c.half_tiles, triton.cdiv(num_rows, block))
-    lanes = 128 if block == 4 else 32
-    lines = triton.cdiv(triton.cdiv(d.workers * 128, grid[0] * grid[1]), lanes) * lanes
-    _swiglu_runs[grid](
-        partial, q, s, num_rows, hidden, c.units, c.workers, c.slots, c.kb, c.half_tiles, down,
-        d.kb, d.units, d.workers, d.half_rows, lines if PREFETCH else 0, c.subs, d.subs, c.runs, block, lanes, SCALE_MIN,
-        num_warps=4 if block == 4 else 1, launch_pdl=PDL,
+    _swiglu_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
+        partial, q, s, num_rows, hidden, c.units, c.workers, c.slots, c.kb, c.half_tiles,
+        c.runs, block, SCALE_MIN, num_warps=4 if block == 4 else 1, launch_pdl=True,
     )  # fmt: skip
     return q, s
 
@@ -131,8 +107,8 @@ def store_runs(partial: Tensor, c: Cut, out: Tensor) -> None:
     num_rows, width = out.shape
     block = 4 if num_rows > 16 else 1
     _store_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
-        partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.subs, c.runs, block,
-        num_warps=4 if block == 4 else 1, launch_pdl=PDL,
+        partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.runs, block,
+        num_warps=4 if block == 4 else 1, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -1,0 +1,97 @@
+"""Triton kernels in Triton's interpreter on CPU, in a process of its own: only what the interpreter does right.
+
+It is wrong on bf16 products and on conversions to FP8 and bf16 (measured, triton 3.9.0), so quantisation, the expert
+and attention are confirmed on a GPU alone (test_on_gpu.py).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import torch
+from kernels import combine, gate, norm_rope, pack
+from kernels.reference import combine as ref_combine, gate as ref_gate
+from kernels.reference import pack as ref_pack, paged as ref_paged
+
+n, k, width = 9, 4, 200
+source = torch.randn(n * k + 3, width)
+slots = torch.randperm(n * k + 3)[: n * k].view(n, k).int()
+slots[torch.rand(n, k) < 0.2] = -1
+weights = torch.rand(n, k)
+for dtype in (torch.float32, torch.float64):
+    got, expected = torch.full((n, width), float("nan"), dtype=dtype), torch.empty(n, width, dtype=dtype)
+    combine.combine(source, slots, weights, got)
+    ref_combine.combine(source, slots, weights, expected)
+    assert torch.equal(got, expected), "combine"
+    backwards = torch.empty_like(got)
+    combine.combine(source, slots.flip(1), weights.flip(1), backwards)
+    assert not torch.equal(backwards, expected), "mutation: another order"
+parts, lists = [torch.randn(3, width).double(), torch.randn(n, width).double()], [torch.tensor([4, 0, 2]), None]
+got, expected = torch.empty(n, width), torch.empty(n, width)
+combine.sum_partials(parts, lists, got)
+ref_combine.sum_partials(parts, lists, expected)
+assert torch.equal(got, expected), "sum_partials"
+
+experts = torch.stack([torch.randperm(16)[:4] for _ in range(n)]).int()
+destinations = (torch.arange(16) // 4).int()
+listed, counts = pack.route(experts, destinations, 5)
+wanted, wanted_counts = ref_pack.route(experts, destinations, 5)
+assert torch.equal(listed, wanted) and torch.equal(counts, wanted_counts), "route"
+place = {"row_nbytes": 200, "source_offset": 16, "scale_nbytes": 8, "source_scales": 16 + n * 200}
+source = torch.randint(0, 256, (16 + n * 208,), dtype=torch.uint8)
+got, expected = (torch.zeros(5 * 4096, dtype=torch.uint8) for _ in range(2))
+pack.pack_blocks(source, got, listed, counts, **place, block_nbytes=4096)
+ref_pack.pack_blocks(source, expected, wanted, wanted_counts, **place, block_nbytes=4096)
+assert torch.equal(got, expected), "pack_blocks"
+for name in ("pack", "unpack"):
+    got, expected = (torch.zeros(3000, dtype=torch.uint8) for _ in range(2))
+    for module, out in ((pack, got), (ref_pack, expected)):
+        index = torch.tensor([7, 0, 3, 4])
+        getattr(module, name)(source, out, index, **place, out_offset=8, out_scales=2400)
+    assert torch.equal(got, expected), name
+
+for experts, groups, top_groups, top_k in ((16, 4, 2, 4), (24, 3, 1, 2), (20, 1, 1, 6)):
+    logits, bias, eye = torch.randn(5, experts), torch.randn(experts), torch.eye(experts)
+    common = {"top_k": top_k, "num_groups": groups, "top_k_groups": top_groups, "routed_scaling_factor": 2.5}
+    for name, args, extra in (
+        ("gate_v3", (logits, eye, bias), {"norm_topk_prob": True}),
+        ("gate_v2", (logits, eye), {"num_experts": experts}),
+    ):
+        ids, weights = getattr(gate, name)(*args, **common, **extra)
+        want_ids, want_weights = getattr(ref_gate, name)(*args, **common, **extra)
+        (ids, order), (want_ids, want_order) = ids.sort(1), want_ids.sort(1)
+        assert torch.equal(ids, want_ids), name
+        assert torch.allclose(weights.gather(1, order), want_weights.gather(1, want_order), rtol=1e-5), name
+logits[2, 3] = float("nan")
+weights = gate.gate_v3(logits, eye, bias, **common, norm_topk_prob=True)[1]
+assert weights[2].isnan().all() and weights[[0, 1, 3, 4]].isfinite().all(), "NaN"
+ties = gate.gate_v3(torch.zeros(1, 20), eye, bias * 0, **common, norm_topk_prob=True)[0]
+assert ties.tolist() == [[0, 1, 2, 3, 4, 5]], "ties: the lowest id"
+
+x, weight, angle = torch.randn(5, 144), torch.randn(128), torch.randn(5, 8)
+for interleaved in (False, True):
+    args = (x, weight, angle.cos(), angle.sin())
+    got = norm_rope.norm_rope(*args, eps=1e-6, interleaved=interleaved)
+    expected = ref_paged.norm_rope(*args, eps=1e-6, interleaved=interleaved)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), "norm_rope"
+got, expected = torch.zeros(2, 8, 144), torch.zeros(2, 8, 144)
+for module, cache in ((norm_rope, got), (ref_paged, expected)):
+    module.cache_write(x, cache, torch.tensor([3, -1, 0, 15, 8]), latent=128)
+assert torch.equal(got, expected), "cache_write"
+"""
+
+
+def test_kernels_that_the_interpreter_can_be_trusted_with():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]

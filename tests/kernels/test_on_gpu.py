@@ -1,0 +1,275 @@
+"""Triton kernels on a GPU against the references and float64: fresh inputs, odd shapes, outliers, poisoned outputs."""
+
+import pytest
+import torch
+from ffn_cases import error, exact, expert, rows
+from markers import on_gpu
+
+from kernels import ops
+from kernels.reference import combine as ref_combine
+from kernels.reference import gate as ref_gate
+from kernels.reference import pack as ref_pack
+from kernels.reference import paged as ref_paged
+from kernels.reference import quant as ref_quant
+
+ROWS = (1, 3, 127, 129, 1000)
+BF16 = 6e-3  # relative error by norm of bf16 operands and results
+
+
+def outliers(n, width, dtype):
+    x = torch.randn(n, width) * torch.randn(n, 1).exp()
+    x[torch.rand(n, width) < 0.002] *= 1e3
+    x[n // 2] = 0
+    return x.to(dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [7168, 200, 56])
+@pytest.mark.parametrize("n", ROWS)
+def test_quantise_has_the_bits_of_the_reference(n, width, dtype):
+    x = outliers(n, width, dtype)
+    q, scales = ref_quant.quantise(x)
+    scales_at = -(-n * width // 16) * 16
+    payload = torch.full((scales_at + scales.numel() * 4 + 16,), 0xFF, dtype=torch.uint8).cuda()
+    ops.quantise_rows(x.cuda(), payload, rows_offset=0, scales_offset=scales_at)
+    got = payload.cpu()
+    assert torch.equal(got[: n * width], q.view(torch.uint8).flatten())
+    assert torch.equal(got[scales_at:-16], scales.view(torch.uint8).flatten())
+    assert torch.all(got[-16:] == 0xFF)
+    place = {"num_rows": n, "width": width, "rows_offset": 0, "scales_offset": scales_at}
+    back = ops.dequantise_rows(payload, **place, dtype=torch.float32)
+    assert torch.equal(back.cpu(), ref_quant.dequantise(q, scales, torch.float32))
+
+
+@on_gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_number_spoils_its_block_and_no_other(bad):
+    x = torch.randn(3, 300, device="cuda")
+    x[1, 200] = bad
+    back = ops.dequantise(*ops.quantise(x), torch.float32)
+    assert back[1, 128:256].isnan().all()
+    assert back[[0, 2]].isfinite().all()
+    assert back[1, :128].isfinite().all()
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("source_dtype", "out_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+)
+@pytest.mark.parametrize(("n", "width"), [(1, 7168), (3, 200), (129, 7168), (1000, 56)])
+def test_combine_has_the_bits_of_the_reference(n, width, source_dtype, out_dtype):
+    source = torch.randn(n * 8 + 3, width).to(source_dtype)
+    slots = torch.randperm(n * 8 + 3)[: n * 8].view(n, 8).int()
+    slots[torch.rand(n, 8) < 0.2] = -1
+    weights = torch.rand(n, 8)
+    expected = torch.empty(n, width, dtype=out_dtype)
+    ref_combine.combine(source, slots, weights, expected)
+    out = torch.full((n, width), float("nan"), dtype=out_dtype, device="cuda")
+    ops.combine(source.cuda(), slots.cuda(), weights.cuda(), out)
+    assert torch.equal(out.cpu(), expected)
+    if out_dtype is torch.bfloat16:
+        nbytes = -(-n * width // 16) * 16
+        payload, same = (torch.zeros(nbytes + n * 256, dtype=torch.uint8) for _ in range(2))
+        place = {"rows_offset": 0, "scales_offset": nbytes}
+        ref_combine.combine_fp8(source, slots, weights, same, **place)
+        payload = payload.cuda()
+        ops.combine_fp8(source.cuda(), slots.cuda(), weights.cuda(), payload, **place)
+        assert torch.equal(payload.cpu(), same)
+
+
+@on_gpu
+def test_sums_of_partials_have_the_bits_of_the_reference():
+    for dtype in (torch.float64, torch.bfloat16):
+        parts = [torch.randn(3, 200).to(dtype), torch.randn(9, 200).to(dtype)]
+        lists = [torch.tensor([4, 0, 2], dtype=torch.int32), None]
+        expected = torch.empty(9, 200)
+        ref_combine.sum_partials(parts, lists, expected)
+        out = torch.full((9, 200), float("nan"), device="cuda")
+        place = [None if r is None else r.cuda() for r in lists]
+        ops.sum_partials([p.cuda() for p in parts], place, out)
+        assert torch.equal(out.cpu(), expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("n", ROWS)
+def test_packing_moves_the_same_bytes(n):
+    source = torch.randint(0, 256, (16 + n * 224,), dtype=torch.uint8)
+    place = {
+        "row_nbytes": 200,
+        "source_offset": 16,
+        "scale_nbytes": 24,
+        "source_scales": 16 + n * 200,
+    }
+    experts = torch.stack([torch.randperm(16)[:4] for _ in range(n)]).int()
+    destinations = (torch.arange(16) // 4).int()
+    listed, counts = ref_pack.route(experts, destinations, 5)
+    got, got_counts = ops.route(experts.cuda(), destinations.cuda(), 5)
+    assert torch.equal(got.cpu(), listed)
+    assert torch.equal(got_counts.cpu(), counts)
+    stride = 256 * (n + 1)
+    out = torch.zeros(5 * stride, dtype=torch.uint8)
+    on_card = out.cuda()
+    ref_pack.pack_blocks(source, out, listed, counts, **place, block_nbytes=stride)
+    ops.pack_blocks(source.cuda(), on_card, got, got_counts, **place, block_nbytes=stride)
+    assert torch.equal(on_card.cpu(), out)
+    index = torch.randperm(n)[: max(1, n // 2)].int()
+    for move in ("pack", "unpack"):
+        out = torch.zeros_like(source)
+        on_card = out.cuda()
+        ends = {"out_offset": 0, "out_scales": n * 200}
+        getattr(ref_pack, move)(source, out, index, **place, **ends)
+        getattr(ops, move)(source.cuda(), on_card, index.cuda(), **place, **ends)
+        assert torch.equal(on_card.cpu(), out)
+
+
+@on_gpu
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize(("width", "hidden"), [(7168, 2048), (512, 192), (256, 64), (1024, 1408)])
+@pytest.mark.parametrize("n", ROWS)
+def test_expert_against_float64(n, width, hidden, reproducible):
+    weights, (q, scales) = expert(width, hidden, device="cuda"), rows(n, width, device="cuda")
+    got = ops.expert_ffn(q, scales, *weights, reproducible=reproducible)
+    # the library rounds gate and up to bf16, which flips more roundings of the hidden row
+    assert error(got, exact(q, scales, weights)) < (BF16 if reproducible or n <= 64 else 2e-2)
+
+
+@on_gpu
+def test_reproducible_expert_has_one_order_for_any_number_of_rows():
+    weights, (q, scales) = expert(7168, 2048, device="cuda"), rows(300, 7168, device="cuda")
+    whole = ops.expert_ffn(q, scales, *weights, reproducible=True)
+    for n in (1, 3, 16, 64, 65, 128, 129):
+        part = ops.expert_ffn(q[:n], scales[:n], *weights, reproducible=True)
+        assert torch.equal(part, whole[:n])
+
+
+@on_gpu
+@pytest.mark.parametrize(("most", "sizes"), [(64, (1, 3, 63)), (300, (65, 127, 129, 299))])
+def test_within_a_regime_a_row_depends_on_no_other_row(most, sizes):
+    weights, (q, scales) = expert(7168, 2048, device="cuda"), rows(most, 7168, device="cuda")
+    whole = ops.expert_ffn(q, scales, *weights)
+    for n in sizes:
+        assert torch.equal(ops.expert_ffn(q[:n], scales[:n], *weights), whole[:n])
+
+
+@on_gpu
+def test_grouped_experts_have_the_bits_of_single_ones():
+    experts = [expert(1024, 256, device="cuda", seed=s) for s in range(4)]
+    q, scales = rows(200, 1024, device="cuda")
+    offsets = torch.tensor([0, 70, 70, 71, 200], dtype=torch.int32, device="cuda")
+    stacked = [torch.stack(parts) for parts in zip(*experts, strict=True)]
+    got = ops.expert_ffn_grouped(q, scales, offsets, *stacked, max_rows=129)
+    for e, (start, end) in enumerate([(0, 70), (70, 70), (70, 71), (71, 200)]):
+        part = slice(start, end)
+        single = ops.expert_ffn(
+            q[part].contiguous(), scales[part].contiguous(), *experts[e], reproducible=True
+        )
+        assert torch.equal(got[part], single)
+
+
+@on_gpu
+@pytest.mark.parametrize("which", [1, 3])
+def test_mutation_scales_of_another_block_are_seen(which):
+    weights, (q, scales) = list(expert(512, 256, device="cuda")), rows(9, 512, device="cuda")
+    expected = exact(q, scales, weights)
+    weights[which] = weights[which].roll(1, 0)
+    assert not error(ops.expert_ffn(q, scales, *weights), expected) < BF16
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("n", "experts", "groups", "top_groups", "top_k"),
+    [(128, 256, 8, 4, 8), (1000, 64, 1, 1, 6), (127, 160, 8, 3, 6), (3, 384, 1, 1, 8)],
+)
+def test_gates_choose_what_the_references_choose(n, experts, groups, top_groups, top_k):
+    logits, bias, eye = torch.randn(n, experts), torch.randn(experts), torch.eye(experts)
+    common = {
+        "top_k": top_k,
+        "num_groups": groups,
+        "top_k_groups": top_groups,
+        "routed_scaling_factor": 2.5,
+    }
+    for name, args, extra in (
+        ("gate_v3", (logits, eye, bias), {"norm_topk_prob": True}),
+        ("gate_v2", (logits, eye), {"num_experts": experts}),
+    ):
+        expected = getattr(ref_gate, name)(*args, **common, **extra)
+        got = getattr(ops, name)(*(a.cuda() for a in args), **common, **extra)
+        (ids, order), (want, want_order) = got[0].cpu().sort(1), expected[0].sort(1)
+        assert torch.equal(ids, want)
+        weights = got[1].cpu().gather(1, order)
+        assert torch.allclose(weights, expected[1].gather(1, want_order), rtol=1e-5, atol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("heads", "rope", "page"), [(128, 64, 64), (128, 16, 64), (16, 64, 16)])
+def test_decode_over_poisoned_pages(heads, rope, page, fp8):
+    latent, contexts = 512, [1, 63, 64, 65, 1000, 2048, 2049, 5000]
+    pages = [-(-c // page) for c in contexts]
+    width = latent + latent // 32 + 2 * rope if fp8 else latent + rope
+    kind = torch.uint8 if fp8 else torch.bfloat16
+    cache = torch.full((sum(pages), page, width), 255 if fp8 else float("nan"), dtype=kind)
+    table, order, start = (
+        torch.zeros(len(contexts), max(pages)).int(),
+        torch.randperm(sum(pages)),
+        0,
+    )
+    for i, (tokens, count) in enumerate(zip(contexts, pages, strict=True)):
+        table[i, :count] = order[start : start + count]
+        start += count
+        token = torch.arange(tokens)
+        slots = table[i, token // page].long() * page + token % page
+        ref_paged.cache_write(
+            torch.randn(tokens, latent + rope).bfloat16(), cache, slots, latent=latent
+        )
+    queries = torch.randn(len(contexts), heads, latent + rope).bfloat16()
+    context = torch.tensor(contexts, dtype=torch.int32)
+    place = {"scale": 0.07, "latent": latent, "max_context": 5000}
+    expected = ref_paged.mla_decode_paged(queries.float(), cache, table, context, **place)
+    args = [t.cuda() for t in (queries, cache, table, context)]
+    got = ops.mla_decode_paged(*args, **place)
+    assert error(got.cpu(), expected.double()) < BF16
+    alone = ops.mla_decode_paged(args[0][6:7], args[1], args[2][6:7], args[3][6:7], **place)
+    assert torch.equal(alone, got[6:7])  # bits depend on a request's own context only
+
+
+@on_gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_cache_write_and_norm_rope(fp8):
+    x, weight, angle = (
+        torch.randn(129, 576).bfloat16(),
+        torch.randn(512).bfloat16(),
+        torch.randn(129, 32),
+    )
+    args = (x, weight, angle.cos(), angle.sin())
+    for interleaved in (False, True):
+        expected = ref_paged.norm_rope(*args, eps=1e-6, interleaved=interleaved)
+        got = ops.norm_rope(*(a.cuda() for a in args), eps=1e-6, interleaved=interleaved)
+        assert error(got.cpu(), expected.double()) < 1e-3
+    shape = (4, 64, 512 + 16 + 128) if fp8 else (4, 64, 576)
+    cache = torch.zeros(shape, dtype=torch.uint8 if fp8 else torch.bfloat16)
+    on_card, slots = cache.cuda(), torch.randperm(256)[:129]
+    slots[5] = -1
+    ref_paged.cache_write(x, cache, slots, latent=512)
+    ops.cache_write(x.cuda(), on_card, slots.cuda(), latent=512)
+    assert torch.equal(on_card.cpu(), cache)
+
+
+@on_gpu
+@pytest.mark.parametrize(("width", "value"), [(192, 128), (56, 56)])
+def test_prefill_of_ragged_sequences(width, value):
+    lengths_q, lengths_k = [1, 3, 127, 200], [1, 300, 127, 200]
+    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k)]
+    q = torch.randn(sum(lengths_q), 16, width).bfloat16()
+    k, v = (torch.randn(sum(lengths_k), 16, w).bfloat16() for w in (width, value))
+    args = (q, k, v, *starts)
+    expected = ref_paged.mla_prefill_rows(*args, scale=width**-0.5, max_rows=200)
+    got = ops.mla_prefill_rows(*(a.cuda() for a in args), scale=width**-0.5, max_rows=200)
+    assert error(got.cpu(), expected.double()) < BF16
