@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from common.errors import AtollError, LinkClosed, WireError
+from common.errors import AtollError, AuthError, LinkClosed, WireError
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.control import Channel
@@ -117,7 +117,8 @@ class UcxLink(BaseLink):
     def on_lost(self, channel: Channel, error: AtollError) -> None:
         """The control socket is gone, and with it the link."""
         if self._opening is not None and not self._opening.done():
-            self._opening.set_exception(error)
+            known = isinstance(error, LinkClosed | AuthError)
+            self._opening.set_exception(error if known else AuthError(str(error)))
         self._close(error if isinstance(error, LinkClosed) else LinkClosed(str(error)))
 
     def _send_control(self, frame: dict[str, Any]) -> None:
