@@ -34,6 +34,8 @@ _LOCAL = {
     "UCX_TCP_TX_SEG_SIZE": "256k",
     "UCX_TCP_RX_SEG_SIZE": "256k",
 }
+# Across hosts UCX chooses (rc, cuda_ipc, tcp ...), but never that shared queue.
+_REMOTE = {"UCX_TLS": "^sm"}
 # Only with shared memory: a router hears from every expert of its node, and at 256 peers the default receive queue of
 # 256 slots made a scatter-gather four times slower. 8 MiB where set, so on routers only.
 _ROUTER = {"UCX_MM_FIFO_SIZE": "1024"}
@@ -47,7 +49,7 @@ def set_ucx_environment(
     `local`: every process of the cluster runs on this host and no payload lies in GPU memory.
     """
     target = os.environ if environ is None else environ
-    wanted = {**_ALWAYS, **(_LOCAL if local else {}), **(_ROUTER if router else {})}
+    wanted = {**_ALWAYS, **(_LOCAL if local else _REMOTE), **(_ROUTER if router else {})}
     for name, value in wanted.items():
         target.setdefault(name, value)
     force = {name: target[name] for name in sorted(target) if name.startswith("UCX_")}

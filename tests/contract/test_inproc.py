@@ -145,7 +145,7 @@ def test_the_handshake_refuses_what_ucx_refuses():
 
 def test_a_network_that_never_rests_is_reported():
     fabric = InprocFabric()
-    _, log, [(transport, seen, link)] = star(fabric, 1)
+    _, _, [(transport, seen, link)] = star(fabric, 1)
     seen.echo = True
     post(transport, link, 1)
     with pytest.raises(RuntimeError, match="not idle after 500 events"):
