@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 _ALWAYS = {
     "UCX_MM_ERROR_HANDLING": "y",
     "UCX_KEEPALIVE_INTERVAL": "1s",
-    "UCX_LOG_LEVEL": "error",
+    # UCX calls every refused reconnection to a killed peer an error, on stdout; what matters we report ourselves
+    "UCX_LOG_LEVEL": "fatal",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
 # One host without GPUs: TCP on loopback only, since several interfaces slow UCX down and every worker listens on each.

@@ -250,7 +250,7 @@ def test_a_mute_peer_loses_its_slot(ucx, caplog):
     """Half-open connections beyond the bound push out the oldest, and the deadline takes the rest."""
 
     async def main():
-        listener = ucx.transport(control=ControlLimits(handshake_timeout_s=0.3, max_handshakes=4))
+        listener = ucx.transport(control=ControlLimits(handshake_timeout_s=1.0, max_handshakes=4))
         address = await listener.listen(ucx.address(), ROUTER, Peer())
         mute = []
         for _ in range(10):

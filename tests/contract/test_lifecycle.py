@@ -339,9 +339,11 @@ def test_keep_connected_outlives_a_refusal(net, caplog):
             keeper = tasks.create_task(
                 keep_connected(dialler, address, lambda: hello(epoch=2), here, max_s=0.05)
             )
-            await asyncio.sleep(0.15)
+            while "router-0 has epoch 1, expert-0 has 2" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # several more attempts
             assert not keeper.done()
-            assert caplog.text.count("router-0 has epoch 1, expert-0 has 2") == 1
+            assert caplog.text.count("router-0 has epoch 1, expert-0 has 2") == 1, "said once"
             await listener.close()
             renewed = net.transport()
             await renewed.listen(address, hello(Role.ROUTER, epoch=2), Peer())
