@@ -37,8 +37,7 @@ def _hello(role: Role, index: int = 0) -> Hello:
     return Hello(ProcessId(role, index), 0, os.getpid(), "bench", 1, "fp8")
 
 
-# Each system is a class with `serve` (echoes, or counts when told) and `connect`; the client's `round_trip` and
-# `flood` are what is measured. A message of one byte means: what follows is a flood (F), an echo (E).
+# A message of one byte announces what follows: a flood (F) or an echo (E).
 
 
 class Atoll:
@@ -50,9 +49,7 @@ class Atoll:
         def __init__(self):
             self.echo = True
 
-        def on_open(self, link): ...
-
-        def on_close(self, link, error): ...
+        on_open = on_close = lambda *_: None
 
         def on_control(self, link, message):
             self.echo = message["echo"]
@@ -80,9 +77,7 @@ class Atoll:
             f"unix:{path}", _hello(Role.EXPERT), self, timeout_s=10
         )
 
-    def on_open(self, link): ...
-
-    def on_close(self, link, error): ...
+    on_open = on_close = lambda *_: None
 
     def on_control(self, link, message):
         self._answer.set()

@@ -289,6 +289,27 @@ def test_nobody_listens(net):
     run(net, main)
 
 
+def test_an_authenticated_peer_that_falls_silent(ucx, monkeypatch):
+    monkeypatch.setattr("common.transport.ucx_link._FIRST_FRAME_S", 0.2)
+
+    async def main():
+        listener, there = ucx.transport(), Peer()
+        address = await listener.listen(ucx.address(), ROUTER, there)
+        reader, writer = await raw(address)
+        mine = Handshake(SECRET, hello(), dialling=True, nonce=os.urandom(32), where="x")
+        writer.write(mine.start())
+        received = bytearray()
+        while mine.peer is None:
+            received += await reader.read(4096)
+            writer.write(mine.feed(received))
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert there.calls == []
+        assert "[0 links" in repr(listener)
+        writer.close()
+
+    run(ucx, main)
+
+
 @pytest.mark.parametrize("attack", ["oversize", "modified", "not json", "no message"])
 def test_a_bad_frame_after_the_handshake_closes_the_link(ucx, attack):
     """The attacker here knows the secret: even then nothing but its own link suffers."""
