@@ -143,7 +143,7 @@ class Supervisor:
             if not line.startswith(
                 f"atoll {worker.name}: "
             ):  # its last words: told when it has ended
-                self._display.worker_line(worker.name, line)
+                self._display.worker_line(worker.name, line, stopping=self._stopping)
 
         pipe = LinePipe(self._run_dir.log_file(worker.name), on_line)
         index = str(worker.spec.id.index)
