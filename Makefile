@@ -1,18 +1,34 @@
-# The five things one does with a clone. Everything lives in .venv; `make setup` is the only step that downloads.
+# What one does with a clone. Everything lives in .venv; `make setup` is the only target that downloads.
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup check test
+.PHONY: setup check test test-oracle demo bench
+
 setup: $(VENV)/.ready
+
+# torch first and alone: asked for exactly, it is the CPU build; as somebody's dependency it may be a CUDA one
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install $$(grep -x 'torch==[0-9.]*' constraints.txt)
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-test: setup
-	$(BIN)/pytest
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	python3 -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	touch $@
+test: setup
+	$(BIN)/python -m pytest
+
+test-oracle: setup
+	$(BIN)/python -m pytest -m oracle --timeout 3600
+
+demo: setup
+	@$(BIN)/atoll demo
+
+bench: setup
+	$(BIN)/python -m loadgen.bench

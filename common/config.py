@@ -1,27 +1,41 @@
 """One TOML describes a cluster; this file turns it into one frozen tree. Nothing else reads configuration.
 
-    [cluster]   name, wire, epoch, run_dir, secret_file
-    [model]     path, served_name
+    [cluster]   name, wire, epoch, run_dir, secret_file, device
+    [model]     path, served_name, cache_dir
     [placement] experts_per_gpu
-    [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context
+    [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
-    [limits]    block_deadline_s, max_payload_mb, link_window
+    [limits]    block_deadline_s, max_payload_mb, link_window, drain_deadline_s
     [[nodes]]   host, attention, experts, routers, base_port   (one table per node, node id = position)
 
 Every process is named by role and index; indices count over nodes in order. A process on a node whose `host` is
 "local" listens on a Unix socket in `run_dir`, elsewhere on tcp at base_port + an offset fixed by role and index.
+Relative paths are relative to the file's directory. How the TOML is read and checked is in `common/config_toml.py`.
 """
 
-import difflib
-import tomllib
-from dataclasses import MISSING, dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from common import config_toml
 from common.errors import ConfigError
 from common.ids import ProcessId, Role
 
 LOCAL = "local"
+ATTENTION_PORT_OFFSET = (
+    100  # routers listen on base_port + 0.., attention workers on base_port + 100..
+)
+MAX_UNIX_PATH = 107  # bytes, sockaddr_un without its final zero
+
+
+def _in(default: float, low: float, high: float) -> Any:  # noqa: ANN401  -- as dataclasses.field
+    """A field with a default that must lie in [low, high]."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+def _one_of(default: str, *choices: str) -> Any:  # noqa: ANN401
+    return field(default=default, metadata={"choices": choices})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +43,11 @@ class ClusterSection:
     """`epoch` numbers the membership; `run_dir` holds sockets, secret and logs of this host."""
 
     name: str = "atoll"
-    wire: str = "fp8"
-    epoch: int = 1
+    wire: str = _one_of("fp8", "fp8", "bf16", "fp32")
+    epoch: int = _in(1, 0, 2**31 - 1)
     run_dir: Path = Path("/run/atoll")
     secret_file: Path | None = None  # default: run_dir/secret
-    device: str = "cpu"
+    device: str = _one_of("cpu", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +56,26 @@ class ModelSection:
 
     path: Path
     served_name: str = ""
+    cache_dir: Path = field(default_factory=lambda: Path("~/.cache/atoll").expanduser())  # hashes
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementSection:
     """1 is Atoll's layout, more is the traditional one."""
 
-    experts_per_gpu: int = 1
+    experts_per_gpu: int = _in(1, 1, 4096)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSection:
     """Bounds of one attention worker. `max_context` 0 means the model's own limit."""
 
-    microbatches: int = 2
-    page_tokens: int = 64
-    max_batch_tokens: int = 1024
-    max_requests: int = 64
-    max_context: int = 0
-    cache_tokens: int = 32768
+    microbatches: int = _in(2, 1, 8)
+    page_tokens: int = _in(64, 1, 4096)
+    max_batch_tokens: int = _in(1024, 1, 1 << 20)
+    max_requests: int = _in(64, 1, 1 << 16)
+    max_context: int = _in(0, 0, 1 << 24)
+    cache_tokens: int = _in(32768, 1, 1 << 30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +83,19 @@ class GatewaySection:
     """Port 0 takes any free one. `max_queued` requests wait at most, the next gets 429."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = _in(8000, 0, 65535)
     api_key_file: Path | None = None
-    max_queued: int = 1024
+    max_queued: int = _in(1024, 0, 1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
 class LimitsSection:
-    """Deadlines and bounds of the data plane."""
+    """Deadlines and bounds of the data plane; `drain_deadline_s` is how long a stopping process may finish its work."""
 
-    block_deadline_s: float = 30.0
-    max_payload_mb: int = 256
-    link_window: int = 64
+    block_deadline_s: float = _in(30.0, 0.01, 3600.0)
+    max_payload_mb: int = _in(256, 1, 4096)
+    link_window: int = _in(64, 1, 65536)
+    drain_deadline_s: float = _in(8.0, 0.0, 3600.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +103,10 @@ class Node:
     """One host of the cluster."""
 
     host: str = LOCAL
-    attention: int = 1
-    experts: int = 0
-    routers: int = 1
-    base_port: int = 7600
+    attention: int = _in(1, 0, 99)
+    experts: int = _in(0, 0, 4096)
+    routers: int = _in(1, 1, 1)
+    base_port: int = _in(7600, 1, 65535 - 2 * ATTENTION_PORT_OFFSET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +145,20 @@ class ClusterConfig:
         """Expert processes over all nodes."""
         return sum(node.experts for node in self.nodes)
 
+    def to_toml(self) -> str:
+        """The document that `load` reads back as an equal tree."""
+        return config_toml.render(self)
+
     def processes(self) -> list[ProcessSpec]:
         """Every process, in start order: routers, experts, attention workers, gateway."""
         specs: list[ProcessSpec] = []
         for role in (Role.ROUTER, Role.EXPERT, Role.ATTENTION):
+            index = 0
             for node_id, node in enumerate(self.nodes):
                 for local in range(_count(node, role)):
-                    index = sum(spec.id.role is role for spec in specs)
                     address = self._address(role, index, node, local)
                     specs.append(ProcessSpec(ProcessId(role, index), node_id, address))
+                    index += 1
         specs.append(ProcessSpec(ProcessId(Role.GATEWAY, 0), 0, ""))
         return specs
 
@@ -164,9 +185,8 @@ class ClusterConfig:
             return ""  # experts only dial out
         if node.host == LOCAL:
             return f"unix:{self.cluster.run_dir}/{role}-{index}.sock"
-        return (
-            f"tcp://{node.host}:{node.base_port + local + (100 if role is Role.ATTENTION else 0)}"
-        )
+        offset = ATTENTION_PORT_OFFSET if role is Role.ATTENTION else 0
+        return f"tcp://{node.host}:{node.base_port + offset + local}"
 
 
 def _count(node: Node, role: Role) -> int:
@@ -176,84 +196,93 @@ def _count(node: Node, role: Role) -> int:
 
 
 def load(path: Path) -> ClusterConfig:
-    """Read a cluster TOML. Raises ConfigError naming file and key."""
-    try:
-        document = tomllib.loads(path.read_text())
-    except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: {exc}") from exc
-    return parse(document, source=str(path))
+    """Read a cluster TOML. Raises ConfigError naming file, line and key."""
+    source = config_toml.Source.read(path)
+    return _checked(config_toml.build(ClusterConfig, source), source)
 
 
 def parse(document: dict[str, Any], *, source: str) -> ClusterConfig:
     """Check a parsed document and build the tree. Raises ConfigError naming `source` and the key."""
-    known = {f.name for f in fields(ClusterConfig)}
-    _reject_unknown(document, known, source, "")
-    nodes = document.get("nodes")
-    if not isinstance(nodes, list) or not nodes:
-        raise ConfigError(f"{source}: at least one [[nodes]] table is needed")
-    if "model" not in document:
-        raise ConfigError(f"{source}: [model] with a path is needed")
-    sections: dict[str, Any] = {}
-    for name, section_type in get_type_hints(ClusterConfig).items():
-        if name != "nodes" and name in document:
-            sections[name] = _section(section_type, document[name], source, name)
-    sections["nodes"] = tuple(
-        _section(Node, node, source, f"nodes[{i}]") for i, node in enumerate(nodes)
+    origin = config_toml.Source(source, document)
+    return _checked(config_toml.build(ClusterConfig, origin), origin)
+
+
+def local_cluster(
+    model: Path,
+    *,
+    ep: int,
+    nodes: int,
+    attention: int,
+    experts_per_gpu: int,
+    microbatches: int,
+    wire: str,
+    port: int,
+    run_dir: Path,
+    host: str = "127.0.0.1",
+    api_key_file: Path | None = None,
+) -> ClusterConfig:
+    """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously.
+
+    The first nodes get one more where the counts do not divide; a node may stay without experts or without attention
+    workers. Raises ConfigError on a value out of range.
+    """
+    if nodes < 1:
+        raise ConfigError(f"a cluster needs at least 1 node, not {nodes}")
+    counts = zip(_spread(attention, nodes), _spread(ep, nodes), strict=True)
+    config = ClusterConfig(
+        model=ModelSection(path=model),
+        nodes=tuple(Node(attention=a, experts=e) for a, e in counts),
+        cluster=ClusterSection(wire=wire, run_dir=run_dir),
+        placement=PlacementSection(experts_per_gpu=experts_per_gpu),
+        attention=AttentionSection(microbatches=microbatches),
+        gateway=GatewaySection(host=host, port=port, api_key_file=api_key_file),
     )
-    config = ClusterConfig(**sections)
-    _check(config, source)
+    source = config_toml.Source("local cluster", {})
+    config_toml.check_values(config, source)
+    return _checked(config, source)
+
+
+def _spread(count: int, nodes: int) -> list[int]:
+    each, rest = divmod(count, nodes)
+    return [each + (i < rest) for i in range(nodes)]
+
+
+def _checked(config: ClusterConfig, source: config_toml.Source) -> ClusterConfig:
+    """What no single value shows: the cluster as a whole. Raises ConfigError."""
+    if not config.nodes:
+        raise source.error("", "at least one [[nodes]] table is needed")
+    if config.num_expert_workers < 1:
+        raise source.error("nodes[0].experts", "at least one node needs experts")
+    if not any(node.attention for node in config.nodes):
+        raise source.error("nodes[0].attention", "at least one node needs an attention worker")
+    local = {node.host == LOCAL for node in config.nodes}
+    for where, host in _hosts(config):
+        if not host or any(c.isspace() or c in "/@" for c in host):
+            raise source.error(where, f"{host!r} is not a host name or address")
+        remote = where.startswith("nodes") and host not in (LOCAL, "localhost", "127.0.0.1")
+        if remote and len(local) == 2:
+            raise source.error(
+                where, 'a cluster with "local" nodes cannot have others on the network'
+            )
+    _check_addresses(config, source)
     return config
 
 
-def _reject_unknown(table: dict[str, Any], known: set[str], source: str, where: str) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{source}: unknown key {where + key!r}{hint}")
+def _hosts(config: ClusterConfig) -> list[tuple[str, str]]:
+    hosts = [(f"nodes[{i}].host", node.host) for i, node in enumerate(config.nodes)]
+    return [("gateway.host", config.gateway.host), *hosts]
 
 
-def _section(section_type: type, table: Any, source: str, where: str) -> Any:  # noqa: ANN401
-    if not isinstance(table, dict):
-        raise ConfigError(f"{source}: {where} must be a table")
-    hints = get_type_hints(section_type)
-    _reject_unknown(table, set(hints), source, where + ".")
-    values: dict[str, Any] = {}
-    for f in fields(section_type):
-        if f.name in table:
-            values[f.name] = _value(hints[f.name], table[f.name], source, f"{where}.{f.name}")
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f"{source}: {where}.{f.name} is needed")
-    return section_type(**values)
-
-
-def _value(hint: Any, value: Any, source: str, where: str) -> Any:  # noqa: ANN401
-    if hint is Path or hint == Path | None:
-        if not isinstance(value, str):
-            raise ConfigError(f"{source}: {where} must be a path")
-        return Path(value).expanduser()
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{source}: {where} must be {hint.__name__}, not {value!r}")
-    return value
-
-
-def _check(config: ClusterConfig, source: str) -> None:
-    def need(condition: bool, sentence: str) -> None:
-        if not condition:
-            raise ConfigError(f"{source}: {sentence}")
-
-    need(config.cluster.wire in ("fp8", "bf16", "fp32"), "cluster.wire must be fp8, bf16 or fp32")
-    need(config.placement.experts_per_gpu >= 1, "placement.experts_per_gpu must be at least 1")
-    need(1 <= config.attention.microbatches <= 8, "attention.microbatches must be 1 to 8")
-    need(config.num_expert_workers >= 1, "at least one node needs experts")
-    need(
-        any(node.attention for node in config.nodes), "at least one node needs an attention worker"
-    )
-    need(0 <= config.gateway.port < 65536, "gateway.port must be 0 to 65535")
-    for i, node in enumerate(config.nodes):
-        need(node.routers == 1, f"nodes[{i}].routers must be 1")
-        need(min(node.attention, node.experts) >= 0, f"nodes[{i}] has a negative count")
+def _check_addresses(config: ClusterConfig, source: config_toml.Source) -> None:
+    addresses = [spec.address for spec in config.processes() if spec.address]
+    gateway_host = config.nodes[0].host if config.gateway.host == "0.0.0.0" else config.gateway.host
+    if config.gateway.port:
+        addresses.append(f"tcp://{gateway_host}:{config.gateway.port}")
+    for address, count in Counter(addresses).items():
+        if count > 1:
+            raise source.error("nodes", f"{count} processes would listen on {address}")
+        path = address.removeprefix("unix:")
+        if path != address and len(path.encode()) > MAX_UNIX_PATH:
+            raise source.error(
+                "cluster.run_dir", f"too long for a Unix socket ({MAX_UNIX_PATH} bytes): {path}"
+            )

@@ -1,5 +1,6 @@
 """A placement epoch: which expert worker holds which expert of each MoE layer. Pure."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.errors import ConfigError
@@ -27,7 +28,12 @@ class Plan:
 
 
 def column_plan(
-    *, epoch: int, moe_layers: range, num_experts: int, experts_per_gpu: int, nodes: tuple[int, ...]
+    *,
+    epoch: int,
+    moe_layers: Iterable[int],
+    num_experts: int,
+    experts_per_gpu: int,
+    nodes: tuple[int, ...],
 ) -> Plan:
     """Expert e of every layer on worker e // experts_per_gpu: one column of experts per worker.
 

@@ -47,8 +47,9 @@ class Link(Protocol):
     def post(self, header: Header, payload: Buffer | None = None) -> None:
         """Send a data message: never waits. Takes its own reference to `payload` and drops it when the bytes are out.
 
-        Without credit the message waits in the link's bounded queue. Raises LinkClosed after the link closed,
-        Overloaded when the queue is full.
+        Fills in `payload_nbytes` and `credits` of `header`, which may be reused at once. Without credit the message
+        waits in the link's bounded queue. Raises LinkClosed after the link closed, Overloaded when the queue is full,
+        WireError when a header field is out of range (nothing was sent).
         """
         ...
 
@@ -57,7 +58,7 @@ class Link(Protocol):
         ...
 
     def close(self, reason: str) -> None:
-        """Close both ways at once; idempotent. `on_close` follows exactly once."""
+        """Close both ways at once; idempotent. `on_close` follows exactly once, after the current callback."""
         ...
 
 
@@ -69,7 +70,10 @@ class Handler(Protocol):
         ...
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
-        """A data message is complete. The callee owns `payload` and releases it when done; that returns the credit."""
+        """A data message is complete. The callee owns `payload` and releases it when done; that returns the credit.
+
+        A message without payload bytes comes with None, whether it was posted with None or with an empty buffer.
+        """
         ...
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:

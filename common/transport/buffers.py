@@ -5,6 +5,7 @@ contiguous message without a copy. Sizes are rounded up to powers of two; the po
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +16,39 @@ _MIN_NBYTES = 1024
 
 
 class Buffer:
-    """`nbytes` of payload in host memory, owned by reference count (one reference at `acquire`)."""
+    """`nbytes` of payload in host memory, owned by reference count (one reference at `acquire`).
 
-    __slots__ = ("_count", "_give_back", "nbytes", "on_free", "storage")
+    `headroom_busy` is True while a send reads the headroom: another send of the same payload must not write there.
+    `sent_as` and `received_as` cache what a transport made of this memory (it lives as long as the storage).
+    """
+
+    __slots__ = (
+        "_count",
+        "_give_back",
+        "headroom_busy",
+        "nbytes",
+        "on_free",
+        "received_as",
+        "sent_as",
+        "storage",
+        "view",
+    )
 
     def __init__(
         self, storage: npt.NDArray[np.uint8], give_back: Callable[["Buffer"], None]
     ) -> None:
         self.storage = storage  # headroom, then capacity for the payload
+        self.view = storage.data  # ten times cheaper to slice and to pack into than the array
         self.nbytes = 0
         self.on_free: Callable[[], None] | None = None  # set by a link that must return a credit
+        self.headroom_busy = False
+        self.sent_as: dict[int, Any] | None = None  # message size in bytes -> the transport's view
+        self.received_as: Any = None
         self._count = 0
         self._give_back = give_back
+
+    def __repr__(self) -> str:
+        return f"<Buffer [{self.nbytes} bytes | {self._count} references]>"
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:
@@ -69,21 +91,29 @@ class BufferPool:
 
     def acquire(self, nbytes: int) -> Buffer:
         """A buffer for `nbytes` of payload, with one reference; its content is whatever was there before."""
-        capacity = max(_MIN_NBYTES, 1 << (nbytes + HEADER_NBYTES - 1).bit_length())
+        # the headroom comes on top, else a payload of exactly a power of two would take twice its size
+        capacity = _MIN_NBYTES if nbytes <= _MIN_NBYTES else 1 << (nbytes - 1).bit_length()
         free = self._free.get(capacity)
         if free:
             buffer = free.pop()
             self._kept_nbytes -= capacity
         else:
-            buffer = Buffer(np.empty(capacity, np.uint8), self._take_back)
+            buffer = Buffer(np.empty(HEADER_NBYTES + capacity, np.uint8), self._take_back)
         buffer.nbytes = nbytes
         buffer._count = 1
         self.outstanding += 1
         return buffer
 
+    def acquire_text(self, sentence: str) -> Buffer:
+        """A buffer that holds a sentence in UTF-8 (the payload of FAILED), cut at 4096 bytes."""
+        text = np.frombuffer(sentence.encode()[:4096], np.uint8)
+        buffer = self.acquire(len(text))
+        buffer.array[:] = text
+        return buffer
+
     def _take_back(self, buffer: Buffer) -> None:
         self.outstanding -= 1
-        capacity = buffer.storage.nbytes
+        capacity = buffer.storage.nbytes - HEADER_NBYTES
         if self._kept_nbytes + capacity <= self._max_kept_nbytes:
             self._kept_nbytes += capacity
             self._free.setdefault(capacity, []).append(buffer)

@@ -6,12 +6,14 @@ fp32 scale per 1x128 block of columns (the last block may be short), starting at
     DISPATCH   rows | expert ids int32 [num_rows, top_k] | gate weights fp32 [num_rows, top_k]
     RELAY      rows | pairs: row index int32 [num_pairs] | expert ids int32 [num_pairs] | weights fp32 [num_pairs]
                (pairs sorted by row, then ascending expert id)
-    EXPERT_IN  rows            EXPERT_OUT  rows (bf16; fp32 on the fp32 wire)
+    EXPERT_IN  rows, sorted by expert | segments int32 [num_pairs, 2]: (expert id, number of its rows), ascending
+    EXPERT_OUT rows in the order of the EXPERT_IN (bf16; fp32 on the fp32 wire)
     PARTIAL    rows (bf16; float64 on the fp32 wire)        COMBINED  rows in the compute dtype of the device
 """
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 from common.errors import WireError
 from common.wire.header import Wire
@@ -57,6 +59,7 @@ class RowSegment:
     end: int
 
 
+@lru_cache(maxsize=4096)
 def row_segment(num_rows: int, width: int, row_type: RowType, offset: int = 0) -> RowSegment:
     """Lay out `num_rows` rows of `width` elements from `offset` on."""
     rows_end = align(offset + num_rows * width * int(row_type))
@@ -76,6 +79,7 @@ class DispatchLayout:
     nbytes: int
 
 
+@lru_cache(maxsize=4096)
 def dispatch_layout(num_rows: int, width: int, top_k: int, wire: Wire) -> DispatchLayout:
     """Lay out a DISPATCH payload."""
     rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
@@ -94,12 +98,29 @@ class RelayLayout:
     nbytes: int
 
 
+@lru_cache(maxsize=4096)
 def relay_layout(num_rows: int, width: int, num_pairs: int, wire: Wire) -> RelayLayout:
     """Lay out a RELAY payload."""
     rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
     experts = align(rows.end + num_pairs * 4)
     weights = align(experts + num_pairs * 4)
     return RelayLayout(rows, rows.end, experts, weights, align(weights + num_pairs * 4))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInLayout:
+    """EXPERT_IN payload: `segments` is the byte offset of an int32 [num_segments, 2] array."""
+
+    rows: RowSegment
+    segments: int
+    nbytes: int
+
+
+@lru_cache(maxsize=4096)
+def expert_in_layout(num_rows: int, width: int, num_segments: int, wire: Wire) -> ExpertInLayout:
+    """Lay out an EXPERT_IN payload."""
+    rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
+    return ExpertInLayout(rows, rows.end, align(rows.end + num_segments * 8))
 
 
 def check_payload(what: str, declared_nbytes: int, expected_nbytes: int) -> None:

@@ -18,8 +18,13 @@ VERSION = 1
 
 # magic version kind | wire flags layer | epoch width | block | trace | num_rows num_pairs | target attempt
 # microbatch reserved | payload | credits source reserved | sent_ns | queue compute combine transit (us, u32)
-_LAYOUT = struct.Struct("<HBB BBH II Q Q II HHHH Q IHH Q IIII")
-_PADDING = HEADER_NBYTES - _LAYOUT.size
+_FIELDS = "<HBB BBH II Q Q II HHHH Q IHH Q IIII"
+_LAYOUT = struct.Struct(
+    f"{_FIELDS} {HEADER_NBYTES - struct.calcsize(_FIELDS)}x"
+)  # padded with zeros
+CREDITS_OFFSET = struct.calcsize(
+    "<HBB BBH II Q Q II HHHH Q"
+)  # a link fills `credits` in at the last moment
 
 
 class Kind(IntEnum):
@@ -27,7 +32,7 @@ class Kind(IntEnum):
 
     DISPATCH = 1  # attention -> source router: rows, chosen experts, gate weights
     RELAY = 2  # source router -> router of another node: each needed row once, and who wants it
-    EXPERT_IN = 3  # router -> expert: rows of one block for one expert
+    EXPERT_IN = 3  # router -> expert worker: rows of one block, sorted by expert
     EXPERT_OUT = 4  # expert -> router: as many rows back, in the same order
     PARTIAL = 5  # router of another node -> source router: one pre-reduced row per row of the RELAY
     COMBINED = 6  # source router -> attention: one row per row of the DISPATCH
@@ -51,12 +56,16 @@ class Wire(IntEnum):
             raise ValueError(f"wire must be fp8, bf16 or fp32, not {name!r}") from None
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+_WIRES = {int(wire): wire for wire in Wire}
+
+
 @dataclass(slots=True)
 class Header:
     """One data message's header. Sizes are counts of rows or bytes, times are microseconds unless named `_ns`.
 
     `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
-    in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is an expert id
+    in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is a worker index
     (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits` is filled by the link.
     """
 
@@ -82,6 +91,15 @@ class Header:
     combine_us: int = 0
     transit_us: int = 0
 
+    def derive(
+        self, kind: Kind, *, target: int, num_rows: int = 0, num_pairs: int = 0, payload_nbytes: int
+    ) -> "Header":
+        """A header about the same block: the next hop of a request, or the answer to it."""
+        return Header(
+            kind, self.wire, 0, self.layer, self.epoch, self.width, self.block, self.trace,
+            num_rows, num_pairs, target, self.attempt, self.microbatch, payload_nbytes,
+        )  # fmt: skip
+
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
         """Write the 128 bytes at `offset`. Raises WireError when a value does not fit its field."""
         try:
@@ -94,8 +112,6 @@ class Header:
             )  # fmt: skip
         except struct.error as exc:
             raise WireError(f"header field out of range in {self}: {exc}") from exc
-        start = offset + _LAYOUT.size
-        buffer[start : start + _PADDING] = bytes(_PADDING)
 
     @classmethod
     def unpack_from(
@@ -115,9 +131,14 @@ class Header:
             raise WireError(f"wire version {version}, this process speaks {VERSION}")
         if payload_nbytes > max_payload_nbytes:
             raise WireError(f"payload of {payload_nbytes} bytes, the limit is {max_payload_nbytes}")
-        try:
-            return cls(Kind(kind), Wire(wire), flags, layer, epoch, width, block, trace, num_rows,
-                       num_pairs, target, attempt, microbatch, payload_nbytes, credits, source,
-                       sent_ns, queue_us, compute_us, combine_us, transit_us)  # fmt: skip
-        except ValueError as exc:
-            raise WireError(str(exc)) from exc
+        known_kind, known_wire = (
+            _KINDS.get(kind),
+            _WIRES.get(wire),
+        )  # a third of what Kind(kind) costs
+        if known_kind is None:
+            raise WireError(f"kind {kind} is not one of {[int(k) for k in Kind]}")
+        if known_wire is None:
+            raise WireError(f"wire {wire} is not one of {[int(w) for w in Wire]}")
+        return cls(known_kind, known_wire, flags, layer, epoch, width, block, trace, num_rows,
+                   num_pairs, target, attempt, microbatch, payload_nbytes, credits, source,
+                   sent_ns, queue_us, compute_us, combine_us, transit_us)  # fmt: skip

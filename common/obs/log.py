@@ -1,0 +1,23 @@
+"""Logging: one line per record on stderr, the same everywhere, so that a launcher or journald can file it."""
+
+import logging
+import sys
+
+FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def setup(level: str = "info") -> None:
+    """Send records of `level` and above to stderr. Raises ValueError on an unknown level."""
+    if level not in LEVELS:
+        raise ValueError(f"log level must be one of {', '.join(LEVELS)}, not {level!r}")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+
+
+def is_routine(line: str) -> bool:
+    """True for a line of ours at INFO or below: what a terminal need not show while all is well."""
+    fields = line.split(maxsplit=2)
+    return len(fields) == 3 and fields[1] in ("INFO", "DEBUG") and fields[0].count(":") == 2

@@ -1,0 +1,80 @@
+"""Views of payload buffers as numbers and rows: where `common.wire.blocks` meets torch. Nothing is copied here
+unless the name says so.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.errors import WireError
+from common.transport.buffers import Buffer
+from common.wire.blocks import RowSegment, RowType, check_payload, num_scales, row_segment
+
+TORCH_DTYPES = {
+    RowType.FP8: torch.float8_e4m3fn,
+    RowType.BF16: torch.bfloat16,
+    RowType.FP32: torch.float32,
+    RowType.FP64: torch.float64,
+}
+
+
+def numbers(buffer: Buffer, offset: int, count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """`count` numbers from byte `offset` of the payload on, a view."""
+    return np.frombuffer(buffer.array.data, dtype, count, offset)
+
+
+def byte_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.uint8]:
+    """The rows of a segment as bytes, uint8 [num_rows, width * element size], a view."""
+    nbytes = segment.width * int(segment.row_type)
+    end = segment.rows_offset + segment.num_rows * nbytes
+    return buffer.array[segment.rows_offset : end].reshape(segment.num_rows, nbytes)
+
+
+def scale_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.float32]:
+    """The scales of an FP8 segment, fp32 [num_rows, ceil(width / 128)], a view."""
+    count = num_scales(segment.width)
+    flat = numbers(buffer, segment.scales_offset, segment.num_rows * count, np.float32)
+    return flat.reshape(segment.num_rows, count)
+
+
+def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
+    """The rows of a segment in their own dtype, [num_rows, width], a view."""
+    return torch.from_numpy(byte_rows(buffer, segment)).view(TORCH_DTYPES[segment.row_type])
+
+
+def read_rows(
+    payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
+) -> torch.Tensor:
+    """A payload that is one row segment and nothing else, a view. Raises WireError when its size is another."""
+    segment = row_segment(num_rows, width, row_type)
+    check_payload(what, 0 if payload is None else payload.nbytes, segment.end)
+    if payload is None:
+        raise WireError(f"{what} without payload")
+    return rows_of(payload, segment)
+
+
+def write_rows(buffer: Buffer, segment: RowSegment, rows: torch.Tensor) -> None:
+    """Copy rows [num_rows, width] into a segment, rounding to its row type (not for FP8: that is quantisation)."""
+    rows_of(buffer, segment).copy_(rows)
+
+
+class RowPick:
+    """Rows of a segment gathered once, in the order of `index`, to be copied in ranges into several payloads."""
+
+    __slots__ = ("_rows", "_scales")
+
+    def __init__(self, source: Buffer, segment: RowSegment, index: npt.NDArray[np.int64]) -> None:
+        self._rows = byte_rows(source, segment).take(index, axis=0)
+        self._scales = (
+            scale_rows(source, segment).take(index, axis=0)
+            if segment.row_type is RowType.FP8
+            else None
+        )
+
+    def copy_to(self, target: Buffer, into: RowSegment, start: int, stop: int) -> None:
+        """Copy picked rows `start` to `stop` into a segment of the same type; for FP8 their scales too."""
+        byte_rows(target, into)[:] = self._rows[start:stop]
+        if self._scales is not None:
+            scale_rows(target, into)[:] = self._scales[start:stop]

@@ -1,0 +1,264 @@
+"""What every implementation of a link does alike: credits, the bounded queue, headers, delivery, closing.
+
+A subclass moves whole messages (`_transmit`) and says how a call is deferred (`_defer`). A message is header and
+payload in one piece of memory. The header lives in the payload's headroom; while an earlier send of the same payload
+still reads that headroom, the payload is copied, since re-sending one payload is rare and a second message on the wire
+costs more than copying 64 KiB.
+"""
+
+import contextlib
+import logging
+import struct
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from common.errors import AtollError, Fatal, LinkClosed, Overloaded, WireError
+from common.transport.base import Handler, Hello, Link
+from common.transport.buffers import Buffer, BufferPool
+from common.transport.credits import Credits
+from common.wire.header import CREDITS_OFFSET, HEADER_NBYTES, Header, Kind
+
+log = logging.getLogger(__name__)
+
+_pack_credits = struct.Struct("<I").pack_into
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLimits:
+    """Bounds of one link. `window` is what this side grants its peer, in messages."""
+
+    window: int = 64
+    max_queued: int = 4096  # messages that wait for credit
+    max_payload_nbytes: int = 256 << 20
+
+
+class LinkState(StrEnum):
+    """OPENING: the handshake is done, `on_open` has not been called."""
+
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class BaseLink(Link, ABC):
+    """A link that knows its peer and its credits, but not how bytes move."""
+
+    def __init__(
+        self, mine: Hello, peer: Hello, handler: Handler, pool: BufferPool, limits: LinkLimits
+    ) -> None:
+        self.state = LinkState.OPENING
+        self._mine = mine
+        self._peer = peer
+        self._handler = handler
+        self._pool = pool
+        self._limits = limits
+        self._max_message_nbytes = HEADER_NBYTES + limits.max_payload_nbytes
+        self._credits = Credits(limits.window, limits.window)
+        self._queue: deque[tuple[bytearray, Buffer | None]] = deque()
+        self._error: LinkClosed | None = None
+        self._on_free: Callable[[], None] = self._freed  # one bound method for every message
+        self.has_data = mine.data and peer.data
+
+    def __repr__(self) -> str:
+        credits = self._credits
+        return (
+            f"<Link {self._mine.process}->{self._peer.process} [credits {credits.available}"
+            f"/{credits.send_window} | queued {len(self._queue)} | {self.state}]>"
+        )
+
+    @property
+    def peer(self) -> Hello:
+        return self._peer
+
+    # -- what a subclass provides
+
+    @abstractmethod
+    def _transmit(self, buffer: Buffer) -> None:
+        """Send `buffer.message`; takes over one reference, clears `headroom_busy` when the bytes are out."""
+
+    @abstractmethod
+    def _defer(self, call: Callable[[], None]) -> None:
+        """Make `call` soon, after the current callback has returned."""
+
+    @abstractmethod
+    def _detach(self, error: LinkClosed) -> None:
+        """Close the means of transport. Nothing may be delivered afterwards."""
+
+    @abstractmethod
+    def _send_control(self, frame: dict[str, Any]) -> None:
+        """Send one frame to the peer's `_take_control`. Raises LinkClosed."""
+
+    # -- opening
+
+    def _set_windows(self, send_window: int) -> None:
+        """The peer said how many messages it takes. Raises WireError when that is nonsense."""
+        if type(send_window) is not int or not 1 <= send_window < 1 << 20:
+            raise WireError(f"{self._peer.process} grants a window of {send_window!r} messages")
+        self._credits = Credits(send_window, self._limits.window)
+
+    def _opened(self, peer: Hello) -> None:
+        self._peer = peer
+        self.state = LinkState.OPEN
+        self._call(self._handler.on_open, self)
+
+    # -- sending
+
+    def post(self, header: Header, payload: Buffer | None = None) -> None:
+        if self.state is not LinkState.OPEN:
+            raise self._error or LinkClosed(f"the link to {self._peer.process} is not open yet")
+        if not self.has_data:
+            raise LinkClosed(f"the link to {self._peer.process} carries control frames only")
+        header.payload_nbytes = 0 if payload is None else payload.nbytes
+        header.credits = 0
+        if self._queue or self._credits.available == 0:
+            self._enqueue(header, payload)
+            return
+        buffer = self._message(payload)
+        try:
+            header.pack_into(buffer.view)
+        except WireError:
+            buffer.release()
+            raise
+        self._credits.available -= 1
+        self._send(buffer)
+
+    def _enqueue(self, header: Header, payload: Buffer | None) -> None:
+        if len(self._queue) >= self._limits.max_queued:
+            raise Overloaded(
+                f"{len(self._queue)} messages wait for {self._peer.process}, "
+                f"the limit is {self._limits.max_queued}"
+            )
+        packed = bytearray(HEADER_NBYTES)  # the caller may reuse its header
+        header.pack_into(packed)
+        self._queue.append((packed, None if payload is None else payload.retain()))
+
+    def _message(self, payload: Buffer | None) -> Buffer:
+        """A buffer whose headroom may be written to, with a reference for the send."""
+        if payload is None:
+            return self._pool.acquire(0)
+        if not payload.headroom_busy:
+            return payload.retain()
+        copy = self._pool.acquire(payload.nbytes)
+        copy.array[:] = payload.array
+        return copy
+
+    def _send(self, buffer: Buffer) -> None:
+        owed = self._credits.owed
+        if owed:
+            _pack_credits(buffer.view, CREDITS_OFFSET, self._credits.collect())
+        buffer.headroom_busy = True
+        self._transmit(buffer)
+
+    def _flush(self) -> None:
+        """Send what waits, as far as credit goes."""
+        while self._queue and self.state is LinkState.OPEN and self._credits.take():
+            packed, payload = self._queue.popleft()
+            buffer = self._message(payload)
+            if payload is not None:
+                payload.release()
+            buffer.view[:HEADER_NBYTES] = packed
+            self._send(buffer)
+
+    def _freed(self) -> None:
+        """A received message is done with."""
+        if self._credits.freed() and self.state is LinkState.OPEN:
+            buffer = self._pool.acquire(0)
+            Header(Kind.CREDIT).pack_into(buffer.view)
+            self._send(buffer)
+
+    def send_control(self, message: dict[str, Any]) -> None:
+        if self.state is not LinkState.OPEN:
+            raise self._error or LinkClosed(f"the link to {self._peer.process} is not open yet")
+        self._send_control({"m": message})
+
+    # -- receiving
+
+    def _deliver(self, buffer: Buffer) -> None:
+        """A whole message lies in `buffer`, whose reference is taken over."""
+        try:
+            header = Header.unpack_from(
+                buffer.view, max_payload_nbytes=self._limits.max_payload_nbytes
+            )
+            if header.payload_nbytes != buffer.nbytes:
+                raise WireError(
+                    f"payload of {buffer.nbytes} bytes, its header says {header.payload_nbytes}"
+                )
+            if header.credits:
+                self._credits.granted(header.credits)
+            if header.kind is not Kind.CREDIT:
+                self._credits.arrived()
+        except WireError as exc:
+            buffer.release()
+            self._fail(WireError(f"{self._peer.process}: {exc}"))
+            return
+        if self._queue and header.credits:
+            self._flush()
+        if buffer.nbytes == 0 or header.kind is Kind.CREDIT:
+            buffer.release()
+            if header.kind is Kind.CREDIT:
+                return
+            self._freed()
+            payload = None
+        else:
+            buffer.on_free = self._on_free
+            payload = buffer
+        try:
+            self._handler.on_message(self, header, payload)
+        except Exception as exc:
+            self._handler_raised(exc)
+
+    def _take_control(self, frame: dict[str, Any]) -> None:
+        if "bye" in frame:
+            self._close(LinkClosed(f"{self._peer.process} closed the link: {frame['bye']}"))
+            return
+        message = frame.get("m")
+        if not isinstance(message, dict):
+            raise WireError(f"control frame from {self._peer.process} carries no message")
+        self._call(self._handler.on_control, self, message)
+
+    # -- closing
+
+    def close(self, reason: str) -> None:
+        if self.state is LinkState.OPEN:
+            with contextlib.suppress(AtollError):
+                self._send_control({"bye": reason[:1000]})
+        self._close(LinkClosed(f"link to {self._peer.process} closed here: {reason}"))
+
+    def _fail(self, error: Fatal) -> None:
+        log.error("closing the link to %s: %s", self._peer.process, error)
+        self.close(str(error))
+
+    def _close(self, error: LinkClosed) -> None:
+        if self.state is LinkState.CLOSED:
+            return
+        opened = self.state is LinkState.OPEN
+        self.state = LinkState.CLOSED
+        self._error = error
+        queued, self._queue = self._queue, deque()
+        for _, payload in queued:
+            if payload is not None:
+                payload.release()
+        self._detach(error)
+        if opened:
+            self._defer(self._closed)
+
+    def _closed(self) -> None:
+        assert self._error is not None
+        try:
+            self._handler.on_close(self, self._error)
+        except Exception:
+            log.exception("on_close of the link to %s raised", self._peer.process)
+
+    def _call(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            callback(*args)
+        except Exception as exc:
+            self._handler_raised(exc)
+
+    def _handler_raised(self, exc: Exception) -> None:
+        log.error("handler of the link to %s raised", self._peer.process, exc_info=exc)
+        self.close(f"{self._mine.process} failed: {type(exc).__name__}")

@@ -1,0 +1,100 @@
+"""Which checkpoint `atoll up` serves, and how many expert workers it needs.
+
+The default model is `deploy/demo/model` where it is there, else a small random one, made at first use in the cache
+directory. Random models are made in a process of their own: the launcher itself stays free of torch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common.errors import ConfigError, Fatal, ModelError
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+DEFAULT_EXPERTS = 16
+MAX_RANDOM_EXPERTS = 1024
+_FORMAT = 1  # part of the cache's name: raised when the writer makes other bytes
+_ROOT = Path(__file__).parents[2]
+_MAKE = """
+import sys
+from pathlib import Path
+from common.model.writer import small_config, write_random
+write_random(Path(sys.argv[1]), small_config(int(sys.argv[2])), seed=0)
+"""
+
+
+def choose(
+    model: Path | None, *, ep: int | None, experts_per_gpu: int | None
+) -> tuple[Path, int, int]:
+    """(checkpoint, number of expert workers, experts per worker). Raises ConfigError, ModelError."""
+    for name, value in (("ep", ep), ("experts-per-gpu", experts_per_gpu)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {value}")
+    if model is not None:
+        model = model.absolute()
+        return (model, *split(num_experts(model), ep=ep, experts_per_gpu=experts_per_gpu))
+    demo = DEMO_MODEL if (DEMO_MODEL / "config.json").exists() else None
+    default = num_experts(demo) if demo is not None else DEFAULT_EXPERTS
+    each = experts_per_gpu or 1
+    if ep is None or ep == -(-default // each):
+        return demo or random_model(default), -(-default // each), each
+    return random_model(ep * each), ep, each
+
+
+def split(experts: int, *, ep: int | None, experts_per_gpu: int | None) -> tuple[int, int]:
+    """(workers, experts per worker) for a layer of `experts`. Raises ConfigError when the two numbers do not fit."""
+    each = experts_per_gpu or (1 if ep is None else -(-experts // ep))
+    workers = -(-experts // each)
+    if ep is not None and ep != workers:
+        raise ConfigError(
+            f"--ep {ep} does not fit: {experts} experts at {each} per GPU need {workers} expert workers"
+        )
+    return workers, each
+
+
+def num_experts(directory: Path) -> int:
+    """Experts of a layer. Raises ModelError when there is no such directory or its config.json does not say."""
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise ModelError(f"model {directory}: no such directory")
+    try:
+        document = json.loads(path.read_bytes())
+        count = document["n_routed_experts"]
+    except OSError as exc:
+        raise ModelError(f"{path}: {exc.strerror}") from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ModelError(f"{path}: there is no n_routed_experts") from exc
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ModelError(f"{path}: n_routed_experts must be a whole number above 0, not {count!r}")
+    return count
+
+
+def random_model(experts: int) -> Path:
+    """A small model with that many experts per layer; the same bytes on every machine."""
+    if experts > MAX_RANDOM_EXPERTS:
+        raise ConfigError(f"a random model has at most {MAX_RANDOM_EXPERTS} experts, not {experts}")
+    directory = _cache() / f"random-v{_FORMAT}-e{experts}"
+    if (directory / "config.json").exists():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix="making-") as scratch:
+        made = Path(scratch) / "model"
+        command = [sys.executable, "-c", _MAKE, str(made), str(experts)]
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
+        made_by = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
+        if made_by.returncode != 0:
+            raise Fatal(f"the model with {experts} experts could not be made in {scratch}")
+        try:
+            made.rename(directory)
+        except OSError:
+            if not (directory / "config.json").exists():  # not another process that was first
+                raise
+    return directory
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "atoll"

@@ -1,0 +1,282 @@
+"""Runs one cluster on this host: forks every process, restarts the dead, reports readiness, stops in order.
+
+Decides when to start, restart, give up and stop; the zygote forks, `Worker` keeps each process's story.
+"""
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.config import ClusterConfig
+from common.ids import Role
+from deploy.local.forker import Forker
+from deploy.local.output import Display, LinePipe
+from deploy.local.readiness import NotifySocket, wait_until_ready, write_ready_file
+from deploy.local.run_dir import RunDir, write_atomically
+from deploy.local.worker import MAX_FAILED_STARTS, Worker, WorkerState
+
+# Seconds until SIGKILL; with its grace 19 s in all. Clients first, so that what is in flight can finish.
+STOP_ORDER = {Role.GATEWAY: 9.0, Role.ATTENTION: 3.0, Role.EXPERT: 3.0, Role.ROUTER: 2.0}
+_KILL_GRACE_S = 0.5
+_EXIT_BAD_INPUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run, apart from what the cluster is. `package` holds one module per role."""
+
+    ready_file: Path | None = None
+    package: str = "services"
+    verbose: bool = False
+    quiet: bool = False
+
+
+class Supervisor:
+    """One cluster from start to stop; `run` is called once."""
+
+    def __init__(self, config: ClusterConfig, run_dir: RunDir, options: Options) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._options = options
+        self._workers = {str(spec.id): Worker(spec) for spec in config.processes()}
+        self._by_pid: dict[int, Worker] = {}
+        self._early_ready: set[int] = set()  # notified before we heard of the fork
+        self._stop_wanted = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._exit_code = 0
+        self._failure: str | None = None
+        self._url: str | None = None  # once the cluster was ready
+        self._display = Display(verbose=options.verbose, quiet=options.quiet)
+        self._forker = Forker(
+            on_spawned=self._on_spawned, on_exited=self._on_exited, on_lost=self._on_zygote_lost
+        )
+        self._notify: NotifySocket | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+
+    def __repr__(self) -> str:
+        states = Counter(str(worker.state) for worker in self._workers.values())
+        counts = " | ".join(f"{state} {count}" for state, count in sorted(states.items()))
+        return f"<Supervisor [{counts}]>"
+
+    async def run(self, on_ready: Callable[[str], Awaitable[int]] | None = None) -> int:
+        """Serve until told to stop, or until `on_ready(url)`, awaited once the cluster is ready, gives an exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        _allow_many_files()
+        if self._options.ready_file is not None:
+            self._options.ready_file.unlink(missing_ok=True)
+        try:
+            self._forker.start(self._run_dir.path, temporary=self._run_dir.temporary)
+            self._notify = NotifySocket(self._run_dir.path / "notify.sock", self._on_ready)
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                serving = tasks.create_task(self._serve(tasks, on_ready))
+                await self._stop_wanted.wait()
+                serving.cancel()
+                await self._stop()
+                raise _Stopped
+        except* _Stopped:
+            pass
+        finally:
+            self._display.settled()
+            await self._forker.close()
+            if self._notify is not None:
+                self._notify.close()
+            for worker in self._workers.values():
+                if worker.pipe is not None:
+                    worker.pipe.close()
+            if self._options.ready_file is not None:
+                self._options.ready_file.unlink(missing_ok=True)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+        if self._failure is not None:
+            print(self._failure, file=sys.stderr, flush=True)
+        return self._exit_code
+
+    async def _serve(
+        self, tasks: asyncio.TaskGroup, on_ready: Callable[[str], Awaitable[int]] | None
+    ) -> None:
+        started = asyncio.get_running_loop().time()
+        self._write_cluster(self._config)
+        self._progress()
+        await self._forker.warm.wait()
+        for worker in self._workers.values():
+            self._spawn(worker)
+            await asyncio.sleep(0)  # read the answers meanwhile: the socket to the zygote is finite
+        await self._until(lambda worker: worker.state is WorkerState.READY)
+        url = await wait_until_ready(self._run_dir.path)
+        self._url = url
+        # a restarted gateway must come back where clients know it
+        port = int(url.rsplit(":", 1)[1].rstrip("/"))
+        self._write_cluster(replace(self._config, gateway=replace(self._config.gateway, port=port)))
+        self._display.settled()
+        elapsed = asyncio.get_running_loop().time() - started
+        self._display.note(f"{self._summary()}: ready at {url} after {elapsed:.1f} s")
+        self._write_ready_file()
+        if on_ready is not None:
+            self._exit_code = await on_ready(url)
+            self._stop_wanted.set()
+
+    def _summary(self) -> str:
+        config = self._config
+        attention = len(config.of_role(Role.ATTENTION))
+        return (
+            f"{config.served_name}: EP{config.num_expert_workers} on {len(config.nodes)} nodes, "
+            f"{attention} attention workers"
+        )
+
+    def _spawn(self, worker: Worker) -> None:
+        if self._stopping:
+            return
+
+        def on_line(line: str) -> None:
+            worker.tail.append(line)
+            if not line.startswith(
+                f"atoll {worker.name}: "
+            ):  # its last words: told when it has ended
+                self._display.worker_line(worker.name, line)
+
+        pipe = LinePipe(self._run_dir.log_file(worker.name), on_line)
+        index = str(worker.spec.id.index)
+        argv = ["--cluster", str(self._run_dir.cluster_file), "--index", index]
+        env = {"NOTIFY_SOCKET": str(self._run_dir.path / "notify.sock")}
+        env.update(_device_environment(self._config, worker))
+        module = f"{self._options.package}.{worker.role}"
+        worker.state = WorkerState.STARTING
+        worker.pipe = pipe
+        self._forker.spawn(worker.name, module, argv, env, pipe.write_fd)
+        pipe.handed_over()
+
+    def _on_spawned(self, name: str, pid: int) -> None:
+        worker = self._workers[name]
+        worker.spawned(pid)
+        self._by_pid[pid] = worker
+        if self._stopping:
+            self._forker.kill(pid, signal.SIGTERM)
+        if pid in self._early_ready:
+            self._on_ready(pid)
+
+    def _on_ready(self, pid: int) -> None:
+        worker = self._by_pid.get(pid)
+        if worker is None:
+            self._early_ready.add(pid)
+            return
+        self._early_ready.discard(pid)
+        if worker.state is WorkerState.STARTING:
+            worker.ready(asyncio.get_running_loop().time())
+            self._changed.set()
+            self._progress()
+            self._write_ready_file()
+
+    def _on_exited(self, pid: int, status: int) -> None:
+        worker = self._by_pid.pop(pid)
+        if worker.pipe is not None:
+            worker.pipe.pump()  # its last words may still be in the pipe
+        delay_s = worker.ended(asyncio.get_running_loop().time())
+        self._changed.set()
+        if self._stopping:
+            worker.state = WorkerState.ENDED
+            return
+        code = os.waitstatus_to_exitcode(status)
+        if code == _EXIT_BAD_INPUT:
+            self._give_up(worker.last_words, _EXIT_BAD_INPUT)
+        elif self._url is None and worker.num_quick_deaths >= MAX_FAILED_STARTS:
+            self._give_up(f"{worker.last_words} (after {worker.num_starts} starts)", 1)
+        elif self._tasks is not None:
+            how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+            words = f": {worker.last_words}" if code > 0 else ""
+            self._display.note(
+                f"{worker.name} (pid {pid}) ended by {how}{words}; starting it again"
+            )
+            self._tasks.create_task(self._restart(worker, delay_s))
+
+    async def _restart(self, worker: Worker, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        self._spawn(worker)
+
+    def _on_zygote_lost(self) -> None:
+        for worker in self._workers.values():
+            worker.state, worker.pid = WorkerState.ENDED, None
+        self._by_pid.clear()
+        self._changed.set()
+        self._give_up("atoll: the warm parent of the workers died, and they with it", 1)
+
+    def _give_up(self, sentence: str, code: int) -> None:
+        """Stop everything for a reason that a restart cannot change; the first reason counts."""
+        if not self._stopping and self._failure is None:
+            self._failure, self._exit_code = sentence, code
+        self._stop_wanted.set()
+
+    def _on_signal(self) -> None:
+        if self._stop_wanted.is_set():
+            for pid in self._by_pid:
+                self._forker.kill(pid, signal.SIGKILL)
+        else:
+            self._display.settled()
+            self._display.note("stopping; once more to stop at once")
+        self._stop_wanted.set()
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        for role, limit_s in STOP_ORDER.items():
+            for number, wait_s in ((signal.SIGTERM, limit_s), (signal.SIGKILL, _KILL_GRACE_S)):
+                if self._signal_role(role, number):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(wait_s):
+                            await self._until_gone(role)
+
+    async def _until_gone(self, role: Role) -> None:
+        await self._until(lambda worker: worker.role is not role or worker.pid is None)
+
+    def _signal_role(self, role: Role, number: signal.Signals) -> int:
+        pids = [pid for pid, worker in self._by_pid.items() if worker.role is role]
+        for pid in pids:
+            self._forker.kill(pid, number)
+        return len(pids)
+
+    async def _until(self, condition: Callable[[Worker], bool]) -> None:
+        while not all(condition(worker) for worker in self._workers.values()):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _progress(self) -> None:
+        ready = Counter(w.role for w in self._workers.values() if w.state is WorkerState.READY)
+        total = Counter(worker.role for worker in self._workers.values())
+        self._display.progress("  ".join(f"{role} {ready[role]}/{total[role]}" for role in Role))
+
+    def _write_cluster(self, config: ClusterConfig) -> None:
+        write_atomically(self._run_dir.cluster_file, config.to_toml())
+
+    def _write_ready_file(self) -> None:
+        if self._options.ready_file is not None and self._url is not None:
+            write_ready_file(self._options.ready_file, self._url, self._workers.values())
+
+
+class _Stopped(Exception):  # noqa: N818
+    """Ends the task group without being an error."""
+
+
+def _allow_many_files() -> None:
+    """Each worker costs the launcher a pipe and a router some sockets; children inherit the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _device_environment(config: ClusterConfig, worker: Worker) -> dict[str, str]:
+    """GPU processes are dealt out over the cards in turn; nothing on CPU."""
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    if config.cluster.device != "cuda" or not cards or worker.role is Role.GATEWAY:
+        return {}
+    position = [spec.id for spec in config.processes()].index(worker.spec.id)
+    return {"CUDA_VISIBLE_DEVICES": str(position % len(cards))}

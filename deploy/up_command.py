@@ -1,0 +1,128 @@
+"""Start a whole cluster on this machine and serve until Ctrl-C.
+
+Without --model a small model is served. With --cluster everything comes from that file.
+
+examples:
+  atoll up --model /models/deepseek --port 8000
+  atoll up --ep 64 --nodes 4 --wire fp32 --port 0 --ready-file ready.json
+  atoll up --cluster cluster.toml
+"""
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import config as cluster_config
+from common.config import ClusterConfig, local_cluster
+from common.errors import ConfigError
+from deploy.local import models, preflight
+from deploy.local.run_dir import RunDir, open_run_dir
+from deploy.local.supervisor import Options, Supervisor
+
+HELP = "start a whole cluster on this machine"
+# None tells "not given": with --cluster these come from the file
+_DEFAULTS = {
+    "nodes": 2,
+    "attention": 2,
+    "microbatches": 2,
+    "wire": "fp8",
+    "host": "127.0.0.1",
+    "port": 8000,
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "--cluster", type=Path, metavar="F", help="cluster TOML, instead of the options below"
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory")
+    parser.add_argument(
+        "--ep", type=int, metavar="N", help="expert workers (experts / experts per GPU)"
+    )
+    parser.add_argument(
+        "--experts-per-gpu", type=int, metavar="N", help="experts of a layer per worker (1)"
+    )
+    parser.add_argument("--nodes", type=int, metavar="N", help="virtual nodes (2)")
+    parser.add_argument(
+        "--attention", type=int, metavar="N", help="attention workers over all nodes (2)"
+    )
+    parser.add_argument("--microbatches", type=int, metavar="N", help="per attention worker (2)")
+    parser.add_argument(
+        "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"
+    )
+    parser.add_argument("--host", metavar="H", help="address of the HTTP API (127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, metavar="P", help="port of the HTTP API, 0 for any free one (8000)"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="F", help="clients must send one of its keys"
+    )
+    parser.add_argument(
+        "--ready-file", type=Path, metavar="F", help="written with URL and processes once ready"
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="D", help="keep logs and cluster.toml here")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show every log line of the workers"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the cluster until it is told to stop."""
+    options = Options(ready_file=arguments.ready_file, verbose=arguments.verbose)
+    return launch(arguments, options)
+
+
+def launch(
+    arguments: argparse.Namespace,
+    options: Options,
+    on_ready: Callable[[str], Awaitable[int]] | None = None,
+) -> int:
+    """Check, then run the described cluster. Raises Rejected before anything was started."""
+    if options.ready_file is not None and not options.ready_file.absolute().parent.is_dir():
+        raise ConfigError(f"--ready-file {options.ready_file}: no such directory")
+    described = _from_file(arguments) if arguments.cluster is not None else None
+    requested = described.cluster.run_dir if described is not None else arguments.run_dir
+    run_dir = open_run_dir(requested)
+    try:
+        config = described or _from_options(arguments, run_dir)
+        if config.cluster.secret_file is None:
+            run_dir.write_secret()
+        preflight.check(config)
+        return asyncio.run(Supervisor(config, run_dir, options).run(on_ready))
+    finally:
+        run_dir.close()
+
+
+def _from_file(arguments: argparse.Namespace) -> ClusterConfig:
+    for name in ("model", "ep", "experts_per_gpu", "api_key_file", *_DEFAULTS):
+        if getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} cannot be combined with --cluster, set it in the file")
+    config = cluster_config.load(arguments.cluster)
+    if arguments.run_dir is not None:
+        cluster = replace(config.cluster, run_dir=arguments.run_dir.absolute())
+        config = replace(config, cluster=cluster)
+    return config
+
+
+def _from_options(arguments: argparse.Namespace, run_dir: RunDir) -> ClusterConfig:
+    values: dict[str, Any] = {
+        name: default if getattr(arguments, name) is None else getattr(arguments, name)
+        for name, default in _DEFAULTS.items()
+    }
+    model, ep, experts_per_gpu = models.choose(
+        arguments.model, ep=arguments.ep, experts_per_gpu=arguments.experts_per_gpu
+    )
+    key_file = arguments.api_key_file
+    return local_cluster(
+        model,
+        ep=ep,
+        experts_per_gpu=experts_per_gpu,
+        run_dir=run_dir.path,
+        api_key_file=key_file.absolute() if key_file is not None else None,
+        **values,
+    )

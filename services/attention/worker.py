@@ -1,0 +1,203 @@
+"""The attention service: requests from gateways in, tokens out; rows to the router of its node, combined rows back.
+
+Every lane is one task of the service's TaskGroup. All state of requests changes between two awaits of a lane or in a
+callback of a link, never inside a forward pass: a sequence that ends meanwhile is only marked.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+from common.config import ClusterConfig
+from common.errors import AtollError, LinkClosed, Rejected, WireError
+from common.ids import Role
+from common.request import FinishReason, Request, TokenEvent
+from common.status import ProcessStatus, State, status_frame
+from common.transport.base import Hello, Link, Transport
+from common.transport.buffers import Buffer
+from common.transport.dial import keep_connected
+from common.transport.factory import open_transport
+from common.waiting import poll_until
+from common.wire.header import Header, Kind, Wire
+from services.attention.lane import Lane, StepTimes
+from services.attention.moe_client import MoeClient
+from services.attention.requests import Requests
+from services.attention.resident import Resident
+
+log = logging.getLogger(__name__)
+_TICK_S = 0.25
+
+
+class AttentionWorker:
+    """One attention process. Implements `common.service.Service` and `common.transport.base.Handler`."""
+
+    def __init__(
+        self, config: ClusterConfig, index: int, transport: Transport | None = None
+    ) -> None:
+        self.config = config
+        self.spec = config.process(Role.ATTENTION, index)
+        self.transport = transport or open_transport(config)
+        self.draining = False
+        self.times = StepTimes()
+        self._lanes: list[Lane] = []
+        self._work: list[asyncio.Event] = []
+        self._gateways: set[Link] = set()
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Load the weights, listen for gateways, dial the router, start the lanes."""
+        self.resident = Resident.load(self.config)
+        self.moe = MoeClient(
+            self.spec.id.index, self.resident.config.hidden_size, Wire.parse(self.config.cluster.wire),
+            self.config.cluster.epoch, self.transport.pool, self.config.limits.block_deadline_s,
+        )  # fmt: skip
+        self.requests = Requests(
+            self.resident.scheduler(self.config),
+            self.resident.config.eos_token_ids,
+            self.resident.config.vocab_size,
+        )
+        for lane in range(self.config.attention.microbatches):
+            self._lanes.append(
+                Lane(lane, self.resident.model, self.resident.cache, self.moe, self.times)
+            )
+            self._work.append(asyncio.Event())
+            tasks.create_task(self._run_lane(lane), name=f"lane {lane}")
+        router = self.config.router_of(self.spec.node)
+        await self.transport.listen(self.spec.address, self._hello(), self)
+        tasks.create_task(
+            keep_connected(self.transport, router.address, self._hello, self), name="router link"
+        )
+        tasks.create_task(self._tick(), name="deadlines")
+
+    async def drain(self) -> None:
+        """Finish what was accepted; gateways are told not to send more."""
+        self.draining = True
+        self._push_status()
+        await poll_until(lambda: not self.requests.num_open)
+
+    async def stop(self) -> None:
+        """Close the links."""
+        await self.transport.close()
+
+    # ---- lanes ---------------------------------------------------------------------------------
+
+    async def _run_lane(self, index: int) -> None:
+        lane, work = self._lanes[index], self._work[index]
+        while True:
+            work.clear()
+            slices = self.requests.scheduler.schedule(index)
+            if not slices:
+                await work.wait()
+                continue
+            self.requests.begin(slices)
+            all_rows = self.requests.want_all_rows(slices)
+            try:
+                logits = await lane.forward(slices, all_rows=all_rows)
+            except AtollError as exc:
+                self._send(self.requests.failed(slices, str(exc)))
+            else:
+                self._send(self.requests.advance(slices, logits, all_rows=all_rows))
+            self._admit()
+
+    def _admit(self) -> None:
+        for sequence in self.requests.scheduler.admit():
+            self.resident.cache.clear(sequence.pages)
+            self._work[sequence.lane].set()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.moe.expire()
+            self._send(self.requests.expire(time.monotonic_ns()))
+            self._admit()
+
+    # ---- links ---------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        return Hello(
+            self.spec.id, self.spec.node, os.getpid(), self.resident.model_hash,
+            self.config.cluster.epoch, self.config.cluster.wire,
+        )  # fmt: skip
+
+    def on_open(self, link: Link) -> None:
+        """A gateway came, or the router is back: then post again what it owes."""
+        if link.peer.process.role is Role.ROUTER:
+            self.moe.outbox.opened(link)
+            self._push_status()
+        else:
+            self._gateways.add(link)
+            link.send_control(status_frame(None, [self._status().to_json()]))
+
+    def on_close(self, link: Link, error: LinkClosed) -> None:
+        """A lost router owes its blocks until it is back; a lost gateway's requests have no reader any more."""
+        log.warning("%s", error)
+        if link.peer.process.role is Role.ROUTER:
+            self.moe.outbox.closed(link)
+            self._push_status()
+        else:
+            self._gateways.discard(link)
+            self.requests.gateway_lost(link)
+
+    def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        """An answer from the router."""
+        if header.kind not in (Kind.COMBINED, Kind.FAILED):
+            if payload is not None:
+                payload.release()
+            raise WireError(f"{header.kind.name} sent to an attention worker")
+        self.moe.on_message(link, header, payload)
+
+    def on_control(self, link: Link, message: dict[str, Any]) -> None:
+        """A frame of a gateway (`common.request`)."""
+        kind = message.get("type")
+        if kind == "submit":
+            self._submit(link, message)
+        elif kind == "cancel":
+            self.requests.cancel(link, str(message.get("id")))
+        elif kind == "status_request":
+            link.send_control(status_frame(message.get("id"), [self._status().to_json()]))
+
+    def _submit(self, link: Link, message: dict[str, Any]) -> None:
+        try:
+            request = Request.from_json(message)
+            if self.draining:
+                raise Rejected(f"{self.spec.id} is draining")
+            self.requests.submit(link, request, time.monotonic_ns())
+        except (Rejected, KeyError, TypeError, ValueError) as exc:
+            event = TokenEvent(
+                str(message.get("id")), finish_reason=FinishReason.ERROR, error=str(exc)
+            )
+            self._send([(link, event)])
+        self._admit()
+
+    def _send(self, events: list[tuple[Link, TokenEvent]]) -> None:
+        for link, event in events:
+            if link in self._gateways:
+                link.send_control(event.to_json())
+
+    # ---- status --------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Ready while the router is connected."""
+        if self.draining:
+            return State.DRAINING
+        return State.READY if self.moe.outbox.link is not None else State.STARTING
+
+    def _status(self) -> ProcessStatus:
+        scheduler = self.requests.scheduler
+        return ProcessStatus.of(
+            self.spec.id, node=self.spec.node, pid=os.getpid(), state=self.state,
+            counters={
+                **asdict(self.times), **{f"moe_{k}": v for k, v in asdict(self.moe.times).items()},
+                "running": scheduler.num_running, "waiting": len(scheduler.waiting),
+                "cache_pages_free": scheduler.pages.num_free,
+                "owed": len(self.moe.outbox), "resent": self.moe.outbox.num_resent,
+            },
+            missing="" if self.moe.outbox.link is not None else "the router is not connected",
+        )  # fmt: skip
+
+    def _push_status(self) -> None:
+        for gateway in self._gateways:
+            gateway.send_control(status_frame(None, [self._status().to_json()]))

@@ -1,0 +1,54 @@
+"""The weights that an expert worker holds: its experts of each of its layers, with the content hash of each."""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+
+from common.config import ClusterConfig
+from common.model.checkpoint import Checkpoint
+from common.model.hf_config import load_config
+from common.model.loader import FfnWeights, load_expert
+from common.model.manifest import build_manifest, hash_expert
+from common.placement.cluster import cluster_plan
+from kernels.reference.ffn import ffn
+from kernels.reference.linear import pad_out
+
+Place = tuple[int, int]  # (layer, expert)
+
+
+@dataclass(slots=True)
+class Bank:
+    """Resident experts by (layer, expert). `rows` counts the rows that each has computed."""
+
+    width: int
+    model_hash: str
+    weights: dict[Place, FfnWeights]
+    hashes: dict[Place, str]
+    rows: dict[Place, int] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: ClusterConfig, worker: int) -> Self:
+        """Read what the plan gives this worker, and nothing else of the checkpoint. Raises ModelError."""
+        model = load_config(config.model.path)
+        manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
+        places = cluster_plan(config, model).residents(worker)
+        with Checkpoint(config.model.path) as checkpoint:
+            weights = {place: _padded(load_expert(checkpoint, model, *place)) for place in places}
+            hashes = {place: hash_expert(checkpoint, *place) for place in places}
+        return cls(
+            model.hidden_size, manifest.model_hash, weights, hashes, dict.fromkeys(places, 0)
+        )
+
+    def __contains__(self, place: Place) -> bool:
+        return place in self.weights
+
+    def ffn(self, layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """SwiGLU network of one expert: fp32 [num_rows, width] -> fp32 [num_rows, width]."""
+        self.rows[layer, expert] += len(rows)
+        w = self.weights[layer, expert]
+        return ffn(rows, w.gate_up, w.down)
+
+
+def _padded(weights: FfnWeights) -> FfnWeights:
+    return FfnWeights(pad_out(weights.gate_up), pad_out(weights.down))

@@ -1,0 +1,179 @@
+"""The expert service: dials the router of its node, computes what comes, answers. It keeps nothing between calls.
+
+Blocks that arrive while one is computed wait in the batcher and are computed together, by layer: one turn of the event
+loop takes one batch, so that messages go on being received between batches.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import torch
+
+from common.config import ClusterConfig
+from common.errors import AtollError, LinkClosed, WireError
+from common.ids import Role
+from common.status import ProcessStatus, State, status_frame
+from common.tensors import write_rows
+from common.transport.base import Hello, Link, Transport
+from common.transport.buffers import Buffer
+from common.transport.dial import keep_connected
+from common.transport.factory import open_transport
+from common.waiting import poll_until
+from common.wire.blocks import EXPERT_OUT_ROWS, row_segment
+from common.wire.header import Header, Kind
+from services.expert.bank import Bank
+from services.expert.batcher import Batcher, Waiting
+from services.expert.engine import compute, parse
+
+MAX_BATCH_ROWS = 4096
+log = logging.getLogger(__name__)
+
+
+class ExpertWorker:
+    """One expert process. Implements `common.service.Service` and `common.transport.base.Handler`."""
+
+    def __init__(
+        self, config: ClusterConfig, index: int, transport: Transport | None = None
+    ) -> None:
+        self.config = config
+        self.spec = config.process(Role.EXPERT, index)
+        self.transport = transport or open_transport(config)
+        self.state = State.STARTING
+        self.counters = {
+            "calls": 0,
+            "rows": 0,
+            "batches": 0,
+            "queue_us": 0,
+            "compute_us": 0,
+            "failed": 0,
+        }
+        self.batcher: Batcher[tuple[Link, Header, Buffer]] = Batcher(MAX_BATCH_ROWS)
+        self._scheduled = False
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Load the resident experts, then keep dialling the router."""
+        self.bank = Bank.load(self.config, self.spec.id.index)
+        self.loop = asyncio.get_running_loop()
+        router = self.config.router_of(self.spec.node)
+        tasks.create_task(
+            keep_connected(self.transport, router.address, self._hello, self), name="router link"
+        )
+        self.state = State.READY
+
+    async def drain(self) -> None:
+        """Answer what waits."""
+        self.state = State.DRAINING
+        await poll_until(lambda: not len(self.batcher))
+
+    async def stop(self) -> None:
+        """Close the links."""
+        await self.transport.close()
+
+    def _hello(self) -> Hello:
+        facts = {
+            "experts": [
+                [layer, expert, digest] for (layer, expert), digest in self.bank.hashes.items()
+            ]
+        }
+        return Hello(
+            self.spec.id, self.spec.node, os.getpid(), self.bank.model_hash,
+            self.config.cluster.epoch, self.config.cluster.wire, facts=facts,
+        )  # fmt: skip
+
+    # ---- links ---------------------------------------------------------------------------------
+
+    def on_open(self, link: Link) -> None:
+        """The router verified our hashes, or it will close the link."""
+        log.info("connected to %s", link.peer.process)
+
+    def on_close(self, link: Link, error: LinkClosed) -> None:
+        """Whoever asked will ask again on the next link."""
+        log.warning("%s", error)
+
+    def on_control(self, link: Link, message: dict[str, Any]) -> None:
+        """Answer status requests."""
+        if message.get("type") == "status_request":
+            rows = {f"{layer}:{expert}": n for (layer, expert), n in self.bank.rows.items()}
+            status = ProcessStatus.of(
+                self.spec.id, node=self.spec.node, pid=os.getpid(), state=self.state,
+                counters={**self.counters, "waiting": len(self.batcher), "rows_by_expert": rows},
+            )  # fmt: skip
+            link.send_control(status_frame(message.get("id"), [status.to_json()]))
+
+    # ---- calls ---------------------------------------------------------------------------------
+
+    def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        """Queue an EXPERT_IN; the batch is computed after everything that has arrived by now was queued too."""
+        if header.kind is not Kind.EXPERT_IN or payload is None:
+            if payload is not None:
+                payload.release()
+            raise WireError(f"{header.kind.name} sent to an expert")
+        self.batcher.add(
+            header.layer, Waiting(header.num_rows, time.monotonic_ns(), (link, header, payload))
+        )
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled and len(self.batcher):
+            self._scheduled = True
+            self.loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        layer, batch = self.batcher.next_batch()
+        started = time.monotonic_ns()
+        calls, parsed = [], []
+        for call in batch:
+            link, header, payload = call.item
+            try:
+                parsed.append(parse(header, payload, self.bank))
+                calls.append(call)
+            except AtollError as exc:
+                self._fail(link, header, str(exc))
+                payload.release()
+        if calls:
+            outputs = compute(self.bank, layer, parsed)
+            compute_us = (time.monotonic_ns() - started) // 1000
+            for call, rows in zip(calls, outputs, strict=True):
+                link, header, payload = call.item
+                queue_us = (started - call.since_ns) // 1000
+                self._answer(link, header, rows, queue_us, compute_us)
+                payload.release()
+            self.counters["batches"] += 1
+            self.counters["compute_us"] += compute_us
+        self._schedule()
+
+    def _answer(
+        self, link: Link, request: Header, rows: torch.Tensor, queue_us: int, compute_us: int
+    ) -> None:
+        self.counters["calls"] += 1
+        self.counters["rows"] += request.num_rows
+        self.counters["queue_us"] += queue_us
+        segment = row_segment(request.num_rows, request.width, EXPERT_OUT_ROWS[request.wire])
+        buffer = self.transport.pool.acquire(segment.end)
+        write_rows(buffer, segment, rows)
+        header = request.derive(
+            Kind.EXPERT_OUT,
+            target=request.target,
+            num_rows=request.num_rows,
+            payload_nbytes=segment.end,
+        )
+        header.queue_us, header.compute_us = queue_us, compute_us
+        self._post(link, header, buffer)
+
+    def _fail(self, link: Link, request: Header, sentence: str) -> None:
+        self.counters["failed"] += 1
+        buffer = self.transport.pool.acquire_text(sentence)
+        header = request.derive(Kind.FAILED, target=request.target, payload_nbytes=buffer.nbytes)
+        self._post(link, header, buffer)
+
+    def _post(self, link: Link, header: Header, buffer: Buffer) -> None:
+        try:
+            link.post(header, buffer)
+        except LinkClosed:
+            pass  # the router asks again on the next link
+        finally:
+            buffer.release()

@@ -1,0 +1,101 @@
+"""What the gateway counts, and the counters of every other process re-exported with its role and index."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+
+from common.obs.metrics import Metrics
+
+# Seconds. From one decode step on a small GPU model to a prompt that fills the context.
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+
+# Bounds on what other processes can make us export, so that a bug there cannot flood a metrics store.
+_MAX_NAMES = 64
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class GatewayMetrics:
+    """The gateway's own metrics; `outcome` is finished, stopped, cancelled, rejected or failed."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.requests = metrics.counter(
+            "requests", "Continuations by how they ended.", ("outcome",)
+        )
+        self.resubmitted = metrics.counter(
+            "requests_resubmitted", "Continuations sent to another attention worker."
+        )
+        self.prompt_tokens = metrics.counter("prompt_tokens", "Prompt tokens accepted.")
+        self.generated_tokens = metrics.counter("generated_tokens", "Tokens received.")
+        self.ttft = metrics.histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", buckets=_TTFT_BUCKETS
+        )
+        self.tpot = metrics.histogram(
+            "time_per_output_token_seconds",
+            "Mean time between tokens of a continuation.",
+            buckets=_TPOT_BUCKETS,
+        )
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return self._metrics.render()
+
+    def watch(
+        self,
+        *,
+        running: Callable[[], int],
+        queued: Callable[[], int],
+        outstanding: Callable[[], Mapping[int, int]],
+    ) -> None:
+        """Gauges read at collection time, so that they cost nothing per request."""
+
+        def collect() -> list[Metric]:
+            tokens = GaugeMetricFamily(
+                "atoll_outstanding_tokens",
+                "Prompt plus maximum new tokens assigned.",
+                labels=("worker",),
+            )
+            for worker, count in outstanding().items():
+                tokens.add_metric((str(worker),), count)
+            return [
+                GaugeMetricFamily(
+                    "atoll_requests_running", "Continuations at attention workers.", running()
+                ),
+                GaugeMetricFamily(
+                    "atoll_requests_queued", "Continuations waiting in the gateway.", queued()
+                ),
+                tokens,
+            ]
+
+        self._metrics.on_collect(collect)
+
+    def export_processes(self, processes: Callable[[], list[dict[str, Any]]]) -> None:
+        """Re-export the counters in /cluster's process list, read at collection time."""
+        self._metrics.on_collect(lambda: process_metrics(processes()))
+
+
+def process_metrics(processes: Iterable[dict[str, Any]]) -> list[Metric]:
+    """One gauge per counter name with labels role and index; names beyond the bound are left out."""
+    up = GaugeMetricFamily(
+        "atoll_process_ready", "1 while the process is ready.", labels=("role", "index")
+    )
+    families: dict[str, GaugeMetricFamily] = {}
+    for process in processes:
+        labels = (str(process["role"]), str(process["index"]))
+        up.add_metric(labels, float(process["state"] == "ready"))
+        for name, value in process["counters"].items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not _NAME.fullmatch(name) or (name not in families and len(families) >= _MAX_NAMES):
+                continue
+            if name not in families:
+                families[name] = GaugeMetricFamily(
+                    f"atoll_process_{name}",
+                    f"The process's own counter {name}.",
+                    labels=("role", "index"),
+                )
+            families[name].add_metric(labels, float(value))
+    return [up, *families.values()]

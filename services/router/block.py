@@ -1,0 +1,89 @@
+"""The two state machines of a router: a node's share of a block, and a block at its source.
+
+    NodeWork    pairs of this node -> EXPERT_IN to each worker hit -> outputs gathered -> weighted sum per row
+    SourceWork  one partial per node -> summed in ascending node order -> COMBINED
+
+Neither sends anything nor looks at a clock: `services.router.dataflow` moves the messages.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from common.transport.base import Link
+from common.wire.header import Header
+from kernels import ops
+from services.router.plan import NodeShare, WorkerShare
+
+Tensor = torch.Tensor
+
+
+@dataclass(slots=True)
+class Timing:
+    """Where the time of a block went, in microseconds: its slowest expert, and the sums on the way back."""
+
+    queue_us: int = 0
+    compute_us: int = 0
+    combine_us: int = 0
+
+    def include(self, other: "Timing | Header") -> None:
+        """Keep the part that waited and computed longest: the block cannot be done before it."""
+        if other.queue_us + other.compute_us >= self.queue_us + self.compute_us:
+            self.queue_us, self.compute_us = other.queue_us, other.compute_us
+        self.combine_us = max(self.combine_us, other.combine_us)
+
+
+@dataclass(slots=True)
+class NodeWork:
+    """This node's pairs of one block, their expert outputs as they come, and who is still missing.
+
+    `outputs` is filled at each EXPERT_OUT; the sum waits for the last one, so the order of arrival cannot matter.
+    """
+
+    request: Header  # the DISPATCH or RELAY that brought the rows
+    origin: Link  # who sent it and gets the answer
+    num_rows: int
+    slots: Tensor  # int32 [num_rows, most pairs of a row]: places, by ascending expert id
+    weights: Tensor  # fp32, the same shape
+    outputs: Tensor  # [num_pairs, width], in places of the fan-out
+    waiting: dict[int, WorkerShare] = field(default_factory=dict)
+    timing: Timing = field(default_factory=Timing)
+
+    def arrived(self, worker: int, header: Header, rows: Tensor) -> bool:
+        """Take the outputs of one worker, [num_rows, width]. True when it was the last one missing."""
+        share = self.waiting.pop(worker)
+        self.outputs[share.start : share.stop].copy_(rows)
+        self.timing.include(header)
+        return not self.waiting
+
+    def partial(self, *, exact: bool) -> Tensor:
+        """The weighted sum per row: float64 [num_rows, width] when exact, else fp32."""
+        dtype = torch.float64 if exact else torch.float32
+        out = torch.empty((self.num_rows, self.outputs.shape[1]), dtype=dtype)
+        ops.combine(self.outputs, self.slots, self.weights, out)
+        return out
+
+
+@dataclass(slots=True)
+class SourceWork:
+    """A block at the router of its attention worker: which nodes still owe their partial."""
+
+    request: Header
+    origin: Link
+    shares: dict[int, NodeShare]
+    partials: dict[int, Tensor] = field(default_factory=dict)
+    timing: Timing = field(default_factory=Timing)
+
+    def arrived(self, node: int, partial: Tensor) -> bool:
+        """Take one node's partial. True when it was the last one missing."""
+        self.partials[node] = partial
+        return len(self.partials) == len(self.shares)
+
+    def combined(self) -> Tensor:
+        """Sum of the node partials in ascending node order: fp32 [num_rows, width], rounded once when exact."""
+        nodes = sorted(self.partials)
+        out = torch.empty((self.request.num_rows, self.request.width))
+        partials = [self.partials[node] for node in nodes]
+        rows = [torch.from_numpy(self.shares[node].rows) for node in nodes]
+        ops.sum_partials(partials, rows, out)
+        return out

@@ -1,0 +1,376 @@
+"""Messages through a router: split, fan out, gather, sum, answer. Plain calls, no await, one pass per message.
+
+Decides nothing about links coming and going (services.router.worker) nor about indices (services.router.plan).
+Invariant: a request is in `_sources` or `_works` exactly while its origin waits for an answer; every message that is
+owed an answer is in an outbox.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from common.errors import AtollError, DeadlineExceeded, LinkClosed, WireError
+from common.ids import Role
+from common.placement.plan import Plan
+from common.tensors import TORCH_DTYPES, RowPick, numbers, read_rows, write_rows
+from common.transport.base import Link
+from common.transport.buffers import Buffer, BufferPool
+from common.transport.outbox import Outbox
+from common.wire.blocks import (
+    EXPERT_OUT_ROWS,
+    PARTIAL_ROWS,
+    RowSegment,
+    RowType,
+    check_payload,
+    dispatch_layout,
+    expert_in_layout,
+    relay_layout,
+    row_segment,
+)
+from common.wire.header import Header, Kind, Wire
+from services.router.block import NodeWork, SourceWork, Timing
+from services.router.plan import NodeShare, check_pairs, fan_out, split_by_node
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a router did since it started; counts of messages, rows and bytes of data messages."""
+
+    blocks: int = 0
+    relays: int = 0
+    rows_to_experts: int = 0
+    pairs_to_nodes: int = 0  # cross-node rows if every expert got its own copy
+    rows_to_nodes: int = 0  # cross-node rows really sent
+    messages_out: int = 0
+    messages_in: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    late: int = 0  # answers nobody waited for any more
+    failed: int = 0
+    split_us: int = 0
+    combine_us: int = 0
+
+
+@dataclass(slots=True)
+class Dataflow:
+    """Blocks in flight through the router of `node`. `plan` is the placement of the current epoch."""
+
+    node: int
+    plan: Plan
+    num_experts: int
+    pool: BufferPool
+    experts: dict[int, Outbox]  # by worker index: the workers of this node
+    routers: dict[int, Outbox]  # by node id: the other nodes' routers
+    answer_rows: RowType = RowType.FP32  # compute dtype of the attention workers' device
+    clock_ns: Callable[[], int] = time.monotonic_ns
+    counters: Counters = field(default_factory=Counters)
+    _sources: dict[int, SourceWork] = field(default_factory=dict)
+    _works: dict[int, NodeWork] = field(default_factory=dict)
+    _workers_of: dict[int, np.ndarray] = field(
+        default_factory=dict
+    )  # layer -> worker of each expert
+    _nodes_of: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        nodes = np.asarray(self.plan.nodes, np.int32)
+        for layer, workers in self.plan.workers.items():
+            self._workers_of[layer] = np.asarray(workers, np.int32)
+            self._nodes_of[layer] = nodes[self._workers_of[layer]]
+
+    def __repr__(self) -> str:
+        owed = sum(len(outbox) for outbox in self.experts.values())
+        return (
+            f"<Dataflow node {self.node} [{len(self._sources)} blocks | {len(self._works)} node shares"
+            f" | {owed} owed by experts | {sum(map(len, self.routers.values()))} by routers]>"
+        )
+
+    @property
+    def num_in_flight(self) -> int:
+        """Blocks and node shares that somebody waits for."""
+        return len(self._sources) + len(self._works)
+
+    # ---- requests ------------------------------------------------------------------------------
+
+    def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        """Take one data message (and its payload). A bad request is answered with FAILED, not with a dead link."""
+        self.counters.messages_in += 1
+        self.counters.bytes_in += header.payload_nbytes
+        try:
+            if header.kind in (Kind.DISPATCH, Kind.RELAY):
+                try:
+                    self._on_request(link, header, payload)
+                except AtollError as exc:
+                    self._forget(header.block)
+                    self._fail(link, header, str(exc))
+            elif header.kind is Kind.EXPERT_OUT:
+                self._on_expert_out(link.peer.process.index, header, payload)
+            elif header.kind is Kind.PARTIAL:
+                self._on_partial(link.peer.node, header, payload)
+            elif header.kind is Kind.FAILED:
+                self._on_failed(link, header, payload)
+            else:
+                raise WireError(f"{header.kind.name} sent to a router")
+        finally:
+            if payload is not None:
+                payload.release()
+
+    def _on_request(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        if header.epoch != self.plan.epoch:
+            raise WireError(f"epoch {header.epoch}, this router serves epoch {self.plan.epoch}")
+        if header.layer not in self._workers_of:
+            raise WireError(f"layer {header.layer} has no experts")
+        if payload is None or header.num_rows == 0:
+            raise WireError(f"{header.kind.name} without rows")
+        if header.block in self._sources or header.block in self._works:
+            self._forget(header.block)  # sent again on a new link: the old answer has nowhere to go
+        if header.kind is Kind.DISPATCH:
+            self._on_dispatch(link, header, payload)
+        else:
+            self._on_relay(link, header, payload)
+
+    def _on_dispatch(self, link: Link, header: Header, payload: Buffer) -> None:
+        started = self.clock_ns()
+        top_k, odd = divmod(header.num_pairs, header.num_rows)
+        layout = dispatch_layout(header.num_rows, header.width, top_k, header.wire)
+        check_payload("DISPATCH", header.payload_nbytes, layout.nbytes)
+        if odd or top_k == 0:
+            raise WireError(f"{header.num_pairs} pairs for {header.num_rows} rows")
+        experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
+        weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
+        shares = split_by_node(
+            experts.reshape(-1, top_k), weights.reshape(-1, top_k), self._nodes_of[header.layer]
+        )
+        self.counters.blocks += 1
+        source = SourceWork(header, link, {share.node: share for share in shares})
+        self._sources[header.block] = source
+        for share in shares:  # remote nodes first: their way is longer
+            if share.node != self.node:
+                self._relay(source, share, payload, layout.rows)
+        local = source.shares.get(self.node)
+        if local is not None:
+            self._start_work(
+                link, header, payload, layout.rows, local.rows, local.pair_rows, local.experts, local.weights
+            )  # fmt: skip
+        self.counters.split_us += (self.clock_ns() - started) // 1000
+
+    def _relay(
+        self, source: SourceWork, share: NodeShare, payload: Buffer, rows: RowSegment
+    ) -> None:
+        request = source.request
+        num_pairs = len(share.pair_rows)
+        layout = relay_layout(len(share.rows), request.width, num_pairs, request.wire)
+        buffer = self.pool.acquire(layout.nbytes)
+        picked = RowPick(payload, rows, share.rows)
+        picked.copy_to(buffer, layout.rows, 0, len(share.rows))
+        numbers(buffer, layout.pair_rows, num_pairs, np.int32)[:] = share.pair_rows
+        numbers(buffer, layout.experts, num_pairs, np.int32)[:] = share.experts
+        numbers(buffer, layout.weights, num_pairs, np.float32)[:] = share.weights
+        self.counters.relays += 1
+        self.counters.rows_to_nodes += len(share.rows)
+        self.counters.pairs_to_nodes += num_pairs
+        header = request.derive(
+            Kind.RELAY,
+            target=share.node,
+            num_rows=len(share.rows),
+            num_pairs=num_pairs,
+            payload_nbytes=layout.nbytes,
+        )
+        self._send(self.routers[share.node], header, buffer)
+
+    def _on_relay(self, link: Link, header: Header, payload: Buffer) -> None:
+        started = self.clock_ns()
+        layout = relay_layout(header.num_rows, header.width, header.num_pairs, header.wire)
+        check_payload("RELAY", header.payload_nbytes, layout.nbytes)
+        pair_rows = numbers(payload, layout.pair_rows, header.num_pairs, np.int32)
+        experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
+        weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
+        check_pairs(pair_rows, experts, num_rows=header.num_rows, num_experts=self.num_experts)
+        if (self._nodes_of[header.layer][experts] != self.node).any():
+            raise WireError(f"a RELAY for experts that node {self.node} does not hold")
+        every_row = np.arange(header.num_rows)
+        self._start_work(link, header, payload, layout.rows, every_row, pair_rows, experts, weights)
+        self.counters.split_us += (self.clock_ns() - started) // 1000
+
+    def _start_work(
+        self,
+        link: Link,
+        request: Header,
+        payload: Buffer,
+        segment: RowSegment,
+        rows: np.ndarray,
+        pair_rows: np.ndarray,
+        experts: np.ndarray,
+        weights: np.ndarray,
+    ) -> None:
+        """Fan a node's share out to its workers; `rows` index the segment, `pair_rows` index `rows`."""
+        plan = fan_out(pair_rows, experts, weights, len(rows), self._workers_of[request.layer])
+        out_type = EXPERT_OUT_ROWS[request.wire]
+        work = NodeWork(
+            request, link, len(rows), torch.from_numpy(plan.slots), torch.from_numpy(plan.weights),
+            torch.empty((len(plan.rows), request.width), dtype=TORCH_DTYPES[out_type]),
+            {share.worker: share for share in plan.shares},
+        )  # fmt: skip
+        self._works[request.block] = work
+        picked = RowPick(payload, segment, rows[plan.rows])
+        for share in plan.shares:
+            num_rows, num_segments = share.stop - share.start, len(share.segments)
+            layout = expert_in_layout(num_rows, request.width, num_segments, request.wire)
+            buffer = self.pool.acquire(layout.nbytes)
+            picked.copy_to(buffer, layout.rows, share.start, share.stop)
+            numbers(buffer, layout.segments, num_segments * 2, np.int32)[:] = share.segments.ravel()
+            header = request.derive(
+                Kind.EXPERT_IN,
+                target=share.worker,
+                num_rows=num_rows,
+                num_pairs=num_segments,
+                payload_nbytes=layout.nbytes,
+            )
+            self._send(self.experts[share.worker], header, buffer)
+        self.counters.rows_to_experts += len(plan.rows)
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    def _on_expert_out(self, worker: int, header: Header, payload: Buffer | None) -> None:
+        owed = self.experts[worker].settle(header.block)
+        work = self._works.get(header.block)
+        if owed is None or work is None or worker not in work.waiting:
+            self.counters.late += 1
+            return
+        row_type = EXPERT_OUT_ROWS[work.request.wire]
+        rows = read_rows(payload, owed.header.num_rows, work.request.width, row_type, "EXPERT_OUT")
+        if work.arrived(worker, header, rows):
+            del self._works[header.block]
+            self._finish_work(work)
+
+    def _finish_work(self, work: NodeWork) -> None:
+        started = self.clock_ns()
+        request = work.request
+        exact = request.wire is Wire.FP32
+        partial = work.partial(exact=exact)
+        elapsed_us = (self.clock_ns() - started) // 1000
+        work.timing.combine_us += elapsed_us
+        self.counters.combine_us += elapsed_us
+        if request.kind is Kind.DISPATCH:
+            source = self._sources[request.block]
+            source.timing.include(work.timing)
+            self._take_partial(source, self.node, partial)
+        else:
+            self._answer(
+                work.origin, request, Kind.PARTIAL, partial, PARTIAL_ROWS[request.wire], work.timing
+            )
+
+    def _on_partial(self, node: int, header: Header, payload: Buffer | None) -> None:
+        owed = self.routers[node].settle(header.block)
+        source = self._sources.get(header.block)
+        if owed is None or source is None or node in source.partials:
+            self.counters.late += 1
+            return
+        row_type = PARTIAL_ROWS[source.request.wire]
+        rows = read_rows(payload, owed.header.num_rows, source.request.width, row_type, "PARTIAL")
+        source.timing.include(header)
+        self._take_partial(source, node, rows.clone())  # the buffer goes back to the pool
+
+    def _take_partial(self, source: SourceWork, node: int, partial: torch.Tensor) -> None:
+        if not source.arrived(node, partial):
+            return
+        del self._sources[source.request.block]
+        started = self.clock_ns()
+        combined = source.combined()
+        elapsed_us = (self.clock_ns() - started) // 1000
+        source.timing.combine_us += elapsed_us
+        self.counters.combine_us += elapsed_us
+        self._answer(
+            source.origin, source.request, Kind.COMBINED, combined, self.answer_rows, source.timing
+        )
+
+    def _answer(
+        self,
+        link: Link,
+        request: Header,
+        kind: Kind,
+        rows: torch.Tensor,
+        row_type: RowType,
+        timing: Timing,
+    ) -> None:
+        segment = row_segment(request.num_rows, request.width, row_type)
+        buffer = self.pool.acquire(segment.end)
+        write_rows(buffer, segment, rows)
+        header = request.derive(
+            kind, target=self.node, num_rows=request.num_rows, payload_nbytes=segment.end
+        )
+        header.queue_us, header.compute_us = timing.queue_us, timing.compute_us
+        header.combine_us = timing.combine_us
+        self._post(link, header, buffer)
+
+    # ---- failures ------------------------------------------------------------------------------
+
+    def _on_failed(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        outbox = self._outbox_of(link)
+        if outbox is None or outbox.settle(header.block) is None:
+            self.counters.late += 1
+            return
+        sentence = "" if payload is None else payload.array.tobytes().decode("utf-8", "replace")
+        self._fail_block(header.block, f"{link.peer.process}: {sentence}")
+
+    def expire(self, limit_s: float) -> None:
+        """Fail every block that a peer has owed for longer than `limit_s`, naming who owes it."""
+        now_ns, limit_ns = self.clock_ns(), int(limit_s * 1e9)
+        for outbox in (*self.experts.values(), *self.routers.values()):
+            for call in outbox.expired(now_ns, limit_ns):
+                outbox.drop(call.header.block)
+                h = call.header
+                error = DeadlineExceeded(
+                    f"no answer from {outbox.name} within {limit_s:g} s "
+                    f"(layer {h.layer}, micro-batch {h.microbatch}, attempt {h.attempt + 1})"
+                )
+                self._fail_block(h.block, str(error))
+
+    def origin_closed(self, link: Link) -> None:
+        """Nobody waits any more for what this link asked: drop it. Late answers find nothing and are dropped too."""
+        for table in (self._sources, self._works):
+            for block in [b for b, item in table.items() if item.origin is link]:
+                self._forget(block)
+
+    def _fail_block(self, block: int, sentence: str) -> None:
+        item = self._sources.get(block) or self._works.get(block)
+        self._forget(block)
+        if item is not None:
+            self._fail(item.origin, item.request, sentence)
+
+    def _fail(self, link: Link, request: Header, sentence: str) -> None:
+        self.counters.failed += 1
+        buffer = self.pool.acquire_text(sentence)
+        header = request.derive(Kind.FAILED, target=self.node, payload_nbytes=buffer.nbytes)
+        self._post(link, header, buffer)
+
+    def _forget(self, block: int) -> None:
+        self._sources.pop(block, None)
+        self._works.pop(block, None)
+        for outbox in (*self.experts.values(), *self.routers.values()):
+            outbox.drop(block)
+
+    # ---- sending -------------------------------------------------------------------------------
+
+    def _send(self, outbox: Outbox, header: Header, buffer: Buffer) -> None:
+        self.counters.messages_out += 1
+        self.counters.bytes_out += header.payload_nbytes
+        outbox.send(header, buffer, self.clock_ns())
+
+    def _post(self, link: Link, header: Header, buffer: Buffer) -> None:
+        """Post an answer; an origin that is gone will ask again, so a closed link loses nothing."""
+        try:
+            link.post(header, buffer)
+            self.counters.messages_out += 1
+            self.counters.bytes_out += header.payload_nbytes
+        except LinkClosed:
+            self.counters.late += 1
+        finally:
+            buffer.release()
+
+    def _outbox_of(self, link: Link) -> Outbox | None:
+        if link.peer.process.role is Role.EXPERT:
+            return self.experts.get(link.peer.process.index)
+        return self.routers.get(link.peer.node)

@@ -1,0 +1,131 @@
+"""How a block is divided: by node at its source, by expert worker at its node. Pure index arithmetic (numpy).
+
+A *pair* is (row, expert, gate weight). Pairs are always sorted by row, then by ascending expert id: that order is the
+order of the weighted sum, so the result does not depend on who answers first.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import WireError
+
+Ints = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeShare:
+    """What one node does for a block. `rows` are ascending indices into the block's rows; `pair_rows` index `rows`."""
+
+    node: int
+    rows: Ints  # [num_rows]
+    pair_rows: Int32s  # [num_pairs], ascending
+    experts: Int32s  # [num_pairs], ascending within a row
+    weights: Floats  # [num_pairs]
+
+
+@dataclass(slots=True)
+class WorkerShare:
+    """What one expert worker does for a block: places `start` to `stop` of the fan-out."""
+
+    worker: int
+    start: int
+    stop: int
+    segments: Int32s  # [num_experts_hit, 2]: expert id, number of rows; ascending
+
+
+@dataclass(slots=True)
+class FanOut:
+    """A node's pairs in the order in which they are sent: by worker, expert, row. A *place* is a position in it.
+
+    `slots[i, j]` is the place of row i's j-th pair in ascending expert id, -1 beyond its last; `weights` likewise, 0
+    there. That table is the order of the weighted sum.
+    """
+
+    rows: Ints  # [num_pairs]: index of each place's row in the node's rows
+    shares: list[WorkerShare]
+    slots: Int32s  # [num_rows, most pairs of a row]
+    weights: Floats  # the same shape
+
+
+def split_by_node(experts: Int32s, weights: Floats, node_of_expert: Int32s) -> list[NodeShare]:
+    """Divide a block by destination node, ascending; nodes that get nothing are absent.
+
+    `experts`, `weights` are [num_rows, top_k]; `node_of_expert` is [num_experts]. Raises WireError for an expert id
+    that the model does not have.
+    """
+    if experts.size and (int(experts.min()) < 0 or int(experts.max()) >= len(node_of_expert)):
+        raise WireError(f"expert id outside 0..{len(node_of_expert) - 1}")
+    top_k = experts.shape[1]
+    order = experts.argsort(axis=1, kind="stable")
+    experts = np.take_along_axis(experts, order, axis=1).ravel()
+    weights = np.take_along_axis(weights, order, axis=1).ravel()
+    nodes = node_of_expert[experts]
+    shares = []
+    for node in sorted(set(nodes.tolist())):
+        mine = nodes == node
+        chosen = mine.nonzero()[0]
+        wanted = mine.reshape(-1, top_k).any(axis=1)
+        pair_rows = (wanted.cumsum() - 1)[chosen // top_k].astype(np.int32)
+        rows = wanted.nonzero()[0]
+        shares.append(NodeShare(node, rows, pair_rows, experts[chosen], weights[chosen]))
+    return shares
+
+
+def check_pairs(pair_rows: Int32s, experts: Int32s, *, num_rows: int, num_experts: int) -> None:
+    """Raise WireError unless pairs received from another router are in range and in order."""
+    if pair_rows.size == 0:
+        raise WireError("a RELAY without pairs")
+    if int(pair_rows.min()) < 0 or int(pair_rows.max()) >= num_rows:
+        raise WireError(f"pair row outside 0..{num_rows - 1}")
+    if int(experts.min()) < 0 or int(experts.max()) >= num_experts:
+        raise WireError(f"expert id outside 0..{num_experts - 1}")
+    key = pair_rows.astype(np.int64) * num_experts + experts
+    if (np.diff(key) < 0).any():
+        raise WireError("pairs are not sorted by row and expert")
+
+
+def fan_out(
+    pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, worker_of_expert: Int32s
+) -> FanOut:
+    """Divide a node's pairs by expert worker. `worker_of_expert` is [num_experts], every row has at least one pair."""
+    num_experts = len(worker_of_expert)
+    key = worker_of_expert[experts].astype(np.int64) * num_experts + experts
+    order = key.argsort(kind="stable")  # rows stay ascending within an expert
+    sorted_key = key[order]
+    starts = np.concatenate(([0], (sorted_key[1:] != sorted_key[:-1]).nonzero()[0] + 1))
+    table = np.empty((len(starts), 2), np.int32)
+    table[:, 0] = sorted_key[starts] % num_experts
+    table[:-1, 1] = starts[1:] - starts[:-1]
+    table[-1, 1] = len(order) - starts[-1]
+    slots, slot_weights = _slot_table(pair_rows, weights, order, num_rows)
+    workers = (sorted_key[starts] // num_experts).tolist()
+    shares = _worker_shares(workers, [*starts.tolist(), len(order)], table)
+    return FanOut(pair_rows[order].astype(np.int64), shares, slots, slot_weights)
+
+
+def _worker_shares(workers: list[int], bounds: list[int], table: Int32s) -> list[WorkerShare]:
+    shares: list[WorkerShare] = []
+    first = 0
+    for i, worker in enumerate(workers):
+        if i + 1 == len(workers) or workers[i + 1] != worker:
+            shares.append(WorkerShare(worker, bounds[first], bounds[i + 1], table[first : i + 1]))
+            first = i + 1
+    return shares
+
+
+def _slot_table(
+    pair_rows: Int32s, weights: Floats, order: Ints, num_rows: int
+) -> tuple[Int32s, Floats]:
+    counts = np.bincount(pair_rows, minlength=num_rows)
+    rank = np.arange(len(pair_rows)) - (counts.cumsum() - counts)[pair_rows]
+    places = np.empty(len(order), np.int32)
+    places[order] = np.arange(len(order), dtype=np.int32)
+    slots = np.full((num_rows, int(counts.max())), -1, np.int32)
+    slots[pair_rows, rank] = places
+    slot_weights = np.zeros(slots.shape, np.float32)
+    slot_weights[pair_rows, rank] = weights
+    return slots, slot_weights

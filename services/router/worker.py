@@ -1,0 +1,200 @@
+"""The router service: links to attention workers, to its node's experts and to the other nodes' routers.
+
+Holds who is connected and whether the node is complete; what happens to messages is `services.router.dataflow`. An
+expert worker is routed to only after the content hashes of its weights match the checkpoint's manifest: weights on the
+wrong expert are refused at the door.
+"""
+
+import asyncio
+import logging
+import os
+from dataclasses import asdict
+from typing import Any
+
+from common.config import ClusterConfig
+from common.errors import AuthError, LinkClosed
+from common.ids import ProcessId, Role
+from common.model.hf_config import load_config
+from common.model.manifest import build_manifest
+from common.placement.cluster import cluster_plan
+from common.status import ProcessStatus, State, status_frame
+from common.transport.base import Hello, Link, Transport
+from common.transport.buffers import Buffer
+from common.transport.dial import keep_connected
+from common.transport.factory import open_transport
+from common.transport.outbox import Outbox
+from common.waiting import poll_until
+from common.wire.header import Header
+from services.router.dataflow import Dataflow
+from services.router.status import StatusGather
+
+log = logging.getLogger(__name__)
+_TICK_S = 0.25
+_STATUS_WAIT_S = 0.5
+
+
+class RouterWorker:
+    """One router process. Implements `common.service.Service` and `common.transport.base.Handler`."""
+
+    def __init__(
+        self, config: ClusterConfig, index: int, transport: Transport | None = None
+    ) -> None:
+        self.config = config
+        self.spec = config.process(Role.ROUTER, index)
+        self.transport = transport or open_transport(config)
+        self.draining = False
+        self._experts: dict[int, Link] = {}
+        self._expert_status: dict[int, dict[str, Any]] = {}
+        self._gateways: set[Link] = set()
+        self._status = StatusGather(self._entries, wait_s=_STATUS_WAIT_S)
+        self._last_state: tuple[State, str] | None = None
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Listen for attention workers, experts and later routers; dial the earlier routers."""
+        model = load_config(self.config.model.path)
+        self.manifest = build_manifest(
+            self.config.model.path, cache_dir=self.config.model.cache_dir
+        )
+        self.plan = cluster_plan(self.config, model)
+        own = [w for w, node in enumerate(self.plan.nodes) if node == self.spec.node]
+        self.needed = [w for w in own if self.plan.residents(w)]
+        routers = {s.node: s for s in self.config.of_role(Role.ROUTER) if s.id != self.spec.id}
+        self.flow = Dataflow(
+            self.spec.node, self.plan, model.num_experts, self.transport.pool,
+            experts={w: Outbox(f"expert-{w}") for w in own},
+            routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
+        )  # fmt: skip
+        await self.transport.listen(self.spec.address, self._hello(), self)
+        for spec in routers.values():
+            if spec.id.index < self.spec.id.index:
+                tasks.create_task(
+                    keep_connected(self.transport, spec.address, self._hello, self),
+                    name=f"link to {spec.id}",
+                )
+        tasks.create_task(self._tick(), name="deadlines")
+
+    async def drain(self) -> None:
+        """Finish the blocks in flight."""
+        self.draining = True
+        self._push_state()
+        await poll_until(lambda: not self.flow.num_in_flight)
+
+    async def stop(self) -> None:
+        """Close the links."""
+        await self.transport.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.flow.expire(self.config.limits.block_deadline_s)
+
+    # ---- links ---------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        return Hello(
+            self.spec.id, self.spec.node, os.getpid(), self.manifest.model_hash,
+            self.config.cluster.epoch, self.config.cluster.wire,
+        )  # fmt: skip
+
+    def on_open(self, link: Link) -> None:
+        """Post again whatever the peer owed before its link was lost."""
+        peer = link.peer.process
+        if peer.role is Role.EXPERT:
+            self._check_weights(link)
+            self._experts[peer.index] = link
+            self.flow.experts[peer.index].opened(link)
+        elif peer.role is Role.ROUTER:
+            self.flow.routers[link.peer.node].opened(link)
+        elif peer.role is Role.GATEWAY:
+            self._gateways.add(link)
+            link.send_control(status_frame(None, self._entries()))
+        log.info("%s is connected", peer)
+        self._push_state()
+
+    def on_close(self, link: Link, error: LinkClosed) -> None:
+        """What the peer owes stays in its outbox; what it asked for is dropped."""
+        log.warning("%s", error)
+        peer = link.peer.process
+        if peer.role is Role.EXPERT:
+            self.flow.experts[peer.index].closed(link)
+            if self._experts.get(peer.index) is link:
+                del self._experts[peer.index]
+        elif peer.role is Role.ROUTER:
+            self.flow.routers[link.peer.node].closed(link)
+        self._gateways.discard(link)
+        self.flow.origin_closed(link)
+        self._push_state()
+
+    def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        """Every data message is the dataflow's."""
+        self.flow.on_message(link, header, payload)
+
+    def on_control(self, link: Link, message: dict[str, Any]) -> None:
+        """Status questions from gateways, answers from experts."""
+        if message.get("type") == "status_request":
+            self._status.ask(link, message.get("id"), list(self._experts.values()))
+        elif message.get("type") == "status" and link.peer.process.role is Role.EXPERT:
+            (self._expert_status[link.peer.process.index],) = message["processes"]
+            self._status.answered(link, message.get("id"))
+
+    def _check_weights(self, link: Link) -> None:
+        """Raise AuthError unless the worker holds what the plan gives it, with the manifest's content hashes."""
+        peer = link.peer.process
+        if peer.index not in self.flow.experts:
+            raise AuthError(f"{peer} belongs to another node than {self.spec.id}")
+        held = {(layer, expert): digest for layer, expert, digest in link.peer.facts["experts"]}
+        for layer, expert in self.plan.residents(peer.index):
+            expected = self.manifest.expert_hashes[layer, expert]
+            if held.get((layer, expert)) != expected:
+                raise AuthError(
+                    f"{peer} holds {held.get((layer, expert), 'nothing')} as expert {expert} of layer {layer}, "
+                    f"the checkpoint's is {expected}"
+                )
+
+    # ---- status --------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[State, str]:
+        absent = [f"expert-{w}" for w in self.needed if w not in self._experts]
+        absent += [outbox.name for outbox in self.flow.routers.values() if outbox.link is None]
+        if self.draining:
+            return State.DRAINING, ""
+        if absent:
+            return (
+                State.STARTING,
+                f"not connected: {', '.join(absent[:4])}{' ...' if absent[4:] else ''}",
+            )
+        return State.READY, ""
+
+    def _entries(self) -> list[dict[str, Any]]:
+        state, missing = self._state()
+        owed = {str(w): len(outbox) for w, outbox in self.flow.experts.items()}
+        resent = sum(
+            o.num_resent for o in (*self.flow.experts.values(), *self.flow.routers.values())
+        )
+        own = ProcessStatus.of(
+            self.spec.id, node=self.spec.node, pid=os.getpid(), state=state, missing=missing,
+            counters={
+                **asdict(self.flow.counters), "in_flight": self.flow.num_in_flight,
+                "resent": resent, "owed_by_expert": owed,
+            },
+        )  # fmt: skip
+        return [own.to_json(), *(self._expert_entry(w) for w in self.flow.experts)]
+
+    def _expert_entry(self, worker: int) -> dict[str, Any]:
+        link = self._experts.get(worker)
+        last = self._expert_status.get(worker)
+        if link is not None and last is not None and last["pid"] == link.peer.pid:
+            return last
+        return ProcessStatus.of(
+            ProcessId(Role.EXPERT, worker), node=self.spec.node,
+            pid=0 if link is None else link.peer.pid,
+            state=State.LOST if link is None else State.READY,
+        ).to_json()  # fmt: skip
+
+    def _push_state(self) -> None:
+        """Tell gateways when this node's state changes (one frame, not one per link)."""
+        state = self._state()
+        if state != self._last_state:
+            self._last_state = state
+            for gateway in self._gateways:
+                gateway.send_control(status_frame(None, self._entries()))

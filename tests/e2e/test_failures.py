@@ -1,0 +1,147 @@
+"""Processes are killed under load: no request is lost, and no token changes."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.harness import Cluster
+from tests.oracle.configs import CONFIGS
+from tests.oracle.reference import build_checkpoint
+
+NUM_STREAMS = 8
+NUM_TOKENS = 96
+ARGUMENTS = ("--wire", "fp32", "--nodes", "2", "--attention", "2", "--microbatches", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_checkpoint(tmp_path_factory.getbasetemp() / CONFIGS[0].name, CONFIGS[0])
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = range(4, 4 + NUM_STREAMS)
+    return [torch.randint(0, 250, (n,), generator=generator).tolist() for n in lengths]
+
+
+async def eventually(
+    check: Callable[[], Awaitable[Any]], what: str, *, within_s: float = 30.0
+) -> Any:
+    """Poll until `check` gives something true."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if found := await check():
+            return found
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not within {within_s:g} s: {what}")
+
+
+async def state(cluster: Cluster) -> list[dict[str, Any]]:
+    return list((await cluster._fetch("GET", "/cluster", None))["processes"])
+
+
+async def kill_while_it_owes(cluster: Cluster, expert: int) -> None:
+    """Stop an expert, wait until its router counts a block that it owes, then kill it."""
+
+    async def pid() -> int:
+        entries = [p for p in await state(cluster) if (p["role"], p["index"]) == ("expert", expert)]
+        return entries[0]["pid"] if entries[0]["state"] == "ready" else 0
+
+    async def owes() -> bool:
+        routers = [p for p in await state(cluster) if p["role"] == "router"]
+        return any(r["counters"]["owed_by_expert"].get(str(expert), 0) > 0 for r in routers)
+
+    victim = await eventually(pid, f"expert-{expert} is up")
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        await eventually(owes, f"expert-{expert} owes a block")
+    finally:
+        os.kill(victim, signal.SIGKILL)
+
+    async def replaced() -> bool:
+        return await pid() not in (0, victim)
+
+    await eventually(replaced, f"expert-{expert} has a successor")
+
+
+def test_ten_killed_experts_cost_no_request_and_no_token(model):
+    with Cluster("--model", str(model), *ARGUMENTS) as cluster:
+        expected = cluster.generate(prompts(), NUM_TOKENS)
+
+        async def scenario() -> list[list[int]]:
+            bodies = [
+                {
+                    "model": name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0,
+                    "ignore_eos": True, "return_token_ids": True,
+                }
+                for name in [(await cluster._fetch("GET", "/v1/models", None))["data"][0]["id"]]
+                for prompt in prompts()
+            ]  # fmt: skip
+
+            async def stream_for_ever(body: dict[str, Any], out: list[list[int]]) -> None:
+                while not done.is_set():
+                    answer = await cluster._fetch("POST", "/v1/completions", body)
+                    out.append(answer["choices"][0]["token_ids"])
+
+            done = asyncio.Event()
+            results: list[list[list[int]]] = [[] for _ in bodies]
+            async with asyncio.TaskGroup() as tasks:
+                for body, out in zip(bodies, results, strict=True):
+                    tasks.create_task(stream_for_ever(body, out))
+                for kill in range(10):
+                    await kill_while_it_owes(cluster, (kill * 7) % 16)
+                done.set()
+            return results
+
+        results = asyncio.run(scenario())
+        resent = sum(counters["resent"] for counters in cluster.counters("router"))
+    assert resent >= 10, "no block was owed by a killed expert"
+    for stream, (runs, wanted) in enumerate(zip(results, expected, strict=True)):
+        assert runs, f"stream {stream} finished nothing"
+        assert all(tokens == wanted for tokens in runs), f"stream {stream} changed its tokens"
+
+
+@pytest.mark.parametrize("role", ["router", "attention"])
+def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role):
+    """Its requests may fail, with a sentence; then the service is whole again within seconds."""
+    with Cluster("--model", str(model), *ARGUMENTS) as cluster:
+        expected = cluster.generate(prompts(), NUM_TOKENS)
+        victim = next(p["pid"] for p in cluster.processes if p["role"] == role)
+
+        async def scenario() -> list[Any]:
+            async def kill_later() -> None:
+                await asyncio.sleep(0.3)
+                os.kill(victim, signal.SIGKILL)
+
+            name = (await cluster._fetch("GET", "/v1/models", None))["data"][0]["id"]
+            bodies = [
+                {
+                    "model": name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0,
+                    "ignore_eos": True, "return_token_ids": True,
+                }
+                for prompt in prompts()
+            ]  # fmt: skip
+            posts = [cluster._fetch("POST", "/v1/completions", body) for body in bodies]
+            answers = await asyncio.gather(*posts, kill_later(), return_exceptions=True)
+
+            async def whole() -> bool:
+                entries = await state(cluster)
+                return all(p["state"] == "ready" for p in entries) and victim not in {
+                    p["pid"] for p in entries
+                }
+
+            await eventually(whole, f"a new {role} is ready", within_s=20)
+            return answers[:-1]
+
+        for answer, wanted in zip(asyncio.run(scenario()), expected, strict=True):
+            if isinstance(answer, BaseException):
+                assert "attention-" in str(answer) or "router" in str(answer), str(answer)
+            else:
+                assert answer["choices"][0]["token_ids"] == wanted
+        assert cluster.generate(prompts(), NUM_TOKENS) == expected

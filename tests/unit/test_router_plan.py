@@ -1,0 +1,107 @@
+"""Dispatch planning: every pair goes to exactly one place, in the order of the weighted sum."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import WireError
+from services.router.plan import check_pairs, fan_out, split_by_node
+
+
+@st.composite
+def blocks(draw):
+    num_experts = draw(st.integers(1, 40))
+    top_k = draw(st.integers(1, min(8, num_experts)))
+    num_rows = draw(st.integers(1, 30))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    experts = np.argsort(rng.random((num_rows, num_experts)), axis=1)[:, :top_k].astype(np.int32)
+    weights = rng.random((num_rows, top_k)).astype(np.float32)
+    worker_of = rng.integers(0, draw(st.integers(1, num_experts)), num_experts).astype(np.int32)
+    node_of_worker = rng.integers(0, draw(st.integers(1, 5)), num_experts).astype(np.int32)
+    return experts, weights, worker_of, node_of_worker
+
+
+@given(blocks())
+def test_every_pair_goes_to_one_node_in_order(block):
+    experts, weights, worker_of, node_of_worker = block
+    node_of_expert = node_of_worker[worker_of]
+    seen = {}
+    for share in split_by_node(experts, weights, node_of_expert):
+        assert (np.diff(share.rows) > 0).all()
+        assert set(share.pair_rows.tolist()) == set(
+            range(len(share.rows))
+        )  # each row once, none unused
+        check_pairs(
+            share.pair_rows, share.experts, num_rows=len(share.rows), num_experts=len(worker_of)
+        )
+        for row, expert, weight in zip(
+            share.rows[share.pair_rows], share.experts, share.weights, strict=True
+        ):
+            assert node_of_expert[expert] == share.node
+            assert (row, expert) not in seen
+            seen[row, expert] = weight
+    expected = {
+        (row, expert): weight
+        for row in range(len(experts))
+        for expert, weight in zip(experts[row], weights[row], strict=True)
+    }
+    assert seen == expected
+
+
+@given(blocks())
+def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
+    experts, weights, worker_of, _ = block
+    (share,) = split_by_node(experts, weights, np.zeros(len(worker_of), np.int32))
+    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), worker_of)
+    stop = 0
+    for work in plan.shares:
+        assert work.start == stop
+        stop = work.stop
+        assert (worker_of[work.segments[:, 0]] == work.worker).all()
+        assert (np.diff(work.segments[:, 0]) > 0).all()
+        assert work.segments[:, 1].sum() == work.stop - work.start
+    assert stop == len(share.pair_rows)
+    assert len({work.worker for work in plan.shares}) == len(plan.shares)
+    place_experts = np.concatenate([np.repeat(*work.segments.T) for work in plan.shares])
+    pairs = set(zip(plan.rows.tolist(), place_experts.tolist(), strict=True))
+    assert pairs == set(zip(share.pair_rows.tolist(), share.experts.tolist(), strict=True))
+
+
+@given(blocks())
+def test_slots_hold_each_rows_pairs_in_ascending_expert_order(block):
+    experts, weights, worker_of, _ = block
+    (share,) = split_by_node(experts, weights, np.zeros(len(worker_of), np.int32))
+    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), worker_of)
+    place_experts = np.concatenate([np.repeat(*work.segments.T) for work in plan.shares])
+    for row in range(len(share.rows)):
+        mine = share.pair_rows == row
+        places = plan.slots[row][plan.slots[row] >= 0]
+        assert (plan.rows[places] == row).all()
+        assert place_experts[places].tolist() == share.experts[mine].tolist()
+        assert plan.weights[row][: len(places)].tolist() == share.weights[mine].tolist()
+        assert (plan.weights[row][len(places) :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("pair_rows", "experts", "sentence"),
+    [
+        ([], [], "without pairs"),
+        ([0, 2], [0, 0], "pair row outside"),
+        ([0, -1], [0, 0], "pair row outside"),
+        ([0, 1], [0, 4], "expert id outside"),
+        ([1, 0], [0, 0], "not sorted"),
+        ([0, 0], [3, 1], "not sorted"),
+    ],
+)
+def test_bad_pairs_are_refused(pair_rows, experts, sentence):
+    with pytest.raises(WireError, match=sentence):
+        check_pairs(
+            np.array(pair_rows, np.int32), np.array(experts, np.int32), num_rows=2, num_experts=4
+        )
+
+
+def test_an_unknown_expert_is_refused():
+    with pytest.raises(WireError, match=r"expert id outside 0\.\.3"):
+        split_by_node(np.array([[4]], np.int32), np.ones((1, 1), np.float32), np.zeros(4, np.int32))
