@@ -25,29 +25,39 @@ def plain(
     return torch.einsum("hc,chv->hv", scores.softmax(-1), values.double())
 
 
+def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("contexts", [[1], [64], [65, 3, 200], [130, 131, 132, 7, 64, 500]])
-def test_decode(contexts: list[int]) -> None:
+def test_decode(contexts: list[int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(len(contexts))
-    cache = torch.randn(40, PAGE, LATENT + ROPE, generator=generator)
-    queries = torch.randn(8, HEADS, LATENT + ROPE, generator=generator)
+    cache = torch.randn(40, PAGE, LATENT + ROPE, generator=generator).to(dtype)
+    queries = torch.randn(8, HEADS, LATENT + ROPE, generator=generator).to(dtype)
     order = torch.randperm(39, generator=generator).tolist()
     spans = []
     for context in contexts:
         pages = [order.pop() for _ in range(-(-context // PAGE))]
         spans.append(Span([0], context - 1, 0, pages))
-    part = build_batch(spans, page_tokens=PAGE, null_page=39, rope=TABLES).decode[0]
+    tables = TABLES[0].to(dtype), TABLES[1].to(dtype)
+    part = build_batch(spans, page_tokens=PAGE, null_page=39, rope=tables).decode[0]
     out = mla_decode(queries, cache, part.items, scale=0.2, latent=LATENT)
     for row, (context, span) in enumerate(zip(contexts, spans, strict=True)):
         rows = cache[list(span.pages)].reshape(-1, LATENT + ROPE)[:context]
         rows = rows[:, None].expand(-1, HEADS, -1)
         expected = plain(queries[row], rows, rows[..., :LATENT], 0.2)
-        torch.testing.assert_close(out[part.restore[row]].double(), expected, rtol=1e-5, atol=1e-5)
+        close(out[part.restore[row]], expected, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
     "chunks", [[(0, 1)], [(0, 64)], [(5, 30), (0, 17)], [(100, 140), (0, 3), (63, 66)]]
 )
-def test_prefill(chunks: list[tuple[int, int]]) -> None:
+def test_prefill(chunks: list[tuple[int, int]], dtype: torch.dtype) -> None:
     """Chunks of prompts (start, end) with what came before in the cache."""
     generator = torch.Generator().manual_seed(3)
     spans, first = [], 0
@@ -58,9 +68,9 @@ def test_prefill(chunks: list[tuple[int, int]]) -> None:
     tiles = build_batch(spans, page_tokens=PAGE, null_page=39, rope=TABLES).prefill
     assert tiles is not None
     assert tiles.tiles.pages.tolist() == list(range(first))
-    keys = torch.randn(first, HEADS, PAGE, 20, generator=generator)
-    values = torch.randn(first, HEADS, PAGE, 12, generator=generator)
-    queries = torch.randn(tiles.rows.shape[0], HEADS, 20, generator=generator)
+    keys = torch.randn(first, HEADS, PAGE, 20, generator=generator).to(dtype)
+    values = torch.randn(first, HEADS, PAGE, 12, generator=generator).to(dtype)
+    queries = torch.randn(tiles.rows.shape[0], HEADS, 20, generator=generator).to(dtype)
     out = mla_prefill(queries, keys, values, tiles.tiles, scale=0.3)
     row = 0
     for (start, end), span in zip(chunks, spans, strict=True):
@@ -69,7 +79,7 @@ def test_prefill(chunks: list[tuple[int, int]]) -> None:
         for position in range(start, end):
             seen = slice(0, position + 1)
             expected = plain(queries[row], flat_keys[seen], flat_values[seen], 0.3)
-            torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-5)
+            close(out[row], expected, TOLERANCES[dtype])
             row += 1
 
 
