@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
+from time import perf_counter  # uvloop's own clock counts milliseconds
 from typing import Any
 
 import aiohttp
@@ -73,8 +74,7 @@ class _Sender:
         self._bodies = bodies
         self._plan = plan
         self._records = records
-        self._clock = asyncio.get_running_loop().time
-        self._start = self._clock()
+        self._start = perf_counter()
 
     async def closed(self) -> None:
         """`concurrency` loops, each sending its next request when the last one ended."""
@@ -90,17 +90,17 @@ class _Sender:
         """Requests at random times, whatever became of the earlier ones."""
         async with asyncio.TaskGroup() as group:
             for when in poisson_times(self._plan.rate, self._plan.seed):
-                await asyncio.sleep(self._start + when - self._clock())
+                await asyncio.sleep(self._start + when - perf_counter())
                 if not self._more():
                     break
-                group.create_task(self._send(lag_s=self._clock() - self._start - when))
+                group.create_task(self._send(lag_s=perf_counter() - self._start - when))
 
     def _more(self) -> bool:
-        in_time = not self._plan.duration_s or self._clock() - self._start < self._plan.duration_s
+        in_time = not self._plan.duration_s or perf_counter() - self._start < self._plan.duration_s
         return in_time and (not self._plan.requests or len(self._records) < self._plan.requests)
 
     def _send(self, *, lag_s: float) -> Coroutine[Any, Any, None]:
         """Takes its record at once, so that `_more` has counted it before the task runs."""
-        record = Record(len(self._records), self._clock(), lag_s=lag_s)
+        record = Record(len(self._records), perf_counter(), lag_s=lag_s)
         self._records.append(record)
         return send(self._session, self._path, next(self._bodies), record)

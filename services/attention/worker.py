@@ -11,6 +11,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from common.transport.dial import keep_connected
+
 from common.config import ClusterConfig
 from common.errors import AtollError, LinkClosed, Rejected, WireError
 from common.ids import Role
@@ -18,7 +20,6 @@ from common.request import FinishReason, Request, TokenEvent
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport
 from common.transport.buffers import Buffer
-from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire

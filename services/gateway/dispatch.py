@@ -7,6 +7,7 @@ whichever worker is free first, within its deadline; after the first token it fa
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ class _Continuation:
     batch: "Batch"
     index: int
     request: Request
-    submitted_at: float
-    deadline: float
+    arrived_at: float  # perf_counter, which is finer than uvloop's millisecond clock
+    deadline: float  # on the loop's clock
     attempts: int = 0
     worker: int | None = None
     wire_id: str = ""
@@ -105,7 +106,7 @@ class Dispatcher:
         """Queue continuations, all or none. Raises Overloaded; ApiError 503 while draining."""
         if self.draining:
             raise unavailable("the gateway is shutting down", code="draining")
-        now = self._loop.time()
+        now, arrived_at = self._loop.time(), time.perf_counter()
         batch = Batch(self, now + max(request.deadline_s for request in requests))
         self._admission.offer(
             [
@@ -115,7 +116,7 @@ class Dispatcher:
         )
         for index, request in enumerate(requests):
             deadline = now + request.deadline_s
-            self._live[request.id] = _Continuation(batch, index, request, now, deadline)
+            self._live[request.id] = _Continuation(batch, index, request, arrived_at, deadline)
             batch.live[index] = request.id
             self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
         self._idle.clear()
@@ -185,13 +186,16 @@ class Dispatcher:
     def on_worker_lost(self, worker: int, reason: str) -> None:
         """Queue again what had no token yet, fail the rest."""
         self._admission.set_ready(worker, False, now=self._loop.time())
-        for request_id in self._admission.running_on(worker):
+        lost = self._admission.running_on(worker)
+        level = logging.WARNING if lost else logging.INFO
+        log.log(level, "attention-%d was lost with %d requests: %s", worker, len(lost), reason)
+        for request_id in lost:
             continuation = self._live[request_id]
-            why = f"attention-{worker} was lost ({reason})"
+            sentence = f"attention-{worker} was lost after {continuation.num_tokens} tokens"
             if self._may_resubmit(continuation, None):
-                self._resubmit(continuation, why)
+                self._resubmit(continuation, sentence)
             else:
-                self._fail(continuation, f"{why} after {continuation.num_tokens} tokens")
+                self._fail(continuation, f"{sentence}: send the request again")
         self._pump()
 
     # --- internals -----------------------------------------------------------------------------------------------
@@ -273,15 +277,15 @@ class Dispatcher:
         continuation.batch.live.pop(continuation.index, None)
         self._metrics.requests.labels(outcome).inc()
         if continuation.num_tokens > 1:
-            elapsed = self._loop.time() - continuation.first_token_at
+            elapsed = time.perf_counter() - continuation.first_token_at
             self._metrics.tpot.observe(elapsed / (continuation.num_tokens - 1))
         if not self._live:
             self._idle.set()
 
     def _count_tokens(self, continuation: _Continuation, num_tokens: int) -> None:
         if continuation.num_tokens == 0:
-            continuation.first_token_at = self._loop.time()
-            self._metrics.ttft.observe(continuation.first_token_at - continuation.submitted_at)
+            continuation.first_token_at = time.perf_counter()
+            self._metrics.ttft.observe(continuation.first_token_at - continuation.arrived_at)
         continuation.num_tokens += num_tokens
         self._metrics.generated_tokens.inc(num_tokens)
 

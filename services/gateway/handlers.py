@@ -126,6 +126,12 @@ async def _stream(
         await response.write(_sse(error.body()))
     except ClientConnectionResetError:
         return response  # nobody reads any more; the caller cancels
+    except BaseException:
+        # A fault of ours or the deadline. A second status would be read as data: cut the stream, so that nobody takes
+        # it as whole.
+        if response.prepared and request.transport is not None:
+            request.transport.abort()
+        raise
     await response.write_eof()
     return response
 

@@ -104,7 +104,7 @@ class GatewayService:
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as exc:
-            reason = exc.strerror or str(exc)
+            reason = os.strerror(exc.errno) if exc.errno else str(exc)
             raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from exc
         self.port = int(runner.addresses[0][1])
         self._write_url("127.0.0.1" if host in ("", "0.0.0.0") else host)

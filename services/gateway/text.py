@@ -16,8 +16,8 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 # Decoding a window costs time in proportion to its length, so it is cut back to its tail when it gets long. The tail
 # stays as context because a decoder may treat the first token of a text in its own way (strip a leading space).
-_WINDOW = 32
-_TAIL = 8
+_WINDOW = 16
+_TAIL = 4
 
 
 class Detokenizer:

@@ -84,11 +84,11 @@ class Cluster:
 
     def get(self, path: str) -> Any:
         """One GET, parsed JSON."""
-        return asyncio.run(self._fetch("GET", path, None))
+        return asyncio.run(self.fetch("GET", path, None))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """One POST, parsed JSON; an HTTP error is an AssertionError with the body."""
-        return asyncio.run(self._fetch("POST", path, body))
+        return asyncio.run(self.fetch("POST", path, body))
 
     def state_or_nothing(self) -> list[dict[str, Any]]:
         """`processes` of /cluster, empty when the gateway does not answer."""
@@ -102,30 +102,31 @@ class Cluster:
         entries = [p for p in self.get("/cluster")["processes"] if p["role"] == role]
         return [p["counters"] for p in sorted(entries, key=lambda p: p["index"])]
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, **extra: Any) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         """Greedy continuations of all prompts, sent at once; token ids, eos ignored."""
+        name = self.model
 
         async def all_at_once() -> list[list[int]]:
-            bodies = [
-                {
-                    "model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
-                    "ignore_eos": True, "return_token_ids": True, **extra,
-                }
-                for prompt in prompts
-            ]  # fmt: skip
-            answers = await asyncio.gather(
-                *(self._fetch("POST", "/v1/completions", body) for body in bodies)
-            )
-            return [answer["choices"][0]["token_ids"] for answer in answers]
+            return await asyncio.gather(*(self.continuation(name, p, max_tokens) for p in prompts))
 
         return asyncio.run(all_at_once())
+
+    async def continuation(self, model: str, prompt: list[int], max_tokens: int) -> list[int]:
+        """One greedy continuation."""
+        body = {
+            "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+            "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        answer = await self.fetch("POST", "/v1/completions", body)
+        return list(answer["choices"][0]["token_ids"])
 
     @property
     def model(self) -> str:
         """The name that the cluster serves its model under."""
         return str(self.get("/v1/models")["data"][0]["id"])
 
-    async def _fetch(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    async def fetch(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """One request, parsed JSON; an HTTP error is an AssertionError with the body."""
         timeout = aiohttp.ClientTimeout(total=180)
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,

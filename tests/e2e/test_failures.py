@@ -43,7 +43,7 @@ async def eventually(
 
 
 async def state(cluster: Cluster) -> list[dict[str, Any]]:
-    return list((await cluster._fetch("GET", "/cluster", None))["processes"])
+    return list((await cluster.fetch("GET", "/cluster"))["processes"])
 
 
 async def kill_while_it_owes(cluster: Cluster, expert: int) -> None:
@@ -74,26 +74,18 @@ def test_ten_killed_experts_cost_no_request_and_no_token(model):
     with Cluster("--model", str(model), *ARGUMENTS) as cluster:
         expected = cluster.generate(prompts(), NUM_TOKENS)
 
-        async def scenario() -> list[list[int]]:
-            bodies = [
-                {
-                    "model": name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0,
-                    "ignore_eos": True, "return_token_ids": True,
-                }
-                for name in [(await cluster._fetch("GET", "/v1/models", None))["data"][0]["id"]]
-                for prompt in prompts()
-            ]  # fmt: skip
+        name = cluster.model
 
-            async def stream_for_ever(body: dict[str, Any], out: list[list[int]]) -> None:
+        async def scenario() -> list[list[list[int]]]:
+            async def ask_for_ever(prompt: list[int], out: list[list[int]]) -> None:
                 while not done.is_set():
-                    answer = await cluster._fetch("POST", "/v1/completions", body)
-                    out.append(answer["choices"][0]["token_ids"])
+                    out.append(await cluster.continuation(name, prompt, NUM_TOKENS))
 
             done = asyncio.Event()
-            results: list[list[list[int]]] = [[] for _ in bodies]
+            results: list[list[list[int]]] = [[] for _ in expected]
             async with asyncio.TaskGroup() as tasks:
-                for body, out in zip(bodies, results, strict=True):
-                    tasks.create_task(stream_for_ever(body, out))
+                for prompt, out in zip(prompts(), results, strict=True):
+                    tasks.create_task(ask_for_ever(prompt, out))
                 for kill in range(10):
                     await kill_while_it_owes(cluster, (kill * 7) % 16)
                 done.set()
@@ -112,6 +104,7 @@ def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role)
     """Its requests may fail, with a sentence; then the service is whole again within seconds."""
     with Cluster("--model", str(model), *ARGUMENTS) as cluster:
         expected = cluster.generate(prompts(), NUM_TOKENS)
+        name = cluster.model
         victim = next(p["pid"] for p in cluster.processes if p["role"] == role)
 
         async def scenario() -> list[Any]:
@@ -119,15 +112,7 @@ def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role)
                 await asyncio.sleep(0.3)
                 os.kill(victim, signal.SIGKILL)
 
-            name = (await cluster._fetch("GET", "/v1/models", None))["data"][0]["id"]
-            bodies = [
-                {
-                    "model": name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0,
-                    "ignore_eos": True, "return_token_ids": True,
-                }
-                for prompt in prompts()
-            ]  # fmt: skip
-            posts = [cluster._fetch("POST", "/v1/completions", body) for body in bodies]
+            posts = [cluster.continuation(name, prompt, NUM_TOKENS) for prompt in prompts()]
             answers = await asyncio.gather(*posts, kill_later(), return_exceptions=True)
 
             async def whole() -> bool:
@@ -143,5 +128,5 @@ def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role)
             if isinstance(answer, BaseException):
                 assert "attention-" in str(answer) or "router" in str(answer), str(answer)
             else:
-                assert answer["choices"][0]["token_ids"] == wanted
+                assert answer == wanted
         assert cluster.generate(prompts(), NUM_TOKENS) == expected

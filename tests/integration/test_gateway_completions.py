@@ -2,6 +2,7 @@
 
 import asyncio
 
+import aiohttp
 import pytest
 
 from common.request import FinishReason, TokenEvent
@@ -190,6 +191,9 @@ def test_models_health_ready_cluster_metrics(config):
             assert processes["expert", 3]["state"] == "starting"
             assert processes["attention", 1]["state"] == "starting"
             assert processes["gateway", 0]["state"] == "ready"
+            async with client.get("/openapi.json") as response:
+                paths = (await response.json())["paths"]
+                assert "post" in paths["/v1/chat/completions"]
             await post(client, {"prompt": [1], "max_tokens": 3})
             async with client.get("/metrics") as response:
                 text = await response.text()
@@ -294,7 +298,7 @@ def test_a_worker_lost_after_the_first_token_is_an_error_never_a_short_answer(co
                 assert response.status == 503
                 error = (await response.json())["error"]
             assert error["message"] == (
-                "attention-0 was lost (connection reset by peer) after 1 tokens"
+                "attention-0 was lost after 1 tokens: send the request again"
             )
             assert error["code"] == "worker_failed"
 
@@ -401,6 +405,35 @@ def test_malformed_frames_close_the_link_and_nothing_else(config):
                 link.deliver(frame)
                 assert link.closed.is_set(), frame
                 await until(lambda link=link: cluster["attention-1"].link is not link)
+            assert (await post(client, {"prompt": [1]}))[0] == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("fault", [TimeoutError, ZeroDivisionError])
+def test_a_stream_that_cannot_go_on_is_cut_not_ended(config, monkeypatch, fault):
+    """Whatever goes wrong inside a stream, the client sees a broken transfer and not a short answer."""
+
+    async def main():
+        async with gateway(config) as (client, cluster, _):
+            worker = cluster["attention-0"]
+            worker.step_s = None
+            body = {"prompt": [1], "max_tokens": 5, "stream": True}
+            call = asyncio.ensure_future(client.post("/v1/completions", json=body))
+            await until(lambda: bool(worker.requests))
+            worker.step(next(iter(worker.requests)))
+            response = await call
+
+            def fail(*_):
+                raise fault
+
+            monkeypatch.setattr("services.gateway.choices.Choice.advance", fail)
+            worker.step(next(iter(worker.requests)))
+            async with response:
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await sse(response)
+            monkeypatch.undo()
+            worker.step_s = 0.0
             assert (await post(client, {"prompt": [1]}))[0] == 200
 
     run(main())

@@ -253,7 +253,7 @@ def test_a_port_in_use(tmp_path):
                     pass
         (error,) = caught.value.exceptions
         assert isinstance(error, ConfigError)
-        assert f"cannot listen on 127.0.0.1 port {port}" in str(error)
+        assert str(error) == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
 
     run(main())
 
