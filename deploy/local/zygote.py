@@ -43,18 +43,13 @@ WARM_MODULES = (
     "tokenizers",
     "jinja2.sandbox",
     "prometheus_client",
+    # the services themselves, by name: what a hundred workers would each compile and load again
+    "services.gateway.links",
+    "services.gateway.service",
+    "services.attention.worker",
+    "services.router.worker",
+    "services.expert.worker",
     "common.service",
-    "common.transport.factory",
-    "common.transport.ucx",
-    "common.model.loader",
-    "common.model.manifest",
-    "common.placement.cluster",
-    "common.status",
-    "common.tensors",
-    "common.transport.dial",
-    "kernels.ops",
-    "kernels.reference.ffn",
-    "kernels.reference.mla",
 )
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
