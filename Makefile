@@ -31,4 +31,4 @@ demo: setup
 	@$(BIN)/atoll demo
 
 bench: setup
-	$(BIN)/python -m loadgen.bench
+	$(BIN)/python -m tests.bench.serving
