@@ -36,7 +36,7 @@ def _stream(
     return out
 
 
-def _scaled_mm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
+def scaled_product(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
     """x [M, K] times w [N, K] by torch's block-scaled product; x_scales with stride 1 along rows. bf16 [M, N]."""
     return scaled_mm(
         x, w.t(), x_scales, ScalingType.BlockWise1x128, w_scales.t(), ScalingType.BlockWise128x128,
@@ -59,9 +59,9 @@ def _library(
         rows = pad(rows.view(torch.uint8), (0, 0, 0, -m % 4)).view(rows.dtype)
         scales = pad(scales, (0, 0, 0, -m % 4))
     by_block = scales.t().contiguous().t()
-    both = _scaled_mm(rows, by_block, gate_up, gate_up_scales)
+    both = scaled_product(rows, by_block, gate_up, gate_up_scales)
     h, h_scales = swiglu_dense(both, scales_by_block=True)
-    return _scaled_mm(h, h_scales, down, down_scales)[:m]
+    return scaled_product(h, h_scales, down, down_scales)[:m]
 
 
 def _tiles(
