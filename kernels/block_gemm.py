@@ -23,7 +23,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-PREFETCH_UNITS = 8  # of each run: 17 MB in all, a third of an H100's L2
+PREFETCH_UNITS = (
+    4  # of each run: what a predecessor's end leaves time for (of 0, 2, 4, 8, 14 the best)
+)
+STREAM_ROWS = 64  # rows of one wgmma
 WORKERS = 132  # SMs of an H100 or H200; on any other card the order stays this one
 
 
@@ -66,6 +69,21 @@ def _prefetch_run(W, K, kb, start, end, half_rows, half_tiles, UNITS: tl.constex
 
 
 @triton.jit
+def sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS: tl.constexpr):
+    """Sum a tile's runs in order: fp32 [rows, 128]. All loads are in flight before the first addition."""
+    first = worker_of(tile * kb, units, workers)
+    last = worker_of(tile * kb + kb - 1, units, workers)
+    total = tl.zeros((row.shape[0], 128), tl.float32)
+    for r in tl.static_range(RUNS):
+        worker = first + r
+        slot = worker * slots + tile - (worker * units // workers) // kb
+        at = (slot.to(tl.int64) * M + row)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        here = ok & (worker <= last)
+        total += tl.load(PARTIAL + at, mask=here[:, None], other=0.0)
+    return total
+
+
+@triton.jit
 def _store_tile(at, acc, ok):
     """Store acc [BM, 128] at pointers `at` [BM, 1] in two halves, which halves the scratch memory."""
     halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, 64)), (0, 2, 1))
@@ -88,22 +106,22 @@ def _stream_gemm(
     X, XS, W, WS, PARTIAL, WP, M, K, kb, units, workers, slots, half_rows, half_tiles,
     BM: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Sums of runs to PARTIAL [workers * slots, M, 128]."""
     worker = tl.program_id(0)
-    m0 = tl.program_id(1) * BM
     start = worker * units // workers
     end = (worker + 1) * units // workers
     gdc_launch_dependents()
     if PREFETCH > 0:
         _prefetch_run(WP, K, kb, start, end, half_rows, half_tiles, PREFETCH)
     gdc_wait()
-    row = m0 + tl.arange(0, BM)
+    row = tl.arange(0, BM)
     ok = row < M
     first = start // kb
     acc = tl.zeros((BM, 128), tl.float32)
     for u in tl.range(start, end, num_stages=STAGES):
         tile = u // kb
         k = u - tile * kb
-        x = X.load([m0, k * 128])
+        x = X.load([0, k * 128])
         xs = tl.load(XS + row * kb + k, mask=ok, other=0.0)
         acc = _add_unit(acc, x, xs, W, WS, tile, _first_row(tile, half_rows, half_tiles), k, kb)
         if (k == kb - 1) | (u == end - 1):
@@ -173,19 +191,21 @@ def cut(num_rows: int, num_columns: int, halves: int) -> Cut:
     return Cut(num_rows // halves, half_tiles, kb, units, workers, slots, runs)
 
 
-def stream_gemm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, c: Cut) -> Tensor:
-    """Products of x e4m3 [M, K] with w e4m3 [N, K]: sums of runs, fp32 [workers * slots, M, 128].
+def stream_gemm(
+    x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, c: Cut, *, prefetch_units: int
+) -> Tensor:
+    """Products of x e4m3 [M, K] with w e4m3 [N, K]: sums of runs, fp32 [workers * slots, M, 128]; M at most 64.
 
     x_scales fp32 [M, ceil(K / 128)]; w_scales fp32 [tiles, ceil(K / 128)]. All contiguous, K a multiple of 16.
+    `prefetch_units` of each run are asked for before the predecessor has ended.
     """
     m, k = x.shape
-    block = 64 if m <= 64 else 128
     partial = torch.empty(c.workers * c.slots, m, 128, device=x.device)
-    _stream_gemm[(c.workers, triton.cdiv(m, block))](
-        TensorDescriptor(x, list(x.shape), [k, 1], [block, 128]), x_scales,
+    _stream_gemm[(c.workers,)](
+        TensorDescriptor(x, list(x.shape), [k, 1], [STREAM_ROWS, 128]), x_scales,
         TensorDescriptor(w, list(w.shape), [k, 1], [128, 128]), w_scales, partial, w, m, k, c.kb,
-        c.units, c.workers, c.slots, c.half_rows, c.half_tiles, block, PREFETCH_UNITS, 5,
-        num_warps=4 if block == 64 else 8, num_stages=5, launch_pdl=True,
+        c.units, c.workers, c.slots, c.half_rows, c.half_tiles, STREAM_ROWS, prefetch_units, 5,
+        num_warps=4, num_stages=5, launch_pdl=True,
     )  # fmt: skip
     return partial
 

@@ -2,8 +2,8 @@
 
 One program per request, block of 64 heads and split of the context. How a context is split depends on its own length
 alone (`SPLIT_TOKENS`), so a request's bits depend on no other request; a request of one split is finished in the first
-kernel, others by a second that adds the splits in order. DeepSeek-V2 (arXiv 2405.04434), section 2.1; the running
-softmax is arXiv 2205.14135.
+kernel, others by a second that adds the splits in order. Where the shapes allow, mla_hopper does the first step.
+DeepSeek-V2 (arXiv 2405.04434), section 2.1; the running softmax is arXiv 2205.14135.
 
 Cache: bf16 [pages, page tokens, latent + rope], or uint8 [pages, page tokens, latent + latent / 32 + 2 * rope]: e4m3
 latents, one fp32 scale per 128 of them, then the rotated key in bf16. Floor: max(cache bytes / read bandwidth,
@@ -14,11 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-SPLIT_TOKENS = 2048
+from kernels import mla_hopper
+
+# 64 requests x 4,096 tokens take 165 us with 4096 and 187 us with 2048, 64 of random length 157 and 138 (H100,
+# 2026-11-23): a second split writes and reads its sums, but evens out what the SMs have to do.
+SPLIT_TOKENS = 4096
 _HEADS = 64  # of a program: the rows of one wgmma
-_KEYS = 64  # of a step
 _LOG2_E = 1.4426950408889634
 
 
@@ -66,10 +70,9 @@ def _attend(q, qr, keys, rotated, ok, scale2, maximum, total, acc):
 
 @triton.jit
 def _decode(
-    Q, CACHE, ENTRIES, ROTATED, TABLE, CONTEXT, OUT, PARTIAL, LSE, scale2, heads, table_width,
-    max_splits, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
-    FP8: tl.constexpr, TMA: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr,
+    Q, CACHE, TABLE, CONTEXT, OUT, PARTIAL, LSE, scale2, heads, table_width, max_splits,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    FP8: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     request, split = tl.program_id(2), tl.program_id(1)
     context = tl.load(CONTEXT + request)
@@ -88,21 +91,7 @@ def _decode(
     total = tl.zeros((BH,), tl.float32)
     table = TABLE + request * table_width
     i = tl.arange(0, BK)
-    whole = start
-    if TMA:  # whole blocks of one page each; slots never written are read by none of them
-        whole += (end - start) // BK * BK
-        page = tl.load(table + start // PAGE)
-        for first in tl.range(start, whole, BK, num_stages=STAGES):
-            following = tl.load(table + tl.minimum(first + BK, end - 1) // PAGE)
-            entry = page * PAGE + first % PAGE
-            keys = ENTRIES.load([entry, 0])
-            rotated = ROTATED.load([entry, LATENT])
-            maximum, total, acc = _attend(
-                q, qr, keys, rotated, first + i < end, scale2, maximum, total, acc
-            )
-            page = following
-    # What is left, or everything where a page is no block: masked, through registers.
-    for first in tl.range(whole, end, BK, num_stages=1 if TMA else STAGES):
+    for first in tl.range(start, end, BK, num_stages=STAGES):
         ok = first + i < end
         page_of = tl.load(table + (first + i) // PAGE, mask=ok, other=0).to(tl.int64)
         entry = page_of * PAGE + (first + i) % PAGE
@@ -143,6 +132,12 @@ def _add_splits(
     tl.store(OUT + row * LATENT + latent, acc / total)
 
 
+def _blocks(rows: Tensor, columns: int) -> object:
+    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous bf16 matrix."""
+    layout = gl.NVMMASharedLayout.get_default_for([mla_hopper.BLOCK, columns], gl.bfloat16)
+    return TensorDescriptor.from_tensor(rows, [mla_hopper.BLOCK, columns], layout)
+
+
 def mla_decode_paged(
     queries: Tensor,
     cache: Tensor,
@@ -170,16 +165,15 @@ def mla_decode_paged(
     kept = (requests * splits * heads) if splits > 1 else 1
     partial = torch.empty(kept, latent, device=queries.device)
     lse = torch.empty(kept, device=queries.device)
-    page = cache.shape[1]
-    tma = not fp8 and page % _KEYS == 0
-    flat = cache.view(-1, cache.shape[2])
-    entries = TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [_KEYS, latent])
-    rotated = TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [_KEYS, rope])
-    _decode[(triton.cdiv(heads, _HEADS), splits, requests)](
-        queries, cache, entries if tma else None, rotated if tma else None, page_table, context,
-        out, partial, lse, scale * _LOG2_E, heads, page_table.shape[1], splits, latent, rope, page,
-        SPLIT_TOKENS, fp8, tma, _HEADS, _KEYS if tma else 32, 2, num_warps=8, num_stages=2,
-    )  # fmt: skip
+    given = (page_table, context, out, partial, lse, scale * _LOG2_E, heads)
+    sizes = (page_table.shape[1], splits, latent, rope, cache.shape[1], SPLIT_TOKENS)
+    grid = (triton.cdiv(heads, _HEADS), splits, requests)
+    if fp8 or cache.shape[1] % mla_hopper.BLOCK or heads % mla_hopper.BLOCK:
+        _decode[grid](queries, cache, *given, *sizes, fp8, _HEADS, 32, 2, num_warps=8, num_stages=2)
+    else:
+        rows, entries = queries.view(-1, width), cache.view(-1, width)
+        blocks = [_blocks(t, w) for t in (rows, entries) for w in (latent, rope)]
+        mla_hopper.decode_blocks[grid](*blocks, *given, *sizes, num_warps=8)
     if splits > 1:
         _add_splits[(heads, requests)](
             partial, lse, context, out, heads, splits, latent, SPLIT_TOKENS, num_warps=2

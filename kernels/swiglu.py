@@ -1,4 +1,4 @@
-"""The steps between and after the two products of an expert: sums of runs, SwiGLU, requantisation.
+"""The steps between and after the two products of an expert: sums of runs, SwiGLU and requantisation.
 
 h = silu(gate) * up in fp32, quantised to e4m3 with 1x128 scales; gate and up come as sums of runs (see block_gemm) or
 as one matrix [M, 2 * hidden]. Floor: bytes in and out / copy bandwidth; at few rows everything stays in L2.
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.block_gemm import Cut, worker_of
+from kernels.block_gemm import Cut, sum_of_runs
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import SCALE_MIN
 
@@ -18,23 +18,6 @@ from kernels.reference.quant import SCALE_MIN
 @triton.jit
 def _swiglu(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def _sum_of_runs(
-    PARTIAL, tile, row, row_ok, M, units, workers, slots, kb, RUNS: tl.constexpr
-):  # fmt: skip
-    """Sum a tile's runs in order: fp32 [rows, 128]. All loads are in flight before the first addition."""
-    first = worker_of(tile * kb, units, workers)
-    last = worker_of(tile * kb + kb - 1, units, workers)
-    total = tl.zeros((row.shape[0], 128), tl.float32)
-    for r in tl.static_range(RUNS):
-        worker = first + r
-        slot = worker * slots + tile - (worker * units // workers) // kb
-        at = (slot.to(tl.int64) * M + row)[:, None] * 128 + tl.arange(0, 128)[None, :]
-        ok = row_ok & (worker <= last)
-        total += tl.load(PARTIAL + at, mask=ok[:, None], other=0.0)
-    return total
 
 
 @triton.jit
@@ -47,8 +30,8 @@ def _swiglu_runs(
     tile = tl.program_id(0)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = row < M
-    gate = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
-    up = _sum_of_runs(PARTIAL, tile + half_tiles, row, ok, M, units, workers, slots, kb, RUNS)
+    gate = sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
+    up = sum_of_runs(PARTIAL, tile + half_tiles, row, ok, M, units, workers, slots, kb, RUNS)
     column = tile * 128 + tl.arange(0, 128)
     inside = ok[:, None] & (column < hidden)[None, :]
     q, scale = quantise_blocks(tl.where(inside, _swiglu(gate, up), 0.0), MIN)
@@ -58,15 +41,14 @@ def _swiglu_runs(
 
 @triton.jit
 def _store_runs(
-    PARTIAL, OUT, M, width, units, workers, slots, kb,
-    RUNS: tl.constexpr, R: tl.constexpr,
+    PARTIAL, OUT, M, width, units, workers, slots, kb, RUNS: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     gdc_launch_dependents()
     gdc_wait()
     tile = tl.program_id(0)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = row < M
-    total = _sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
+    total = sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
     column = tile * 128 + tl.arange(0, 128)
     inside = ok[:, None] & (column < width)[None, :]
     tl.store(OUT + row[:, None] * width + column[None, :], total, mask=inside)
@@ -102,14 +84,16 @@ def swiglu_runs(partial: Tensor, c: Cut, hidden: int) -> tuple[Tensor, Tensor]:
     return q, s
 
 
-def store_runs(partial: Tensor, c: Cut, out: Tensor) -> None:
-    """Sums of runs to out [M, width] (bf16, fp32)."""
-    num_rows, width = out.shape
+def store_runs(partial: Tensor, c: Cut, width: int) -> Tensor:
+    """Sums of runs: bf16 [M, width]."""
+    num_rows = partial.shape[1]
+    out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=partial.device)
     block = 4 if num_rows > 16 else 1
     _store_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
         partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.runs, block,
         num_warps=4 if block == 4 else 1, launch_pdl=True,
     )  # fmt: skip
+    return out
 
 
 def swiglu_dense(both: Tensor, *, scales_by_block: bool) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,9 @@ from kernels.reference import quant as ref_quant
 
 ROWS = (1, 3, 127, 129, 1000)
 BF16 = 6e-3  # relative error by norm of bf16 operands and results
+# FP8 tensor cores keep about 14 bits of a sum: the hidden row differs from float64 by 1e-3 and some of its roundings
+# to e4m3 (steps of 2^-3 to 2^-4) fall to the other side
+FP8 = 2e-2
 
 
 def outliers(n, width, dtype):
@@ -136,8 +139,7 @@ def test_packing_moves_the_same_bytes(n):
 def test_expert_against_float64(n, width, hidden, reproducible):
     weights, (q, scales) = expert(width, hidden, device="cuda"), rows(n, width, device="cuda")
     got = ops.expert_ffn(q, scales, *weights, reproducible=reproducible)
-    # the library rounds gate and up to bf16, which flips more roundings of the hidden row
-    assert error(got, exact(q, scales, weights)) < (BF16 if reproducible or n <= 64 else 2e-2)
+    assert error(got, exact(q, scales, weights)) < FP8
 
 
 @on_gpu
@@ -179,7 +181,7 @@ def test_mutation_scales_of_another_block_are_seen(which):
     weights, (q, scales) = list(expert(512, 256, device="cuda")), rows(9, 512, device="cuda")
     expected = exact(q, scales, weights)
     weights[which] = weights[which].roll(1, 0)
-    assert not error(ops.expert_ffn(q, scales, *weights), expected) < BF16
+    assert not error(ops.expert_ffn(q, scales, *weights), expected) < FP8
 
 
 @on_gpu
@@ -211,7 +213,7 @@ def test_gates_choose_what_the_references_choose(n, experts, groups, top_groups,
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("heads", "rope", "page"), [(128, 64, 64), (128, 16, 64), (16, 64, 16)])
 def test_decode_over_poisoned_pages(heads, rope, page, fp8):
-    latent, contexts = 512, [1, 63, 64, 65, 1000, 2048, 2049, 5000]
+    latent, contexts = 512, [1, 63, 64, 65, 1000, 4096, 4097, 5000]
     pages = [-(-c // page) for c in contexts]
     width = latent + latent // 32 + 2 * rope if fp8 else latent + rope
     kind = torch.uint8 if fp8 else torch.bfloat16
