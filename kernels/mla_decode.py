@@ -35,8 +35,10 @@ def _load_entries(CACHE, entry, ok, LATENT: tl.constexpr, ROPE: tl.constexpr, FP
         base = CACHE + entry[:, None] * (LATENT + LATENT // 32 + 2 * ROPE)
         q = tl.load(base.to(tl.pointer_type(tl.float8e4nv)) + latent, mask=mask, other=0.0)
         scales = (base + LATENT).to(tl.pointer_type(tl.float32))
-        scale = tl.load(scales + latent // 128, mask=mask, other=0.0)
-        keys = (q.to(tl.float32) * scale).to(tl.bfloat16)
+        block = tl.arange(0, LATENT // 128)[None, :]
+        scale = tl.load(scales + block, mask=mask, other=0.0)[:, :, None]
+        blocks = tl.reshape(q.to(tl.float32), (entry.shape[0], LATENT // 128, 128))
+        keys = tl.reshape(blocks * scale, (entry.shape[0], LATENT)).to(tl.bfloat16)
         rotated = (base + LATENT + LATENT // 32).to(tl.pointer_type(tl.bfloat16))
     else:
         base = CACHE + entry[:, None] * (LATENT + ROPE)
@@ -169,7 +171,7 @@ def mla_decode_paged(
     sizes = (page_table.shape[1], splits, latent, rope, cache.shape[1], SPLIT_TOKENS)
     grid = (triton.cdiv(heads, _HEADS), splits, requests)
     if fp8 or cache.shape[1] % mla_hopper.BLOCK or heads % mla_hopper.BLOCK:
-        _decode[grid](queries, cache, *given, *sizes, fp8, _HEADS, 32, 2, num_warps=8, num_stages=2)
+        _decode[grid](queries, cache, *given, *sizes, fp8, _HEADS, 32, 3, num_warps=8, num_stages=3)
     else:
         rows, entries = queries.view(-1, width), cache.view(-1, width)
         blocks = [_blocks(t, w) for t in (rows, entries) for w in (latent, rope)]

@@ -1,4 +1,4 @@
-"""Gather rows into send blocks and scatter them back on the GPU: one program per row copies row and scales.
+"""Gather rows into send blocks and scatter them back on the GPU: one program copies one or two rows and their scales.
 
 Rows are copied as the widest integers that all sizes and offsets allow. Floor: 2 x bytes moved / copy bandwidth.
 An index outside its buffer is the caller's error: it is not checked on the device.
@@ -17,27 +17,30 @@ _UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 @triton.jit
-def _copy_row(SOURCE, OUT, source_row, out_row, size, C: tl.constexpr):
-    for start in tl.static_range(0, C, min(C, 2048)):
-        at = start + tl.arange(0, min(C, 2048))
-        inside = at < size
-        value = tl.load(SOURCE + source_row * size + at, mask=inside)
-        tl.store(OUT + out_row * size + at, value, mask=inside)
+def _move(SOURCE, OUT, source_row, out_row, ok, size, C: tl.constexpr):
+    """Copy rows of `size` elements, [R] of them; all loads of a step are in flight together."""
+    STEP: tl.constexpr = min(C, 2048)
+    for start in tl.static_range(0, C, STEP):
+        at = start + tl.arange(0, STEP)[None, :]
+        inside = ok[:, None] & (at < size)
+        value = tl.load(SOURCE + source_row[:, None] * size + at, mask=inside)
+        tl.store(OUT + out_row[:, None] * size + at, value, mask=inside)
 
 
 @triton.jit
 def _copy_rows(
-    SOURCE, OUT, SOURCE_SCALES, OUT_SCALES, INDEX, size, scale_size, SCATTER: tl.constexpr,
-    SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
+    SOURCE, OUT, SOURCE_SCALES, OUT_SCALES, INDEX, n, size, scale_size, SCATTER: tl.constexpr,
+    SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64)
-    j = tl.load(INDEX + i).to(tl.int64)
-    source_row, out_row = j, i
+    i = tl.program_id(0) * R + tl.arange(0, R)
+    ok = i < n
+    j = tl.load(INDEX + i, mask=ok, other=0).to(tl.int64)
+    source_row, out_row = j, i.to(tl.int64)
     if SCATTER:
-        source_row, out_row = i, j
-    _copy_row(SOURCE, OUT, source_row, out_row, size, C)
+        source_row, out_row = i.to(tl.int64), j
+    _move(SOURCE, OUT, source_row, out_row, ok, size, C)
     if SCALED:
-        _copy_row(SOURCE_SCALES, OUT_SCALES, source_row, out_row, scale_size, CS)
+        _move(SOURCE_SCALES, OUT_SCALES, source_row, out_row, ok, scale_size, CS)
 
 
 @triton.jit
@@ -45,16 +48,16 @@ def _copy_blocks(
     SOURCE, OUT, SOURCE_SCALES, ROWS, COUNTS, n, size, scale_size, block_size, align,
     SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)
+    i = tl.program_id(0) + tl.arange(0, 1)
     d = tl.program_id(1)
     count = tl.load(COUNTS + d)
-    if i < count:
+    if tl.program_id(0) < count:
         j = tl.load(ROWS + d * n + i).to(tl.int64)
         block = OUT + d.to(tl.int64) * block_size
-        _copy_row(SOURCE, block, j, i.to(tl.int64), size, C)
+        _move(SOURCE, block, j, i.to(tl.int64), i < count, size, C)
         if SCALED:
             scales = tl.cdiv(count * size, align) * align
-            _copy_row(SOURCE_SCALES, block + scales, j, i.to(tl.int64), scale_size, CS)
+            _move(SOURCE_SCALES, block + scales, j, i.to(tl.int64), i < count, scale_size, CS)
 
 
 def _unit(*sizes: int) -> int:
@@ -75,7 +78,7 @@ def _check_room(buffer: Tensor, offset: int, num_rows: int, row_nbytes: int) -> 
         )
 
 
-def _move(
+def _pack(
     source: Tensor,
     out: Tensor,
     index: Tensor,
@@ -93,11 +96,12 @@ def _move(
         _check_room(block[0], block[1], n, nbytes)
     unit = _unit(*rows, *scales, source.data_ptr(), out.data_ptr())
     size, scale_size = rows[0] // unit, scales[0] // unit
-    _copy_rows[(n,)](
+    together = 2 if n >= 1024 else 1
+    _copy_rows[(triton.cdiv(n, together),)](
         _view(source, rows[1], unit), _view(out, rows[2], unit),
-        _view(source, scales[1], unit), _view(out, scales[2], unit), index, size, scale_size,
+        _view(source, scales[1], unit), _view(out, scales[2], unit), index, n, size, scale_size,
         scatter, scale_size > 0, triton.next_power_of_2(size),
-        triton.next_power_of_2(max(1, scale_size)), num_warps=4,
+        triton.next_power_of_2(max(1, scale_size)), together, num_warps=4,
     )  # fmt: skip
 
 
@@ -119,7 +123,7 @@ def pack(
     """
     rows = (row_nbytes, source_offset, out_offset)
     scales = (scale_nbytes, source_scales, out_scales)
-    _move(source, out, index, rows, scales, scatter=False)
+    _pack(source, out, index, rows, scales, scatter=False)
 
 
 def unpack(
@@ -140,7 +144,7 @@ def unpack(
     """
     rows = (row_nbytes, source_offset, out_offset)
     scales = (scale_nbytes, source_scales, out_scales)
-    _move(source, out, index, rows, scales, scatter=True)
+    _pack(source, out, index, rows, scales, scatter=True)
 
 
 @triton.jit

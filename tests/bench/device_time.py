@@ -35,7 +35,7 @@ def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> T
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
+    for _ in range(8):  # also until the clocks have settled
         graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     events[0].record()
