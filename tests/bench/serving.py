@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import subprocess
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,9 +70,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     sizes = [int(n) for n in args.concurrency.split(",")]
-    from tests.oracle.reference import load_reference  # transformers takes seconds to import
+    from tests.oracle.reference import Reference  # transformers takes seconds to import
 
-    reference = load_reference(args.model)
+    reference = Reference(args.model, Path(tempfile.mkdtemp())).model
     vocab_size = reference.config.vocab_size
     rows = []
     for size in sizes:
