@@ -101,7 +101,16 @@ class TokenEvent:
 
     def to_json(self) -> dict[str, Any]:
         """The `tokens` frame."""
-        return {"type": "tokens", **asdict(self)}
+        return {  # a literal: dataclasses.asdict was a sixth of the worker's time per token
+            "type": "tokens",
+            "id": self.id,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "error": self.error,
+            "retryable": self.retryable,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+        }
 
     @classmethod
     def from_json(cls, message: dict[str, Any]) -> "TokenEvent":

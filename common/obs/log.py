@@ -17,7 +17,11 @@ def setup(level: str = "info") -> None:
     logging.captureWarnings(capture=True)
 
 
-def is_routine(line: str) -> bool:
-    """True for a line of ours at INFO or below: what a terminal need not show while all is well."""
+def is_routine(line: str, *, stopping: bool = False) -> bool:
+    """True for a line of ours that a terminal need not show: INFO and below, while stopping also WARNING.
+
+    A process that stops in its turn loses its peers one by one and says so; that is no news then.
+    """
     fields = line.split(maxsplit=2)
-    return len(fields) == 3 and fields[1] in ("INFO", "DEBUG") and fields[0].count(":") == 2
+    levels = ("DEBUG", "INFO", "WARNING") if stopping else ("DEBUG", "INFO")
+    return len(fields) == 3 and fields[1] in levels and fields[0].count(":") == 2

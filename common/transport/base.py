@@ -70,7 +70,8 @@ class Handler(Protocol):
         ...
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
-        """A data message is complete. The callee owns `payload` and releases it when done; that returns the credit.
+        """A data message is complete. The callee owns `payload`, also when it raises, and releases it when done; that
+        returns the credit.
 
         A message without payload bytes comes with None, whether it was posted with None or with an empty buffer.
         """

@@ -25,6 +25,7 @@ class Buffer:
     __slots__ = (
         "_count",
         "_give_back",
+        "capacity",
         "headroom_busy",
         "nbytes",
         "on_free",
@@ -39,6 +40,7 @@ class Buffer:
     ) -> None:
         self.storage = storage  # headroom, then capacity for the payload
         self.view = storage.data  # ten times cheaper to slice and to pack into than the array
+        self.capacity = storage.nbytes - HEADER_NBYTES
         self.nbytes = 0
         self.on_free: Callable[[], None] | None = None  # set by a link that must return a credit
         self.headroom_busy = False
@@ -113,7 +115,11 @@ class BufferPool:
 
     def _take_back(self, buffer: Buffer) -> None:
         self.outstanding -= 1
-        capacity = buffer.storage.nbytes - HEADER_NBYTES
+        capacity = buffer.capacity
         if self._kept_nbytes + capacity <= self._max_kept_nbytes:
             self._kept_nbytes += capacity
-            self._free.setdefault(capacity, []).append(buffer)
+            free = self._free.get(capacity)
+            if free is None:
+                self._free[capacity] = [buffer]
+            else:
+                free.append(buffer)

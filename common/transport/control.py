@@ -68,6 +68,9 @@ class Channel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has a class of its own
+        if self._closed:  # given up before it was connected
+            self._transport.abort()
+            return
         tune_tcp(transport.get_extra_info("socket"))
 
     def start(self) -> None:
@@ -173,11 +176,17 @@ class Listener:
 
     async def start(self) -> None:
         """Begin to accept."""
-        loop = asyncio.get_running_loop()
+        loop, sock = asyncio.get_running_loop(), self._bound.sock
+        # started in two steps: cancelled within the first, a serving server would be out of reach
         if self.address.path:
-            self._server = await loop.create_unix_server(self._new_channel, sock=self._bound.sock)
+            self._server = await loop.create_unix_server(
+                self._new_channel, sock=sock, start_serving=False
+            )
         else:
-            self._server = await loop.create_server(self._new_channel, sock=self._bound.sock)
+            self._server = await loop.create_server(
+                self._new_channel, sock=sock, start_serving=False
+            )
+        await self._server.start_serving()
 
     def _new_channel(self) -> Channel:
         handshake = Handshake(

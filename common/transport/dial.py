@@ -12,12 +12,9 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any
 
-from common.errors import AtollError, AuthError, LinkClosed, Retryable
+from common.errors import AtollError, Fatal, LinkClosed, Retryable
 from common.transport.base import Handler, Hello, Link, Transport
-from common.transport.buffers import Buffer
-from common.wire.header import Header
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +27,10 @@ class _Watched:
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
         self.closed = asyncio.Event()
-
-    def on_open(self, link: Link) -> None:
-        self._handler.on_open(link)
-
-    def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
-        self._handler.on_message(link, header, payload)
-
-    def on_control(self, link: Link, message: dict[str, Any]) -> None:
-        self._handler.on_control(link, message)
+        # bound directly: a message costs no extra call
+        self.on_open = handler.on_open
+        self.on_message = handler.on_message
+        self.on_control = handler.on_control
 
     def on_close(self, link: Link, error: LinkClosed) -> None:
         log.info("link to %s closed: %s", link.peer.process, error)
@@ -68,7 +60,7 @@ class _Complaints:
         if text == self._last and now - self._said_at < _REMIND_S:
             return
         self._last, self._said_at = text, now
-        level = logging.ERROR if isinstance(error, AuthError) else logging.INFO
+        level = logging.ERROR if isinstance(error, Fatal) else logging.INFO
         log.log(level, "no link to %s yet, trying on: %s", self._address, text)
 
 
@@ -93,7 +85,7 @@ async def keep_connected(
         watched = _Watched(handler)
         try:
             link = await transport.connect(address, hello(), watched, timeout_s=connect_timeout_s)
-        except AuthError as exc:
+        except Fatal as exc:
             complaints.say(exc)
             await asyncio.sleep(max_s * (0.5 + 0.5 * random.random()))
             continue

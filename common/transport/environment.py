@@ -1,4 +1,4 @@
-"""The environment of UCX, set by us per role and written to the log: one function, called before UCX is loaded.
+"""The environment of UCX, set by us and written to the log: one function, called before UCX is loaded.
 
 UCX reads most variables when a context is made and a few (its log level) when the library is loaded, and importing
 `ucxx` sets some itself; so a parent that imports ucxx before it forks must call this before that import.
@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 _ALWAYS = {
     "UCX_MM_ERROR_HANDLING": "y",
     "UCX_KEEPALIVE_INTERVAL": "1s",
-    "UCX_LOG_LEVEL": "error",
+    # UCX calls every refused reconnection to a killed peer an error, on stdout; what matters we report ourselves
+    "UCX_LOG_LEVEL": "fatal",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
 # One host without GPUs: TCP on loopback only, since several interfaces slow UCX down and every worker listens on each.
@@ -34,6 +35,8 @@ _LOCAL = {
     "UCX_TCP_TX_SEG_SIZE": "256k",
     "UCX_TCP_RX_SEG_SIZE": "256k",
 }
+# Across hosts UCX chooses (rc, cuda_ipc, tcp ...), but never that shared queue.
+_REMOTE = {"UCX_TLS": "^sm"}
 # Whoever chooses shared memory all the same: UCX_MM_FIFO_SIZE must be equal in every process of a host, since a sender
 # finds its slot in the receiver's queue with its own size (1024 on routers only: every link died after 256 messages).
 
@@ -46,7 +49,7 @@ def set_ucx_environment(
     `local`: every process of the cluster runs on this host and no payload lies in GPU memory.
     """
     target = os.environ if environ is None else environ
-    wanted = {**_ALWAYS, **(_LOCAL if local else {})}
+    wanted = {**_ALWAYS, **(_LOCAL if local else _REMOTE)}
     for name, value in wanted.items():
         target.setdefault(name, value)
     force = {name: target[name] for name in sorted(target) if name.startswith("UCX_")}

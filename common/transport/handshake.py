@@ -103,8 +103,8 @@ class Handshake:
             if not _MAGIC.startswith(data[:4]):
                 raise AuthError(f"{self.where} does not speak this protocol")
             return b""
-        magic, version, kind, _, nbytes = _PREFIX.unpack_from(data)
-        if magic != _MAGIC:
+        magic, version, kind, zero, nbytes = _PREFIX.unpack_from(data)
+        if magic != _MAGIC or zero != 0:
             raise AuthError(f"{self.where} does not speak this protocol")
         if version != self._version:
             self.refusal = self._frame(_Type.REFUSE, b"another protocol version")

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from common.errors import AtollError, LinkClosed, WireError
+from common.errors import AtollError, AuthError, LinkClosed, WireError
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.control import Channel
@@ -39,6 +39,7 @@ _SENDER_MASK, _SEQUENCE_MASK = (1 << 24) - 1, (1 << 32) - 1
 _MAX_ARRIVALS = 256  # per sweep, so that a flood cannot keep completions and timers waiting
 _MAX_CACHED_SIZES = 8  # UCX views kept per buffer, one per message size: 1.3 us saved per message
 _QUARANTINE_S = 60.0
+_FIRST_FRAME_S = 5.0  # how long an authenticated dialler may take to say what it needs
 
 
 class UcxLink(BaseLink):
@@ -59,6 +60,7 @@ class UcxLink(BaseLink):
         self._sender = sender  # the id that the peer puts into its tags
         self._channel: Channel | None = None
         self._opening = opened  # the dialler's `connect` waits for it
+        self._deadline: asyncio.TimerHandle | None = None  # the listener's, until the first frame
         self._endpoint: Endpoint | None = None
         self._tag_base = 0
         self._num_sent = 0
@@ -74,7 +76,12 @@ class UcxLink(BaseLink):
         self._peer = peer
         self.has_data = self._mine.data and peer.data
         if self._opening is not None:
-            self._send_init()
+            self._send_init()  # and `connect` has a deadline of its own
+        else:
+            self._deadline = self._plane.loop.call_later(_FIRST_FRAME_S, self._too_late)
+
+    def _too_late(self) -> None:
+        self.close("no first frame came")
 
     def _send_init(self) -> None:
         assert self._channel is not None
@@ -90,6 +97,8 @@ class UcxLink(BaseLink):
             self._take_control(frame)
             return
         facts = self._read_init(frame)
+        if self._deadline is not None:
+            self._deadline.cancel()
         if self._opening is None:
             self._send_init()
         self._opened(replace(self._peer, facts=facts))
@@ -117,7 +126,8 @@ class UcxLink(BaseLink):
     def on_lost(self, channel: Channel, error: AtollError) -> None:
         """The control socket is gone, and with it the link."""
         if self._opening is not None and not self._opening.done():
-            self._opening.set_exception(error)
+            known = isinstance(error, LinkClosed | AuthError)
+            self._opening.set_exception(error if known else AuthError(str(error)))
         self._close(error if isinstance(error, LinkClosed) else LinkClosed(str(error)))
 
     def _send_control(self, frame: dict[str, Any]) -> None:
@@ -151,10 +161,11 @@ class UcxLink(BaseLink):
             request = self._endpoint.tag_send(array, tag)
             status = request.status
         except Exception as exc:
+            # not raised: `post` is not the only caller, and a closed link says what is lost by itself
             buffer.headroom_busy = False
             buffer.release()
             self._close(LinkClosed(f"{self._peer.process} is gone: {exc}"))
-            raise self._error or LinkClosed("closed") from exc
+            return
         if status == 0:
             buffer.headroom_busy = False
             buffer.release()
@@ -232,6 +243,8 @@ class UcxLink(BaseLink):
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
             self._reactor.close_endpoint(endpoint)
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._plane.forget(self, self._sender)
         if self._channel is not None:
             self._channel.close(error)

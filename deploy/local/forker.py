@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.transport.environment import set_ucx_environment
 from deploy.local.zygote import MAX_MESSAGE
 
 _ROOT = Path(__file__).parents[2]
@@ -20,7 +21,6 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "UCX_LOG_LEVEL": "error",
 }
 
 
@@ -42,19 +42,24 @@ class Forker:
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, run_dir: Path, *, temporary: bool) -> None:
-        """Start the zygote in a session of its own: what is sent to our process group must not reach the workers."""
+    def start(self, run_dir: Path, *, temporary: bool, local: bool) -> None:
+        """Start the zygote in a session of its own: what is sent to our process group must not reach the workers.
+
+        `local`: no payload lies in GPU memory, so UCX needs loopback only.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
         kept = "temporary" if temporary else "kept"
+        environ = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": path}
+        set_ucx_environment(local=local, environ=environ)  # importing ucxx would fix some of it
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.local.zygote", str(theirs.fileno()), run_dir, kept],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
+                env=environ,
             )
         self._sock = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)

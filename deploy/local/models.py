@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from common.errors import ConfigError, Fatal, ModelError
@@ -21,8 +20,8 @@ _ROOT = Path(__file__).parents[2]
 _MAKE = """
 import sys
 from pathlib import Path
-from common.model.writer import small_config, write_random
-write_random(Path(sys.argv[1]), small_config(int(sys.argv[2])), seed=0)
+from common.model.small import write_small_model
+write_small_model(Path(sys.argv[1]), num_experts=int(sys.argv[2]))
 """
 
 
@@ -80,18 +79,11 @@ def random_model(experts: int) -> Path:
     if (directory / "config.json").exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix="making-") as scratch:
-        made = Path(scratch) / "model"
-        command = [sys.executable, "-c", _MAKE, str(made), str(experts)]
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-        made_by = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
-        if made_by.returncode != 0:
-            raise Fatal(f"the model with {experts} experts could not be made in {scratch}")
-        try:
-            made.rename(directory)
-        except OSError:
-            if not (directory / "config.json").exists():  # not another process that was first
-                raise
+    command = [sys.executable, "-c", _MAKE, str(directory), str(experts)]
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
+    made = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
+    if made.returncode != 0:
+        raise Fatal(f"the model with {experts} experts could not be made in {directory}")
     return directory
 
 

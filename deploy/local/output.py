@@ -75,9 +75,9 @@ class Display:
             self._status = Console().status("starting")
             self._status.start()
 
-    def worker_line(self, name: str, line: str) -> None:
+    def worker_line(self, name: str, line: str, *, stopping: bool) -> None:
         """One line of a worker; the routine ones are only in its log file unless `verbose`."""
-        if self._verbose or not is_routine(line):
+        if self._verbose or not is_routine(line, stopping=stopping):
             print(f"{name:>12} | {line}", flush=True)
 
     def note(self, text: str) -> None:

@@ -75,7 +75,11 @@ class Supervisor:
         if self._options.ready_file is not None:
             self._options.ready_file.unlink(missing_ok=True)
         try:
-            self._forker.start(self._run_dir.path, temporary=self._run_dir.temporary)
+            self._forker.start(
+                self._run_dir.path,
+                temporary=self._run_dir.temporary,
+                local=self._config.cluster.device == "cpu",
+            )
             self._notify = NotifySocket(self._run_dir.path / "notify.sock", self._on_ready)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -143,7 +147,7 @@ class Supervisor:
             if not line.startswith(
                 f"atoll {worker.name}: "
             ):  # its last words: told when it has ended
-                self._display.worker_line(worker.name, line)
+                self._display.worker_line(worker.name, line, stopping=self._stopping)
 
         pipe = LinePipe(self._run_dir.log_file(worker.name), on_line)
         index = str(worker.spec.id.index)

@@ -38,11 +38,17 @@ WARM_MODULES = (
     "uvloop",
     "aiohttp.web",
     "orjson",
-    "pydantic",
+    "pydantic.types",
     "safetensors",
     "tokenizers",
-    "jinja2",
+    "jinja2.sandbox",
     "prometheus_client",
+    # the services themselves, by name: what a hundred workers would each compile and load again
+    "services.gateway.links",
+    "services.gateway.service",
+    "services.attention.worker",
+    "services.router.worker",
+    "services.expert.worker",
     "common.service",
 )
 _PR_SET_PDEATHSIG = 1

@@ -39,11 +39,11 @@ def mla_decode(
 
     queries [rows, heads, latent + rope] already projected into the latent space; cache [pages, page tokens,
     latent + rope]; the result is in the items' order of rows. The softmax has the exact maximum over the whole
-    context; sums over pages are in ascending order.
+    context, in fp32; sums over pages are in ascending order, in fp32.
     """
     keys = cache.index_select(0, items.pages)  # [items, page tokens, latent + rope]
     item_queries = queries.index_select(0, items.rows)
-    scores = torch.baddbmm(items.mask, item_queries, keys.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(items.mask, item_queries, keys.transpose(1, 2), alpha=scale).float()
     block_max = scores.amax(dim=-1, keepdim=True)  # [items, heads, 1]
     num_rows = items.block_rows[0]
     if len(items.block_rows) > 1:
@@ -55,13 +55,13 @@ def mla_decode(
         block_max = maximum.index_select(0, items.places)
     probabilities = scores.sub_(block_max).exp_()
     total = probabilities.sum(dim=-1, keepdim=True)  # [items, heads, 1]
-    weighted = torch.bmm(probabilities, keys[..., :latent])  # [items, heads, latent]
+    weighted = torch.bmm(probabilities.to(keys.dtype), keys[..., :latent]).float()
     start = num_rows
     for count in items.block_rows[1:]:
         total[:count] += total[start : start + count]
         weighted[:count] += weighted[start : start + count]
         start += count
-    return weighted[:num_rows] / total[:num_rows]
+    return (weighted[:num_rows] / total[:num_rows]).to(queries.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +90,22 @@ def mla_prefill(
     """Causal attention of prompt rows: [rows, heads, v] in the dtype of the queries.
 
     queries [rows, heads, qk]; keys [distinct pages, heads, page tokens, qk]; values [distinct pages, heads,
-    page tokens, v]. Running maximum and sum over pages in ascending order (arXiv 2205.14135).
+    page tokens, v]. Running maximum and sum over pages in ascending order (arXiv 2205.14135), in fp32.
     """
     heads, width = queries.shape[1:]
     num_tiles = tiles.num_tiles
     tiled = queries.new_zeros(num_tiles * TILE_ROWS, heads, width)
     tiled.index_copy_(0, tiles.slots, queries)
     tiled = tiled.view(num_tiles, TILE_ROWS, heads, width).transpose(1, 2).contiguous()
-    maximum = queries.new_full((num_tiles, heads, TILE_ROWS, 1), _NEGATIVE_INFINITY)
+    maximum = torch.full(
+        (num_tiles, heads, TILE_ROWS, 1), _NEGATIVE_INFINITY, device=queries.device
+    )
     total = torch.zeros_like(maximum)
-    weighted = queries.new_zeros(num_tiles, heads, TILE_ROWS, values.shape[-1])
+    weighted = torch.zeros(num_tiles, heads, TILE_ROWS, values.shape[-1], device=queries.device)
     for pages, mask in zip(tiles.block_pages, tiles.last_masks, strict=True):
         count = pages.shape[0]
-        scores = _items(tiled[:count], keys.index_select(0, pages).transpose(2, 3)).mul_(scale)
+        scores = _items(tiled[:count], keys.index_select(0, pages).transpose(2, 3))
+        scores = scores.float().mul_(scale)
         if mask.shape[0]:
             scores[count - mask.shape[0] :] += mask
         before = maximum[:count]
@@ -110,10 +113,11 @@ def mla_prefill(
         probabilities = scores.sub_(after).exp_()
         shrink = torch.exp(before - after)
         total[:count] = total[:count] * shrink + probabilities.sum(dim=-1, keepdim=True)
-        added = _items(probabilities, values.index_select(0, pages))
+        added = _items(probabilities.to(values.dtype), values.index_select(0, pages))
         weighted[:count] = weighted[:count] * shrink + added
         maximum[:count] = after
-    rows = (weighted / total).transpose(1, 2).reshape(num_tiles * TILE_ROWS, heads, -1)
+    rows = (weighted / total).to(queries.dtype)
+    rows = rows.transpose(1, 2).reshape(num_tiles * TILE_ROWS, heads, -1)
     return rows.index_select(0, tiles.slots)
 
 

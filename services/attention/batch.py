@@ -13,6 +13,8 @@ import torch
 from kernels.reference.linear import padded_rows
 from kernels.reference.mla import MIN_ITEMS, TILE_ROWS, DecodeItems, PrefillTiles
 
+MAX_ITEMS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -53,11 +55,11 @@ class ForwardBatch:
     last_rows: torch.Tensor  # int64 [spans], the last row of each span
     cos: torch.Tensor  # [padded, rope / 2]
     sin: torch.Tensor
-    decode: DecodePart | None
+    decode: tuple[DecodePart, ...]
     prefill: PrefillPart | None
 
     def __repr__(self) -> str:
-        decode = self.decode.num_rows if self.decode else 0
+        decode = sum(part.num_rows for part in self.decode)
         return f"<ForwardBatch [{self.num_rows - decode} prompt rows | {decode} generated rows]>"
 
 
@@ -101,9 +103,10 @@ def build_batch(
         last_rows=torch.tensor(last_rows, device=device),
         cos=cos.index_select(0, index),
         sin=sin.index_select(0, index),
-        decode=_decode_part(generated, num_rows, page_tokens, null_page, cos)
-        if generated
-        else None,
+        decode=tuple(
+            _decode_part(rows, num_rows, page_tokens, null_page, cos)
+            for rows in _split(generated, page_tokens)
+        ),
         prefill=_prefill_part(prompts, page_tokens, cos) if prompts else None,
     )
 
@@ -121,6 +124,20 @@ class _Prompt:
     start: int
     end: int
     pages: Sequence[int]
+
+
+def _split(rows: list[_Row], page_tokens: int) -> list[list[_Row]]:
+    """Groups of at most MAX_ITEMS (row, page) pairs, or of one row: a decode step copies every page that it reads."""
+    groups: list[list[_Row]] = []
+    room = 0
+    for row in rows:
+        needed = row.position // page_tokens + 1
+        if not groups or needed > room:
+            groups.append([])
+            room = MAX_ITEMS
+        groups[-1].append(row)
+        room -= needed
+    return groups
 
 
 def _decode_part(

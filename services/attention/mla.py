@@ -38,56 +38,57 @@ class MlaLayer:
         self, layer: int, x: torch.Tensor, batch: ForwardBatch, cache: LatentCache
     ) -> torch.Tensor:
         """Attention of normed rows x [padded, width] -> [padded, width]; their latents go into the cache first."""
-        queries, latents = self._project(x, batch)
+        nope, rotary, latents = self._project(x, batch)
         cache.write(layer, batch.slots, latents)
         pages = cache.layer(layer)
-        if batch.prefill is None and batch.decode is not None and batch.decode.rows is None:
-            heads = self._decode(queries, batch.decode, pages)
+        if len(batch.decode) == 1 and batch.decode[0].rows is None:
+            heads = self._decode(nope, rotary, batch.decode[0], pages)
         else:
             heads = x.new_zeros(x.shape[0], self.config.num_heads * self.config.v_head_dim)
-            if batch.decode is not None and batch.decode.rows is not None:
-                part = batch.decode
-                rows = part.rows
-                assert rows is not None
-                decoded = self._decode(queries.index_select(0, rows), part, pages)
-                heads.index_copy_(0, rows[: part.num_rows], decoded[: part.num_rows])
+            for part in batch.decode:
+                assert part.rows is not None
+                rows, count = part.rows, part.num_rows
+                chosen = nope.index_select(0, rows), rotary.index_select(0, rows)
+                heads.index_copy_(0, rows[:count], self._decode(*chosen, part, pages)[:count])
             if batch.prefill is not None:
-                prompt = queries.index_select(0, batch.prefill.rows)
-                heads.index_copy_(
-                    0, batch.prefill.rows, self._prefill(prompt, batch.prefill, pages)
-                )
+                rows = batch.prefill.rows
+                queries = torch.cat([nope, rotary], dim=-1).index_select(0, rows)
+                heads.index_copy_(0, rows, self._prefill(queries, batch.prefill, pages))
         return linear(heads, self._out, self._out_bias, out=self.config.hidden_size)
 
-    def _project(self, x: torch.Tensor, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [padded, heads, nope + rope] and cache rows [padded, latent + rope]."""
+    def _project(
+        self, x: torch.Tensor, batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [padded, heads, nope] and, rotated, [padded, heads, rope]; cache rows [padded, latent + rope]."""
         config = self.config
         both = linear(x, self._in, self._in_bias)
         query = both[:, : self._query_width]
         if self._q_b is not None and self._q_norm is not None:
             normed = rms_norm(query, self._q_norm, _LATENT_EPS)
             query = linear(normed, self._q_b, out=config.num_heads * config.qk_head_dim)
-        query = query.reshape(x.shape[0], config.num_heads, config.qk_head_dim)
-        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
-        start = self._query_width
-        latent = rms_norm(both[:, start : start + rank], self._kv_norm, _LATENT_EPS)
-        key = both[:, start + rank : start + config.latent_width]
-        interleaved = config.rope_interleave
-        key = apply_rope(key, batch.cos, batch.sin, interleaved=interleaved)
-        rotated = apply_rope(
-            query[..., nope:], batch.cos[:, None], batch.sin[:, None], interleaved=interleaved
+        query = query.view(x.shape[0], config.num_heads, config.qk_head_dim)
+        nope, start = config.qk_nope_head_dim, self._query_width + config.kv_lora_rank
+        latent = rms_norm(both[:, self._query_width : start], self._kv_norm, _LATENT_EPS)
+        key = both[:, None, start : start + config.qk_rope_head_dim]
+        rotated = apply_rope(  # the shared key as one head more
+            torch.cat([query[..., nope:], key], dim=1),
+            batch.cos[:, None],
+            batch.sin[:, None],
+            interleaved=config.rope_interleave,
         )
-        return torch.cat([query[..., :nope], rotated], dim=-1), torch.cat([latent, key], dim=-1)
+        return query[..., :nope], rotated[:, :-1], torch.cat([latent, rotated[:, -1]], dim=-1)
 
-    def _decode(self, queries: torch.Tensor, part: DecodePart, pages: torch.Tensor) -> torch.Tensor:
-        """Absorbed attention of queries [padded decode rows, heads, nope + rope] -> [the same, heads * v]."""
-        config = self.config
-        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
-        absorbed = torch.bmm(queries[..., :nope].transpose(0, 1), self._to_latent)
-        absorbed = torch.cat([absorbed.transpose(0, 1)[..., :rank], queries[..., nope:]], dim=-1)
-        attended = mla_decode(absorbed, pages, part.items, scale=config.softmax_scale, latent=rank)
+    def _decode(
+        self, nope: torch.Tensor, rotary: torch.Tensor, part: DecodePart, pages: torch.Tensor
+    ) -> torch.Tensor:
+        """Absorbed attention of queries [padded decode rows, heads, nope or rope] -> [the same rows, heads * v]."""
+        config, rank = self.config, self.config.kv_lora_rank
+        absorbed = torch.bmm(nope.transpose(0, 1), self._to_latent)[..., :rank]
+        queries = torch.cat([absorbed.transpose(0, 1), rotary], dim=-1)
+        attended = mla_decode(queries, pages, part.items, scale=config.softmax_scale, latent=rank)
         attended = attended.index_select(0, part.restore)
         values = torch.bmm(attended.transpose(0, 1), self._from_latent)[..., : config.v_head_dim]
-        return values.transpose(0, 1).reshape(queries.shape[0], -1)
+        return values.transpose(0, 1).reshape(nope.shape[0], -1)
 
     def _prefill(
         self, queries: torch.Tensor, part: PrefillPart, pages: torch.Tensor

@@ -11,15 +11,14 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from common.transport.dial import keep_connected
-
 from common.config import ClusterConfig
-from common.errors import AtollError, LinkClosed, Rejected, WireError
+from common.errors import AtollError, LinkClosed, Retryable, WireError
 from common.ids import Role
 from common.request import FinishReason, Request, TokenEvent
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport
 from common.transport.buffers import Buffer
+from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
@@ -163,11 +162,14 @@ class AttentionWorker:
         try:
             request = Request.from_json(message)
             if self.draining:
-                raise Rejected(f"{self.spec.id} is draining")
+                raise Retryable(f"{self.spec.id} is draining")
             self.requests.submit(link, request, time.monotonic_ns())
-        except (Rejected, KeyError, TypeError, ValueError) as exc:
+        except (AtollError, KeyError, TypeError, ValueError) as exc:
             event = TokenEvent(
-                str(message.get("id")), finish_reason=FinishReason.ERROR, error=str(exc)
+                str(message.get("id")),
+                finish_reason=FinishReason.ERROR,
+                error=str(exc),
+                retryable=isinstance(exc, Retryable),
             )
             self._send([(link, event)])
         self._admit()

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import torch
-from common.transport.dial import keep_connected
 
 from common.config import ClusterConfig
 from common.errors import AtollError, LinkClosed, WireError
@@ -20,6 +19,7 @@ from common.status import ProcessStatus, State, status_frame
 from common.tensors import write_rows
 from common.transport.base import Hello, Link, Transport
 from common.transport.buffers import Buffer
+from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.waiting import poll_until
 from common.wire.blocks import EXPERT_OUT_ROWS, row_segment

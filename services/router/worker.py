@@ -11,8 +11,6 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from common.transport.dial import keep_connected
-
 from common.config import ClusterConfig
 from common.errors import AuthError, LinkClosed
 from common.ids import ProcessId, Role
@@ -22,6 +20,7 @@ from common.placement.cluster import cluster_plan
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport
 from common.transport.buffers import Buffer
+from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
 from common.waiting import poll_until

@@ -114,7 +114,7 @@ class UcxNet:
         self._num_addresses = 0
 
     def transport(self, limits: LinkLimits = LIMITS, **options) -> UcxTransport:
-        control = options.pop("control", ControlLimits(handshake_timeout_s=0.5))
+        control = options.pop("control", ControlLimits())
         made = UcxTransport(SECRET, link_limits=limits, control_limits=control, **options)
         self.transports.append(made)
         return made

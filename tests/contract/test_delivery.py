@@ -6,6 +6,7 @@ import random
 import pytest
 
 from common.errors import LinkClosed, Overloaded, WireError
+from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
 from common.wire.header import Header, Kind
 from tests.contract.harness import LIMITS, ROUTER, Peer, hello, pair, run, send
@@ -204,3 +205,56 @@ def test_a_control_only_link_refuses_data(net):
         assert there.controls == [{"health": 1}]
 
     run(net, main)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_bounded_spinning(ucx, loop):
+    """A process with its own core polls for a while after each event; the loop still runs everything else."""
+
+    async def main():
+        listener, dialler = ucx.transport(spin_us=300), ucx.transport(spin_us=300)
+        here, there = Peer(), Peer(echo=True)
+        address = await listener.listen(ucx.address(), ROUTER, there)
+        link = await dialler.connect(address, hello(), here, timeout_s=5)
+        for num in range(20):
+            send(dialler, link, bytes(1000))
+            await here.until(lambda num=num: len(here.messages) > num)
+            await asyncio.sleep(0.001)
+
+    run(ucx, main, loop=loop)
+
+
+def test_a_send_that_fails_closes_the_link_and_raises_nowhere(ucx):
+    """`post` is not the only sender: returning a credit is one too, from within the application's `release`."""
+
+    async def main():
+        here, there = Peer(), Peer(hold=True)
+        link, back, dialler, _ = await pair(ucx, here, there)
+        for block in range(LIMITS.window):
+            send(dialler, link, b"x", block=block)
+        await there.until(lambda: len(there.held) == LIMITS.window)
+
+        class Broken:
+            def tag_send(self, *_):
+                raise OSError("no route")
+
+            def remove_close_callback(self): ...
+
+            def close_blocking(self, *_): ...
+
+        real, back._endpoint = back._endpoint, Broken()
+        there.let_go()
+        await there.until(lambda: bool(there.closed))
+        assert "expert-0 is gone: no route" in str(there.closed[0][1])
+        real.close_blocking(0, 1)
+
+    run(ucx, main)
+
+
+def test_the_environment_respects_what_is_set():
+    environ = {"UCX_TLS": "rc,cuda_copy", "HOME": "/"}
+    force = set_ucx_environment(local=True, environ=environ)
+    assert environ["UCX_TLS"] == force["UCX_TLS"] == "rc,cuda_copy"
+    assert force["UCX_MM_ERROR_HANDLING"] == "y"
+    assert "HOME" not in force
+    assert set_ucx_environment(local=False, environ={})["UCX_TLS"] == "^sm"

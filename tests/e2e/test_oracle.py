@@ -21,7 +21,6 @@ from tests.oracle.reference import Reference, ReferenceRun, build_checkpoint, co
 NUM_TOKENS = 64
 LENGTHS = (9, 3, 17, 70, 1, 33, 64, 5)  # of the eight concurrent prompts; the first also runs alone
 MAX_EXCUSED = 0.005
-RESULTS = Path(__file__).parents[1] / "oracle" / "results.json"
 
 
 @dataclass(frozen=True)

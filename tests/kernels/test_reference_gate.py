@@ -25,7 +25,8 @@ def same(ours: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, weights: to
 @pytest.mark.parametrize("tied", [False, True], ids=["random", "tied"])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
-    ("experts", "groups", "kept", "top_k"), [(16, 4, 2, 4), (6, 1, 1, 3), (64, 8, 3, 8)]
+    ("experts", "groups", "kept", "top_k"),
+    [(16, 4, 2, 4), (6, 1, 1, 3), (64, 8, 3, 8), (384, 1, 1, 8)],
 )
 def test_v3(experts: int, groups: int, kept: int, top_k: int, norm: bool, tied: bool) -> None:
     torch.manual_seed(experts)

@@ -51,6 +51,22 @@ def test_linear(out: int, width: int) -> None:
     )
 
 
+def placed(x: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy that starts `offset` elements after the start of a cache line."""
+    memory = torch.empty(x.numel() + 64)
+    start = -(memory.data_ptr() // 4) % 16 + offset
+    return memory[start : start + x.numel()].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize(("out", "width"), [(64, 256), (144, 97), (48, 777)])
+def test_place_in_memory_does_not_matter(out: int, width: int) -> None:
+    x, weight = rows(width)[:16], torch.randn(out, width)
+    expected, exponents = linear(x, weight), torch.exp(x)
+    for offset in range(16):
+        assert torch.equal(linear(placed(x, offset), placed(weight, 15 - offset)), expected)
+        assert torch.equal(torch.exp(placed(x, offset)), exponents)
+
+
 @pytest.mark.parametrize(("inner", "width"), [(33, 65), (64, 128), (45, 140)])
 def test_ffn(inner: int, width: int) -> None:
     generator = torch.Generator().manual_seed(2)

@@ -8,7 +8,10 @@ from common.model.small import small_config
 
 @dataclass(frozen=True)
 class OracleConfig:
-    """A named random checkpoint. `overrides` are keys of config.json that differ from `small_config`."""
+    """A named random checkpoint. `overrides` are keys of config.json that differ from `small_config`.
+
+    Seeds are such that no prompt of the oracle ends in a short loop, which would compare nothing.
+    """
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -74,9 +77,9 @@ CONFIGS = (
     OracleConfig(
         "v3-no-shared-expert",
         {"n_shared_experts": 0, "num_experts_per_tok": 8, "n_group": 2, "topk_group": 1},
-        seed=3,
+        seed=20,
     ),
-    OracleConfig("v3-tied", {"tie_word_embeddings": True, "num_experts_per_tok": 2}, seed=4),
+    OracleConfig("v3-tied", {"tie_word_embeddings": True, "num_experts_per_tok": 2}, seed=21),
     OracleConfig(
         "v3-yarn",
         {"rope_scaling": YARN | {"mscale": 0.707}, "max_position_embeddings": 2560},
@@ -143,7 +146,7 @@ CONFIGS = (
             "num_hidden_layers": 3,
         },
         storage="F8_E4M3",
-        seed=14,
+        seed=20,
     ),
 )
 BY_NAME = {config.name: config for config in CONFIGS}

@@ -109,6 +109,49 @@ def test_replay_of_prompt_and_generated_tokens(local: LocalModel, cuts: list[int
     assert torch.equal(torch.cat(again), torch.cat(first))
 
 
+def test_attention_of_1_to_130_generated_rows(local: LocalModel) -> None:
+    """One layer, one row per sequence, contexts of 1 to 190 tokens that share their first pages."""
+    model, generator = local.model, torch.Generator().manual_seed(8)
+    with torch.inference_mode():
+        h = torch.randn(132, local.config.hidden_size, generator=generator)
+        places = [(7 * i) % 190 for i in range(130)]
+        local.forward([Span(tokens(local, 190, seed=7), 0, 190, pages(0))])
+
+        def attend(first: int, count: int) -> torch.Tensor:
+            spans = [Span([0], place, 0, range(3)) for place in places[first : first + count]]
+            # every row writes to its own position of shared pages: the same row every time
+            batch = model.batch(spans, local.cache)
+            rows = torch.zeros(batch.token_ids.shape[0], h.shape[1])
+            rows[:count] = h[first : first + count]
+            return model.attend(0, rows, batch, local.cache)[1][:count]
+
+        attend(0, 130)
+        whole = attend(0, 130)
+        for count in range(1, 131):
+            first = min(count * 7 % 29, 130 - count)
+            assert torch.equal(attend(first, count), whole[first : first + count]), count
+
+
+def test_prompts_of_1_to_130_tokens(local: LocalModel) -> None:
+    prompt = tokens(local, 130, seed=11)
+    whole = run(local, [Span(prompt, 0, 130, pages(0))])[0]
+    for length in range(1, 131):
+        assert torch.equal(
+            run(local, [Span(prompt[:length], 0, length, pages(1))])[0], whole[:length]
+        )
+
+
+def test_many_generated_rows_are_computed_in_groups(
+    local: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokens(local, 150, seed=12)
+    whole = run(local, [Span(ids, 0, 3, pages(0))])[0]
+    monkeypatch.setattr("services.attention.batch.MAX_ITEMS", 5)
+    span = Span(ids, 0, 3, pages(1))
+    assert len(local.model.batch([span], local.cache).decode) > 20
+    assert torch.equal(run(local, [span])[0], whole)
+
+
 def test_logits_do_not_depend_on_the_rows_asked_for(local: LocalModel) -> None:
     prompt = tokens(local, 130, seed=2)
     h, _ = local.forward([Span(prompt, 0, 130, pages(0))])
