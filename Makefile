@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-oracle: setup
-	ATOLL_ORACLE_RESULTS=tests/oracle/results.json $(BIN)/python -m pytest tests/e2e/test_oracle.py -m oracle --timeout 3600
+	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e/test_oracle.py -m oracle --timeout 3600
 
 demo: setup
 	@$(BIN)/atoll demo
@@ -33,4 +33,6 @@ demo: setup
 bench: setup
 	$(BIN)/python -m tests.bench.transport --json tests/bench/results/transport.json
 	$(BIN)/python -m tests.bench.cluster --out tests/bench/results/cluster.json
-	$(BIN)/python -m tests.bench.serving --out tests/bench/results/serving.json
+	$(BIN)/python -m tests.bench.serving --size small --out tests/bench/results/serving-small.json
+	$(BIN)/python -m tests.bench.serving --size medium --tokens 32 --out tests/bench/results/serving-medium.json
+	$(BIN)/python -m tests.bench.report

@@ -1,6 +1,6 @@
 """Tokens per second of a local cluster against `transformers` in one process, same checkpoint, cores, dtype and batch.
 
-    python -m tests.bench.serving [--model DIR] [--concurrency 1,16] [--tokens 64] [--cluster OPTIONS] [--out FILE]
+    python -m tests.bench.serving [--size small|medium] [--concurrency 1,16] [--tokens 64] [--out FILE]
 
 Both sides decode greedily in fp32 from the same random prompts. transformers runs `generate` on the whole batch, with
 1 and with 2 threads, eager and default expert implementation; its best figure counts. The cluster has one expert
@@ -18,13 +18,22 @@ from typing import Any
 
 import torch
 
-from common.model.small import write_small_model
+from common.model.small import small_config
+from common.model.writer import write_random
 from tests.bench.environment import facts
 from tests.e2e.harness import Cluster
 from tests.oracle.reference import Reference
 
 PROMPT_TOKENS = 16
 REPEATS = 3
+# The small one shows what processes and messages cost, the medium one what is left of that when experts have real work.
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "medium": {
+        "hidden_size": 1024, "moe_intermediate_size": 1024, "intermediate_size": 2048,
+        "q_lora_rank": 256, "kv_lora_rank": 128, "num_attention_heads": 8, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
 Rate = tuple[list[float], str]
 
 
@@ -77,7 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="checkpoint (default: the small random one)")
+    parser.add_argument("--model", type=Path, help="checkpoint (default: a random one of --size)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="width 128 or 1024 (small)")
     parser.add_argument("--concurrency", default="1,16")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument(
@@ -87,7 +97,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.model is None:
-        args.model = write_small_model(Path(tempfile.mkdtemp()) / "small")
+        args.model = Path(tempfile.mkdtemp()) / f"{args.size}-random"
+        write_random(args.model, small_config() | SIZES[args.size], storage="BF16")
     sizes = [int(n) for n in args.concurrency.split(",")]
     models = load_transformers(args.model)
     vocab_size = models["eager"].config.vocab_size
