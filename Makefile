@@ -25,10 +25,14 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-oracle: setup
-	$(BIN)/python -m pytest -m oracle --timeout 3600
+	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e/test_oracle.py -m oracle --timeout 3600
 
 demo: setup
 	@$(BIN)/atoll demo
 
 bench: setup
-	$(BIN)/python -m tests.bench.serving
+	$(BIN)/python -m tests.bench.transport --json tests/bench/results/transport.json
+	$(BIN)/python -m tests.bench.cluster --out tests/bench/results/cluster.json
+	$(BIN)/python -m tests.bench.serving --size small --out tests/bench/results/serving-small.json
+	$(BIN)/python -m tests.bench.serving --size medium --tokens 32 --out tests/bench/results/serving-medium.json
+	$(BIN)/python -m tests.bench.report

@@ -118,7 +118,7 @@ def _from_options(arguments: argparse.Namespace, run_dir: RunDir) -> ClusterConf
         arguments.model, ep=arguments.ep, experts_per_gpu=arguments.experts_per_gpu
     )
     key_file = arguments.api_key_file
-    return local_cluster(
+    config = local_cluster(
         model,
         ep=ep,
         experts_per_gpu=experts_per_gpu,
@@ -126,3 +126,6 @@ def _from_options(arguments: argparse.Namespace, run_dir: RunDir) -> ClusterConf
         api_key_file=key_file.absolute() if key_file is not None else None,
         **values,
     )
+    if model != models.DEMO_MODEL:
+        return config
+    return replace(config, model=replace(config.model, served_name=models.DEMO_NAME))

@@ -7,6 +7,7 @@ speak to attention workers directly.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,13 @@ class InprocCluster:
 
 @asynccontextmanager
 async def inproc_cluster(
-    model: Path, run_dir: Path, *, seed: int = 0, script: Script | None = None, **layout: Any
+    model: Path,
+    run_dir: Path,
+    *,
+    seed: int = 0,
+    script: Script | None = None,
+    block_deadline_s: float = 30.0,
+    **layout: Any,
 ) -> AsyncIterator[InprocCluster]:
     """Start every service of a local cluster (`layout` as for `common.config.local_cluster`) and wait until ready."""
     shape = load_config(model)
@@ -94,6 +101,7 @@ async def inproc_cluster(
         "wire": "fp32", "port": 0,
     }  # fmt: skip
     config = local_cluster(model, **(defaults | layout), run_dir=run_dir)
+    config = replace(config, limits=replace(config.limits, block_deadline_s=block_deadline_s))
     fabric = InprocFabric(seed, script=script)
     try:
         async with asyncio.TaskGroup() as tasks:

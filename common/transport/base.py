@@ -9,6 +9,8 @@ was posted may be lost only if the link closes. After `on_close` no other callba
 an answer keeps what it sent until the answer is in, and posts it again on the next link: the transport never re-sends.
 """
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -107,3 +109,10 @@ class Transport(Protocol):
     async def close(self) -> None:
         """Close every link and listener, then the transport itself."""
         ...
+
+
+def tell(links: Iterable[Link], message: dict[str, Any]) -> None:
+    """Send a control message to whoever is still there: a link that just closed says so by its `on_close`."""
+    for link in links:
+        with contextlib.suppress(LinkClosed):
+            link.send_control(message)

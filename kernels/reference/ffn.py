@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.reference.linear import linear
+from kernels.reference.linear import linear, pad_rows
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -33,6 +33,8 @@ def ffn(
     gate_up [2 * inner, width] has the gate's rows first, down is [width, inner].
     `DeepseekV3MLP` and `DeepseekV3Experts` in transformers 5.23.0. Rows are independent, bit for bit.
     """
-    inner, width = down.shape[1], x.shape[1]
-    both = linear(x, gate_up, gate_up_bias, out=2 * inner)
-    return linear(silu(both[:, :inner]) * both[:, inner:], down, down_bias, out=width)
+    num_rows, width = x.shape
+    inner = down.shape[1]
+    both = linear(pad_rows(x), gate_up, gate_up_bias, out=2 * inner)
+    hidden = silu(both[:, :inner]) * both[:, inner:]
+    return linear(hidden, down, down_bias, out=width)[:num_rows]

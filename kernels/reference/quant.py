@@ -37,9 +37,14 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantise(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply e4m3 rows [n, width] by their scales [n, ceil(width / 128)] in fp32; returns `dtype` [n, width]."""
-    width = rows.shape[1]
-    columns = scales.repeat_interleave(BLOCK, dim=1)[:, :width]
-    return (rows.float() * columns).to(dtype)
+    num_rows, width = rows.shape
+    if width % BLOCK:
+        columns = scales.repeat_interleave(BLOCK, dim=1)[:, :width]
+        return (rows.float() * columns).to(dtype)
+    blocks = rows.float().view(
+        num_rows, -1, BLOCK
+    )  # a view instead of a gather: a third of the time for few rows
+    return blocks.mul_(scales.unsqueeze(-1)).view(num_rows, width).to(dtype)
 
 
 def quantise_rows(x: Tensor, payload: Tensor, *, rows_offset: int, scales_offset: int) -> None:

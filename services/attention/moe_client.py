@@ -94,8 +94,8 @@ class MoeClient:
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self._pending[block] = _Pending(future, num_rows, now_ns)
         self.outbox.send(header, buffer, now_ns)
+        self._pending[block] = _Pending(future, num_rows, now_ns)
         return future
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:

@@ -16,7 +16,7 @@ from common.errors import AtollError, LinkClosed, Retryable, WireError
 from common.ids import Role
 from common.request import FinishReason, Request, TokenEvent
 from common.status import ProcessStatus, State, status_frame
-from common.transport.base import Hello, Link, Transport
+from common.transport.base import Hello, Link, Transport, tell
 from common.transport.buffers import Buffer
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
@@ -29,6 +29,7 @@ from services.attention.resident import Resident
 
 log = logging.getLogger(__name__)
 _TICK_S = 0.25
+_PATIENCE_S = 1.0  # more than routers have: they know better who owes what
 
 
 class AttentionWorker:
@@ -51,7 +52,7 @@ class AttentionWorker:
         self.resident = Resident.load(self.config)
         self.moe = MoeClient(
             self.spec.id.index, self.resident.config.hidden_size, Wire.parse(self.config.cluster.wire),
-            self.config.cluster.epoch, self.transport.pool, self.config.limits.block_deadline_s,
+            self.config.cluster.epoch, self.transport.pool, self.config.limits.block_deadline_s + _PATIENCE_S,
         )  # fmt: skip
         self.requests = Requests(
             self.resident.scheduler(self.config),
@@ -177,7 +178,7 @@ class AttentionWorker:
     def _send(self, events: list[tuple[Link, TokenEvent]]) -> None:
         for link, event in events:
             if link in self._gateways:
-                link.send_control(event.to_json())
+                tell([link], event.to_json())
 
     # ---- status --------------------------------------------------------------------------------
 
@@ -202,5 +203,4 @@ class AttentionWorker:
         )  # fmt: skip
 
     def _push_status(self) -> None:
-        for gateway in self._gateways:
-            gateway.send_control(status_frame(None, [self._status().to_json()]))
+        tell(self._gateways, status_frame(None, [self._status().to_json()]))

@@ -56,6 +56,9 @@ def compute(
     bank: Bank, layer: int, calls: list[tuple[Tensor, list[tuple[int, int]]]]
 ) -> list[Tensor]:
     """Outputs of several calls of one layer, each [num_rows, width] fp32; calls for the same expert share one pass."""
+    if len(calls) == 1 and len(calls[0][1]) == 1:  # one block for one expert: nothing to regroup
+        rows, ((expert, _),) = calls[0]
+        return [bank.ffn(layer, expert, rows)]
     by_expert: dict[
         int, list[tuple[int, int, int]]
     ] = {}  # expert -> (call, first row, last row + 1)

@@ -29,6 +29,7 @@ from services.expert.batcher import Batcher, Waiting
 from services.expert.engine import compute, parse
 
 MAX_BATCH_ROWS = 4096
+Call = Waiting[tuple[Link, Header, Buffer]]
 log = logging.getLogger(__name__)
 
 
@@ -133,18 +134,26 @@ class ExpertWorker:
                 calls.append(call)
             except AtollError as exc:
                 self._fail(link, header, str(exc))
-                payload.release()
-        if calls:
+        try:
             outputs = compute(self.bank, layer, parsed)
-            compute_us = (time.monotonic_ns() - started) // 1000
-            for call, rows in zip(calls, outputs, strict=True):
-                link, header, payload = call.item
-                queue_us = (started - call.since_ns) // 1000
-                self._answer(link, header, rows, queue_us, compute_us)
-                payload.release()
-            self.counters["batches"] += 1
-            self.counters["compute_us"] += compute_us
+        except Exception as exc:  # whatever it was, the routers wait for an answer
+            log.exception("layer %d could not be computed", layer)
+            for call in calls:
+                self._fail(call.item[0], call.item[1], f"{self.spec.id}: {exc}")
+        else:
+            self._answer_all(calls, outputs, started)
+        for call in batch:
+            call.item[2].release()
         self._schedule()
+
+    def _answer_all(self, calls: list[Call], outputs: list[torch.Tensor], started_ns: int) -> None:
+        compute_us = (time.monotonic_ns() - started_ns) // 1000
+        for call, rows in zip(calls, outputs, strict=True):
+            link, header, _ = call.item
+            queue_us = (started_ns - call.since_ns) // 1000
+            self._answer(link, header, rows, queue_us, compute_us)
+        self.counters["batches"] += 1
+        self.counters["compute_us"] += compute_us
 
     def _answer(
         self, link: Link, request: Header, rows: torch.Tensor, queue_us: int, compute_us: int

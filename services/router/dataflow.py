@@ -34,6 +34,9 @@ from common.wire.header import Header, Kind, Wire
 from services.router.block import NodeWork, SourceWork, Timing
 from services.router.plan import NodeShare, check_pairs, fan_out, split_by_node
 
+# More for another router, which watches its own experts and knows better who owes what.
+_PATIENCE_S = 0.5
+
 
 @dataclass(slots=True)
 class Counters:
@@ -317,13 +320,15 @@ class Dataflow:
 
     def expire(self, limit_s: float) -> None:
         """Fail every block that a peer has owed for longer than `limit_s`, naming who owes it."""
-        now_ns, limit_ns = self.clock_ns(), int(limit_s * 1e9)
-        for outbox in (*self.experts.values(), *self.routers.values()):
-            for call in outbox.expired(now_ns, limit_ns):
+        now_ns = self.clock_ns()
+        limits = [(outbox, limit_s) for outbox in self.experts.values()]
+        limits += [(outbox, limit_s + _PATIENCE_S) for outbox in self.routers.values()]
+        for outbox, limit in limits:
+            for call in outbox.expired(now_ns, int(limit * 1e9)):
                 outbox.drop(call.header.block)
                 h = call.header
                 error = DeadlineExceeded(
-                    f"no answer from {outbox.name} within {limit_s:g} s "
+                    f"no answer from {outbox.name} within {limit:g} s "
                     f"(layer {h.layer}, micro-batch {h.microbatch}, attempt {h.attempt + 1})"
                 )
                 self._fail_block(h.block, str(error))

@@ -5,13 +5,12 @@ that does not answer in time is reported with its last known entry; one that is 
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from common.errors import LinkClosed
 from common.status import status_frame
-from common.transport.base import Link
+from common.transport.base import Link, tell
 
 Entry = dict[str, Any]
 
@@ -33,8 +32,7 @@ class StatusGather:
         def finish() -> None:
             if self._open.pop(own_id, None) is not None:
                 timer.cancel()
-                with contextlib.suppress(LinkClosed):  # nobody waits any more
-                    asker.send_control(status_frame(request_id, self._entries()))
+                tell([asker], status_frame(request_id, self._entries()))
 
         timer = asyncio.get_running_loop().call_later(self._wait_s, finish)
         waiting: set[Link] = set()

@@ -18,7 +18,7 @@ from common.model.hf_config import load_config
 from common.model.manifest import build_manifest
 from common.placement.cluster import cluster_plan
 from common.status import ProcessStatus, State, status_frame
-from common.transport.base import Hello, Link, Transport
+from common.transport.base import Hello, Link, Transport, tell
 from common.transport.buffers import Buffer
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
@@ -196,5 +196,4 @@ class RouterWorker:
         state = self._state()
         if state != self._last_state:
             self._last_state = state
-            for gateway in self._gateways:
-                gateway.send_control(status_frame(None, self._entries()))
+            tell(self._gateways, status_frame(None, self._entries()))

@@ -1,26 +1,40 @@
 """Tokens per second of a local cluster against `transformers` in one process, same checkpoint, cores, dtype and batch.
 
-    python -m tests.bench.serving [--model DIR] [--concurrency 1,16] [--tokens 64] [--out FILE]
+    python -m tests.bench.serving [--size small|medium] [--concurrency 1,16] [--tokens 64] [--out FILE]
 
 Both sides decode greedily in fp32 from the same random prompts. transformers runs `generate` on the whole batch, with
-1 and with 2 threads; its better figure counts. The cluster is EP16 (or --ep) on 2 nodes, driven over HTTP.
+1 and with 2 threads, eager and default expert implementation; its best figure counts. The cluster has one expert
+per worker (EP16 for the small model) and is driven over HTTP.
 """
 
 import argparse
+import itertools
 import json
-import platform
-import subprocess
+import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
+from common.model.small import small_config
+from common.model.writer import write_random
+from tests.bench.environment import facts
 from tests.e2e.harness import Cluster
+from tests.oracle.reference import Reference
 
 PROMPT_TOKENS = 16
-REPEATS = 5
+REPEATS = 3
+# The small one shows what processes and messages cost, the medium one what is left of that when experts have real work.
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "medium": {
+        "hidden_size": 1024, "moe_intermediate_size": 1024, "intermediate_size": 2048,
+        "q_lora_rank": 256, "kv_lora_rank": 128, "num_attention_heads": 8, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+Rate = tuple[list[float], str]
 
 
 def prompts_for(batch: int, vocab_size: int) -> list[list[int]]:
@@ -39,11 +53,11 @@ def cluster_rate(cluster: Cluster, prompts: list[list[int]], tokens: int) -> lis
     return rates[1:]  # the first is a warm-up
 
 
-def transformers_rate(model, prompts: list[list[int]], tokens: int) -> tuple[list[float], int]:
-    """Rates at the better of 1 and 2 threads, and that number of threads."""
-    best: tuple[list[float], int] = ([0.0], 0)
+def transformers_rate(models: dict[str, Any], prompts: list[list[int]], tokens: int) -> Rate:
+    """The best of both expert implementations and of 1 and 2 threads, by median."""
+    best: Rate = ([0.0], "")
     batch = torch.tensor(prompts)
-    for threads in (1, 2):
+    for (name, model), threads in itertools.product(models.items(), (1, 2)):
         torch.set_num_threads(threads)
         rates = []
         for _ in range(REPEATS + 1):
@@ -54,51 +68,59 @@ def transformers_rate(model, prompts: list[list[int]], tokens: int) -> tuple[lis
             )  # fmt: skip
             rates.append((out.numel() - batch.numel()) / (time.perf_counter() - started))
         if median(rates[1:]) > median(best[0]):
-            best = rates[1:], threads
+            best = rates[1:], f"{name} experts, {threads} threads"
     return best
+
+
+def load_transformers(checkpoint: Path) -> dict[str, Any]:
+    """transformers' model in fp32 with eager experts, and with its own choice."""
+    from transformers import AutoModelForCausalLM  # takes seconds to import
+
+    scratch = Path(tempfile.mkdtemp())
+    eager = Reference(checkpoint, scratch).model
+    own = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32).eval()
+    return {"eager": eager, "default": own}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="checkpoint (default: a random one of --size)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="width 128 or 1024 (small)")
     parser.add_argument("--concurrency", default="1,16")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument(
+        "--cluster", default="--nodes 1 --attention 1 --microbatches 1",
+        help="options of atoll up (one node, one attention worker and one micro-batch suit two cores)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.model is None:
+        args.model = Path(tempfile.mkdtemp()) / f"{args.size}-random"
+        write_random(args.model, small_config() | SIZES[args.size], storage="BF16")
     sizes = [int(n) for n in args.concurrency.split(",")]
-    from tests.oracle.reference import load_reference  # transformers takes seconds to import
-
-    reference = load_reference(args.model)
-    vocab_size = reference.config.vocab_size
-    rows = []
+    models = load_transformers(args.model)
+    vocab_size = models["eager"].config.vocab_size
+    rows: list[dict[str, object]] = []
+    options = ["--wire", "fp32", *args.cluster.split()]
     for size in sizes:
         prompts = prompts_for(size, vocab_size)
-        theirs, threads = transformers_rate(reference, prompts, args.tokens)
-        with Cluster(
-            "--model", str(args.model), "--wire", "fp32", "--microbatches", str(args.microbatches)
-        ) as cluster:
+        theirs, how = transformers_rate(models, prompts, args.tokens)
+        with Cluster("--model", str(args.model), *options) as cluster:
             ours = cluster_rate(cluster, prompts, args.tokens)
         rows.append(
             {
                 "concurrency": size, "ours": median(ours), "ours_min": min(ours), "ours_max": max(ours),
-                "transformers": median(theirs), "transformers_threads": threads,
+                "transformers": median(theirs), "transformers_best": how,
                 "ratio": median(ours) / median(theirs),
             }
         )  # fmt: skip
         print(f"concurrency {size:3}: ours {median(ours):7.1f} tokens/s, transformers {median(theirs):7.1f}"
-              f" ({threads} threads), ratio {rows[-1]['ratio']:.2f}", flush=True)  # fmt: skip
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    report = {
-        "commit": commit, "date": datetime.now(UTC).date().isoformat(), "cpu": platform.processor(),
-        "torch": torch.__version__, "model": args.model.name, "microbatches": args.microbatches, "rows": rows,
-    }  # fmt: skip
+              f" ({how}), ratio {rows[-1]['ratio']:.2f}", flush=True)  # fmt: skip
+    layout = {"model": args.model.name, "cluster": options}
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        args.out.write_text(json.dumps(facts() | layout | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from common.ids import ProcessId, Role
 from common.transport.base import Hello
 from common.transport.environment import set_ucx_environment
 from common.wire.header import Header, Kind
+from tests.bench.environment import facts
 
 SIZES = (64, 4096, 65536, 1 << 20)
 WINDOW = 64
@@ -390,7 +391,9 @@ def main():
     if options.json:
         options.json.write_text(
             json.dumps(
-                {"results": results, "idle_percent": idle, "idle_processes": options.idle}, indent=1
+                facts()
+                | {"results": results, "idle_percent": idle, "idle_processes": options.idle},
+                indent=1,
             )
         )
 

@@ -1,0 +1,117 @@
+"""README's figures from the committed results: `python -m tests.bench.report` rewrites them, a test compares.
+
+A section of README.md lies between `<!-- name -->` and `<!-- /name -->`; nothing in it is typed by hand.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+ORACLE = ROOT / "tests" / "oracle" / "results.json"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def where(facts: dict[str, Any]) -> str:
+    """The line under a table: what it was measured on."""
+    return (
+        f"{facts['cores']} cores of an {facts['cpu']} shared with other work (load {facts['load']}), "
+        f"torch {facts['torch']}, "
+        f"commit {facts['commit']}, {facts['date']}."
+    )
+
+
+def oracle() -> str:
+    """What the whole cross of the oracle saw."""
+    result = read(ORACLE)
+    runs, whole = result["runs"], result["whole_cross"]
+    identical = sum(run["identical"] for run in runs)
+    return (
+        f"`{whole['command']}`, commit {whole['commit']}, {whole['date']}: {whole['clusters_passed']} clusters "
+        f"(15 random checkpoints x 16 layouts), each with one request alone and eight at once, all passed. The "
+        f"pairwise cover that `make test` runs, commit {result['commit']}: {len(runs)} clusters, "
+        f"{result['continuations']} continuations of 64 tokens, {identical} identical, {result['excused']} excused "
+        f"as near-ties; every expert got rows."
+    )
+
+
+def cluster() -> str:
+    """Start-up and idle."""
+    facts = read(RESULTS / "cluster.json")
+    lines = ["| experts | processes | ready after, s | idle, % of one core |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['experts']} | {r['processes']} | {r['ready_s']} | {r['idle_percent_of_a_core']} |"
+        for r in facts["rows"]
+    ]
+    return "\n".join([*lines, "", f"`python -m tests.bench.cluster`: {where(facts)}"])
+
+
+def serving() -> str:
+    """Tokens per second against transformers."""
+    lines = [
+        "| checkpoint | concurrency | ours, tokens/s | transformers, tokens/s (best of) | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    notes = []
+    for path in sorted(RESULTS.glob("serving-*.json")):
+        facts = read(path)
+        lines += [
+            f"| {facts['model']} | {r['concurrency']} | {r['ours']:.0f} | {r['transformers']:.0f} "
+            f"({r['transformers_best']}) | {r['ratio']:.2f} |"
+            for r in facts["rows"]
+        ]
+        notes.append(f"{facts['model']}: {where(facts)}")
+    return "\n".join([*lines, "", "`python -m tests.bench.serving`. " + " ".join(notes)])
+
+
+def transport() -> str:
+    """Messages against asyncio streams and pyzmq; ratios above 1 are in our favour."""
+    facts = read(RESULTS / "transport.json")
+    ours = facts["results"]["atoll"]
+    others = [name for name in facts["results"] if name != "atoll"]
+    lines = [
+        "| bytes | round trip, us | messages/s | CPU us to send / receive | "
+        + " | ".join(f"faster round trip than {n} | more messages than {n}" for n in others) + " |",
+        "|---" * (4 + 2 * len(others)) + "|",
+    ]  # fmt: skip
+    for size, row in ours.items():
+        cells = [
+            f"{facts['results'][n][size]['p50_us'] / row['p50_us']:.2f} | "
+            f"{row['messages_per_s'] / facts['results'][n][size]['messages_per_s']:.2f}"
+            for n in others
+        ]
+        lines.append(
+            f"| {size} | {row['p50_us']:.0f} | {row['messages_per_s']:.0f} "
+            f"| {row['send_cpu_us']:.0f} / {row['receive_cpu_us']:.0f} | {' | '.join(cells)} |"
+        )
+    idle = f"{facts['idle_processes']} connected idle processes: {facts['idle_percent']:.2f} % of one core together."
+    return "\n".join([*lines, "", f"`python -m tests.bench.transport`: {where(facts)} {idle}"])
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "oracle": oracle,
+    "cluster": cluster,
+    "serving": serving,
+    "transport": transport,
+}
+
+
+def render(text: str) -> str:
+    """README with every section made anew."""
+    for name, make in SECTIONS.items():
+        before, opening, rest = text.partition(f"<!-- {name} -->\n")
+        _, closing, after = rest.partition(f"<!-- /{name} -->")
+        assert opening, f"README has no section {name}"
+        assert closing, f"README's section {name} does not end"
+        text = before + opening + make() + "\n" + closing + after
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))

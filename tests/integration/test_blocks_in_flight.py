@@ -1,0 +1,116 @@
+"""What happens to blocks on their way: any order of arrival, lost workers, silent workers. The services are real."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import AtollError
+from common.ids import ProcessId, Role
+from tests.inproc_cluster import InprocCluster, inproc_cluster
+from tests.oracle.configs import CONFIGS
+from tests.oracle.reference import build_checkpoint
+
+TOKENS = list(range(2, 42))
+LAYOUT = {"nodes": 3, "attention": 1, "wire": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    return build_checkpoint(tmp_path_factory.getbasetemp() / "in-flight", CONFIGS[0])
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory) -> torch.Tensor:
+    async def main() -> torch.Tensor:
+        async with inproc_cluster(model, tmp_path_factory.mktemp("run"), **LAYOUT) as cluster:
+            return await cluster.logits(TOKENS)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_bit_depends_on_the_order_of_arrival(model, expected, tmp_path, seed):
+    def scramble(sender, receiver, random):
+        return random.randrange(0, 5000)
+
+    async def main() -> torch.Tensor:
+        async with inproc_cluster(model, tmp_path, seed=seed, script=scramble, **LAYOUT) as cluster:
+            return await cluster.logits(TOKENS)
+
+    assert torch.equal(asyncio.run(main()), expected)
+
+
+async def crash_while_it_owes(cluster: InprocCluster, victim: ProcessId, owes) -> torch.Tensor:
+    """Run a forward pass, crash `victim` at the first moment when it owes something, start its successor."""
+    step = asyncio.ensure_future(cluster.logits(TOKENS))
+    while not owes():
+        assert not step.done(), f"{victim} never owed a block"
+        await asyncio.sleep(0)
+    cluster.crash(victim)
+    await asyncio.sleep(0.02)
+    assert not step.done()
+    await cluster.start(victim)
+    return await asyncio.wait_for(step, 20)
+
+
+@pytest.mark.parametrize("expert", [0, 5, 15])
+def test_a_crashed_expert_costs_no_bit(model, expected, tmp_path, expert):
+    async def main() -> tuple[torch.Tensor, int]:
+        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **LAYOUT) as cluster:
+            outboxes = [r.flow.experts.get(expert) for r in cluster.of(Role.ROUTER)]
+            (outbox,) = [box for box in outboxes if box is not None]
+            logits = await crash_while_it_owes(
+                cluster, ProcessId(Role.EXPERT, expert), lambda: len(outbox) > 0
+            )
+            return logits, outbox.num_resent
+
+    logits, num_resent = asyncio.run(main())
+    assert torch.equal(logits, expected)
+    assert num_resent >= 1
+
+
+@pytest.mark.parametrize("router", [0, 1])
+def test_a_crashed_router_costs_no_bit(model, expected, tmp_path, router):
+    """Router 0 serves the attention worker, router 1 another node; whoever asked them asks their successors again."""
+
+    async def main() -> torch.Tensor:
+        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **LAYOUT) as cluster:
+            (attention,) = cluster.of(Role.ATTENTION)
+            source = cluster.of(Role.ROUTER)[0]
+            outbox = attention.moe.outbox if router == 0 else source.flow.routers[1]
+            return await crash_while_it_owes(
+                cluster, ProcessId(Role.ROUTER, router), lambda: len(outbox) > 0
+            )
+
+    assert torch.equal(asyncio.run(main()), expected)
+
+
+@pytest.mark.parametrize("expert", [1, 12])  # on the source's node, and on another
+def test_a_silent_expert_is_named_with_layer_and_microbatch(model, tmp_path, expert):
+    async def main() -> None:
+        async with inproc_cluster(model, tmp_path, block_deadline_s=0.4, **LAYOUT) as cluster:
+            silent = cluster.services[ProcessId(Role.EXPERT, expert)]
+            silent.batcher.add = lambda layer, call: call.item[2].release()
+            with pytest.raises(
+                AtollError, match=rf"expert-{expert} within 0\.4 s \(layer \d, micro-batch 0"
+            ):
+                await cluster.logits(TOKENS)
+            assert all(r.flow.num_in_flight == 0 for r in cluster.of(Role.ROUTER))
+
+    asyncio.run(main())
+
+
+def test_buffers_come_back(model, tmp_path):
+    async def main() -> None:
+        async with inproc_cluster(model, tmp_path, **LAYOUT) as cluster:
+            await cluster.logits(TOKENS)
+            await asyncio.sleep(0.05)
+            outstanding = {
+                str(p): s.transport.pool.outstanding for p, s in cluster.services.items()
+            }
+        assert not any(outstanding.values()), outstanding
+
+    asyncio.run(main())
