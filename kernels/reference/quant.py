@@ -41,9 +41,8 @@ def dequantise(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if width % BLOCK:
         columns = scales.repeat_interleave(BLOCK, dim=1)[:, :width]
         return (rows.float() * columns).to(dtype)
-    blocks = rows.float().view(
-        num_rows, -1, BLOCK
-    )  # a view instead of a gather: a third of the time for few rows
+    # a view instead of a gather: a third of the time for few rows
+    blocks = rows.float().view(num_rows, width // BLOCK, BLOCK)
     return blocks.mul_(scales.unsqueeze(-1)).view(num_rows, width).to(dtype)
 
 

@@ -1,6 +1,7 @@
-"""Test modules of this folder share `ffn_cases` and `markers` by name."""
+"""Test modules of this folder share `ffn_cases`, `markers` and `kernel_report` by name."""
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]

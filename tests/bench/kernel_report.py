@@ -1,6 +1,6 @@
-"""The README's table of kernels, made from the results files: `python -m kernels.report` prints it.
+"""The README's table of kernels, made from the results files: `python tests/bench/kernel_report.py` prints it.
 
-A test renders it again and compares, so that the README cannot say what no file says.
+The README holds it between `<!-- kernels -->` and `<!-- /kernels -->`; a test renders it again and compares.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[2] / "kernels" / "results"
 HEAD = "| kernel | rows | shape | {cards} |\n|---|---|---|{lines}|"
 
 
@@ -59,7 +59,9 @@ def summary(results: list[dict[str, Any]]) -> str:
         )
     lines.append(
         "Each cell: device time of a replayed CUDA graph (median), floor / time, and the peer's time / ours. Floors "
-        "count every byte once; peers are named in kernels/results/*.json."
+        "count every byte once, at the ceilings measured in the same run; where a product beats the measured FP8 "
+        "ceiling (cards lower their clocks under load), the share exceeds 100 %. Peers are named in "
+        "kernels/results/*.json."
     )
     return "\n".join(lines)
 

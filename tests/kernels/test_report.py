@@ -1,0 +1,67 @@
+"""The results files hold what is promised, and the table says what they say."""
+
+import json
+from pathlib import Path
+
+import kernel_report as report
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+RESULTS = report.load()
+EXPERTS = [
+    ("expert_ffn", {"rows": rows, "width": 7168, "hidden": hidden})
+    for hidden in (2048, 18432)
+    for rows in (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+]
+WANTED = [
+    *EXPERTS,
+    *((op, {"rows": rows, "width": 7168}) for op in ("quant", "pack") for rows in (128, 4096)),
+    *(("combine", {"rows": rows, "width": 7168, "top_k": 8}) for rows in (128, 4096)),
+    ("gate", {"rows": 128, "experts": 256}),
+    ("mla_decode", {"rows": 64, "context": 4096, "heads": 128}),
+]
+
+
+def found(result, op, shape):
+    return [r for r in result["records"] if r["op"] == op and shape.items() <= r["shape"].items()]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: r["card"])
+def test_every_promised_size_is_measured_and_right(result):
+    assert {"commit", "card", "driver", "torch", "triton", "date", "ceilings"} <= result.keys()
+    for op, shape in WANTED:
+        records = found(result, op, shape)
+        assert records, f"no {op} {shape}"
+        for record in records:
+            assert record["us"] > 0
+            assert record["floor_us"] > 0 or op == "gate"  # a gate's floor is launch latency
+            assert record["peer_us"] > 0
+            assert record["error"] < 0.04  # false for NaN; an FP8 cache is the coarsest
+
+
+def test_both_cards_are_there():
+    assert [r["card"] for r in RESULTS] == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+
+
+def test_the_table_has_a_row_for_every_record_and_the_files_numbers():
+    lines = report.table(RESULTS).splitlines()
+    shapes = {(r["op"], json.dumps(r["shape"])) for result in RESULTS for r in result["records"]}
+    assert len(lines) == 2 + len(shapes)
+    record = found(RESULTS[0], "expert_ffn", {"rows": 16, "hidden": 18432})[0]
+    row = next(line for line in lines if line.startswith("| expert_ffn | 16 | hidden 18432 |"))
+    assert f"{record['us']:.1f} us" in row
+    assert f"{record['peer_us'] / record['us']:.2f}x" in row
+
+
+def test_a_failure_is_a_gap_and_not_a_number():
+    shape = {"rows": 1, "width": 2}
+    failed = {"op": "quant", "shape": shape, "us": None, "floor_us": 1.0, "peer_us": 2.0}
+    assert report.table([{"card": "X", "records": [failed]}]).endswith("| quant | 1 |  | - |")
+
+
+def test_the_readme_says_what_the_files_say():
+    text = README.read_text() if README.exists() else ""
+    if "<!-- kernels -->\n" not in text:
+        pytest.skip("the README has no table of kernels")
+    between = text.split("<!-- kernels -->")[1].split("<!-- /kernels -->")[0].strip()
+    assert between == report.summary(RESULTS).strip()
