@@ -52,8 +52,15 @@ class Outbox:
             self.drop(header.block)
             raise
 
+    def owed(self, block: int) -> Call | None:
+        """The message that waits for the answer about `block`, None when nothing is owed (drop that answer)."""
+        return self._calls.get(block)
+
     def settle(self, block: int) -> Call | None:
-        """The answer for `block` is in: forget the message. None when nothing was owed (drop that answer)."""
+        """The answer for `block` is in and good: forget the message. None when nothing was owed.
+
+        Only after the answer was checked: a malformed one closes its link, and the next link is asked again.
+        """
         call = self._calls.pop(block, None)
         if call is not None:
             call.payload.release()

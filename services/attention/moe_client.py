@@ -101,19 +101,19 @@ class MoeClient:
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Take an answer; one that nobody waits for is dropped."""
         try:
-            self.outbox.settle(header.block)
-            pending = self._pending.pop(header.block, None)
-            if pending is None or pending.future.done():
+            pending = self._pending.get(header.block)
+            if pending is None:
                 self.times.late += 1
             elif header.kind is Kind.COMBINED:
-                self._count(header, pending)
                 rows = read_rows(payload, pending.num_rows, self.width, RowType.FP32, "COMBINED")
-                pending.future.set_result(rows.clone())
+                self._settle(header.block)
+                self._count(header, pending)
+                if not pending.future.done():
+                    pending.future.set_result(rows.clone())
             else:
-                sentence = (
-                    "" if payload is None else payload.array.tobytes().decode("utf-8", "replace")
-                )
-                pending.future.set_exception(Retryable(f"{link.peer.process}: {sentence}"))
+                text = b"" if payload is None else payload.array.tobytes()
+                sentence = text.decode("utf-8", "replace")
+                self._fail(header.block, Retryable(f"{link.peer.process}: {sentence}"))
         finally:
             if payload is not None:
                 payload.release()
@@ -131,10 +131,13 @@ class MoeClient:
             )
 
     def _fail(self, block: int, error: AtollError) -> None:
-        self.outbox.drop(block)
-        pending = self._pending.pop(block, None)
+        pending = self._settle(block)
         if pending is not None and not pending.future.done():
             pending.future.set_exception(error)
+
+    def _settle(self, block: int) -> _Pending | None:
+        self.outbox.settle(block)
+        return self._pending.pop(block, None)
 
     def _count(self, header: Header, pending: _Pending) -> None:
         times = self.times

@@ -237,13 +237,15 @@ class Dataflow:
     # ---- answers -------------------------------------------------------------------------------
 
     def _on_expert_out(self, worker: int, header: Header, payload: Buffer | None) -> None:
-        owed = self.experts[worker].settle(header.block)
+        outbox = self.experts[worker]
+        owed = outbox.owed(header.block)
         work = self._works.get(header.block)
         if owed is None or work is None or worker not in work.waiting:
             self.counters.late += 1
             return
         row_type = EXPERT_OUT_ROWS[work.request.wire]
         rows = read_rows(payload, owed.header.num_rows, work.request.width, row_type, "EXPERT_OUT")
+        outbox.settle(header.block)
         if work.arrived(worker, header, rows):
             del self._works[header.block]
             self._finish_work(work)
@@ -266,13 +268,15 @@ class Dataflow:
             )
 
     def _on_partial(self, node: int, header: Header, payload: Buffer | None) -> None:
-        owed = self.routers[node].settle(header.block)
+        outbox = self.routers[node]
+        owed = outbox.owed(header.block)
         source = self._sources.get(header.block)
         if owed is None or source is None or node in source.partials:
             self.counters.late += 1
             return
         row_type = PARTIAL_ROWS[source.request.wire]
         rows = read_rows(payload, owed.header.num_rows, source.request.width, row_type, "PARTIAL")
+        outbox.settle(header.block)
         source.timing.include(header)
         self._take_partial(source, node, rows.clone())  # the buffer goes back to the pool
 
