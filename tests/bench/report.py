@@ -33,7 +33,7 @@ def oracle() -> str:
     identical = sum(run["identical"] for run in runs)
     return (
         f"`{whole['command']}`, commit {whole['commit']}, {whole['date']}: {whole['clusters_passed']} clusters "
-        f"(15 random checkpoints x 16 layouts), each with one request alone and eight at once, all passed. The "
+        f"(every random checkpoint under every layout), each with one request alone and eight at once, all passed. The "
         f"pairwise cover that `make test` runs, commit {result['commit']}: {len(runs)} clusters, "
         f"{result['continuations']} continuations of 64 tokens, {identical} identical, {result['excused']} excused "
         f"as near-ties; every expert got rows."
