@@ -2,7 +2,7 @@
 
     [cluster]   name, wire, epoch, run_dir, secret_file, device
     [model]     path, served_name, cache_dir
-    [placement] experts_per_gpu
+    [placement] experts_per_gpu, plan
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
     [limits]    block_deadline_s, max_payload_mb, link_window, drain_deadline_s
@@ -61,9 +61,13 @@ class ModelSection:
 
 @dataclass(frozen=True, slots=True)
 class PlacementSection:
-    """1 is Atoll's layout, more is the traditional one."""
+    """At most `experts_per_gpu` experts of a layer on a worker: 1 is Atoll's layout, more is the traditional one.
+
+    `plan` is a file of `atoll plan`; without it expert e of every layer is on worker e // experts_per_gpu.
+    """
 
     experts_per_gpu: int = _in(1, 1, 4096)
+    plan: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

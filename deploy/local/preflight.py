@@ -8,6 +8,8 @@ from pathlib import Path
 
 from common.config import LOCAL, ClusterConfig
 from common.errors import ConfigError, ModelError
+from common.model.hf_config import load_config
+from common.plan_file import cluster_plan
 
 WORKER_NBYTES = (
     12 << 20
@@ -31,6 +33,8 @@ def check(config: ClusterConfig) -> None:
         raise ConfigError(f"API key file {key_file}: no such file")
     if not config.model.path.is_dir():
         raise ModelError(f"model {config.model.path}: no such directory")
+    if config.placement.plan is not None:
+        cluster_plan(config, load_config(config.model.path))
     if config.cluster.device == "cpu":
         check_memory(config, available_nbytes())
 

@@ -10,7 +10,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.hf_config import load_config
 from common.model.loader import FfnWeights, load_expert
 from common.model.manifest import build_manifest, hash_expert
-from common.placement.cluster import cluster_plan
+from common.plan_file import cluster_plan
 from kernels.reference.ffn import ffn
 from kernels.reference.linear import pad_out
 

@@ -79,8 +79,8 @@ class Dataflow:
 
     def __post_init__(self) -> None:
         nodes = np.asarray(self.plan.nodes, np.int32)
-        for layer, workers in self.plan.workers.items():
-            self._workers_of[layer] = np.asarray(workers, np.int32)
+        for layer in self.plan.holders:
+            self._workers_of[layer] = np.asarray(self.plan.primaries(layer), np.int32)
             self._nodes_of[layer] = nodes[self._workers_of[layer]]
 
     def __repr__(self) -> str:

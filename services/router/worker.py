@@ -16,7 +16,7 @@ from common.errors import AuthError, LinkClosed
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
 from common.model.manifest import build_manifest
-from common.placement.cluster import cluster_plan
+from common.plan_file import cluster_plan
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport, tell
 from common.transport.buffers import Buffer
@@ -93,7 +93,7 @@ class RouterWorker:
     def _hello(self) -> Hello:
         return Hello(
             self.spec.id, self.spec.node, os.getpid(), self.manifest.model_hash,
-            self.config.cluster.epoch, self.config.cluster.wire,
+            self.config.cluster.epoch, self.config.cluster.wire, facts={"plan": self.plan.digest},
         )  # fmt: skip
 
     def on_open(self, link: Link) -> None:
@@ -104,6 +104,8 @@ class RouterWorker:
             self._experts[peer.index] = link
             self.flow.experts[peer.index].opened(link)
         elif peer.role is Role.ROUTER:
+            if link.peer.facts.get("plan") != self.plan.digest:
+                raise AuthError(f"{peer} has another plan than {self.spec.id} for the same epoch")
             self.flow.routers[link.peer.node].opened(link)
         elif peer.role is Role.GATEWAY:
             self._gateways.add(link)

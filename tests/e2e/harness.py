@@ -43,9 +43,10 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         ready = self.directory / "ready.json"
         started = time.monotonic()
+        port = () if "--cluster" in self.arguments else ("--port", "0")  # the file says which
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [ATOLL, "up", "--port", "0", "--ready-file", ready, *self.arguments],
+                [ATOLL, "up", *port, "--ready-file", ready, *self.arguments],
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         while not ready.exists():
