@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup check test test-oracle demo bench
+.PHONY: setup check test test-oracle test-ep256 demo bench
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,9 @@ test: setup
 
 test-oracle: setup
 	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e/test_oracle.py -m oracle --timeout 3600
+
+test-ep256: setup
+	ATOLL_EP256_RESULTS=tests/bench/results/ep256.json $(BIN)/python -m pytest tests/e2e/test_ep256.py -m ep256 -s --timeout 1200
 
 demo: setup
 	@$(BIN)/atoll demo

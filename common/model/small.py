@@ -21,8 +21,12 @@ CHAT_TEMPLATE = (
 
 
 def small_config(num_experts: int = 16) -> dict[str, Any]:
-    """config.json of the default model (16 experts) or of a tiny one with another number of experts."""
-    groups = 4 if num_experts % 4 == 0 and num_experts >= 16 else 1
+    """config.json of the default model (16 experts) or of a tiny one with another number of experts.
+
+    From 256 experts on the gate is DeepSeek-V3's: eight groups of which four are used, top-8.
+    """
+    large = num_experts >= 256 and num_experts % 8 == 0
+    groups = 8 if large else 4 if num_experts % 4 == 0 and num_experts >= 16 else 1
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -39,7 +43,7 @@ def small_config(num_experts: int = 16) -> dict[str, Any]:
         "intermediate_size": 256,
         "moe_intermediate_size": 64,
         "n_routed_experts": num_experts,
-        "num_experts_per_tok": min(4, num_experts),
+        "num_experts_per_tok": 8 if large else min(4, num_experts),
         "n_shared_experts": 1,
         "n_group": groups,
         "topk_group": max(1, groups // 2),

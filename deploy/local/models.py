@@ -16,7 +16,7 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 DEFAULT_EXPERTS = 16
 DEMO_NAME = "atoll-demo"  # its directory is called model
 MAX_RANDOM_EXPERTS = 1024
-_FORMAT = 1  # part of the cache's name: raised when the writer makes other bytes
+_FORMAT = 2  # part of the cache's name: raised when the writer makes other bytes
 _ROOT = Path(__file__).parents[2]
 _MAKE = """
 import sys

@@ -1,7 +1,8 @@
 """What the gateway counts, and the counters of every other process re-exported with its role and index."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -14,6 +15,7 @@ _TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0
 
 # Bounds on what other processes can make us export, so that a bug there cannot flood a metrics store.
 _MAX_NAMES = 64
+_MAX_LINKS = 1024  # per router
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -77,7 +79,7 @@ class GatewayMetrics:
         self._metrics.on_collect(lambda: process_metrics(processes()))
 
 
-def process_metrics(processes: Iterable[dict[str, Any]]) -> list[Metric]:
+def process_metrics(processes: Collection[dict[str, Any]]) -> list[Metric]:
     """One gauge per counter name with labels role and index; names beyond the bound are left out."""
     up = GaugeMetricFamily(
         "atoll_process_ready", "1 while the process is ready.", labels=("role", "index")
@@ -98,4 +100,31 @@ def process_metrics(processes: Iterable[dict[str, Any]]) -> list[Metric]:
                     labels=("role", "index"),
                 )
             families[name].add_metric(labels, float(value))
-    return [up, *families.values()]
+    return [up, *families.values(), *_link_metrics(processes)]
+
+
+def _link_metrics(processes: Iterable[dict[str, Any]]) -> list[Metric]:
+    """Routers' traffic per link: one gauge per figure with labels index, peer (node) and direction."""
+    families: dict[str, GaugeMetricFamily] = {}
+    for process in processes:
+        index = str(process["index"])
+        for peer, directions in _table(process["counters"].get("links"), _MAX_LINKS):
+            for direction, figures in _table(directions, 2):
+                for name, value in _table(figures, _MAX_NAMES):
+                    if isinstance(value, bool) or not isinstance(value, int | float):
+                        continue
+                    if not _NAME.fullmatch(name) or len(families) > _MAX_NAMES:
+                        continue
+                    if name not in families:
+                        families[name] = GaugeMetricFamily(
+                            f"atoll_link_{name}",
+                            f"Data-plane {name} of a router's link to another node.",
+                            labels=("index", "peer", "direction"),
+                        )
+                    families[name].add_metric((index, peer, direction), float(value))
+    return list(families.values())
+
+
+def _table(value: object, limit: int) -> list[tuple[str, Any]]:
+    """The first entries of what another process calls a table; nothing when it is none."""
+    return [(str(k), v) for k, v in islice(value.items(), limit)] if isinstance(value, dict) else []

@@ -32,29 +32,11 @@ from common.wire.blocks import (
 )
 from common.wire.header import Header, Kind, Wire
 from services.router.block import NodeWork, SourceWork, Timing
+from services.router.counters import Counters
 from services.router.plan import NodeShare, check_pairs, fan_out, split_by_node
 
 # More for another router, which watches its own experts and knows better who owes what.
 _PATIENCE_S = 0.5
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a router did since it started; counts of messages, rows and bytes of data messages."""
-
-    blocks: int = 0
-    relays: int = 0
-    rows_to_experts: int = 0
-    pairs_to_nodes: int = 0  # cross-node rows if every expert got its own copy
-    rows_to_nodes: int = 0  # cross-node rows really sent
-    messages_out: int = 0
-    messages_in: int = 0
-    bytes_out: int = 0
-    bytes_in: int = 0
-    late: int = 0  # answers nobody waited for any more
-    failed: int = 0
-    split_us: int = 0
-    combine_us: int = 0
 
 
 @dataclass(slots=True)
@@ -99,8 +81,7 @@ class Dataflow:
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Take one data message (and its payload). A bad request is answered with FAILED, not with a dead link."""
-        self.counters.messages_in += 1
-        self.counters.bytes_in += header.payload_nbytes
+        self.counters.received(header)
         try:
             if header.kind in (Kind.DISPATCH, Kind.RELAY):
                 try:
@@ -171,9 +152,6 @@ class Dataflow:
         numbers(buffer, layout.pair_rows, num_pairs, np.int32)[:] = share.pair_rows
         numbers(buffer, layout.experts, num_pairs, np.int32)[:] = share.experts
         numbers(buffer, layout.weights, num_pairs, np.float32)[:] = share.weights
-        self.counters.relays += 1
-        self.counters.rows_to_nodes += len(share.rows)
-        self.counters.pairs_to_nodes += num_pairs
         header = request.derive(
             Kind.RELAY,
             target=share.node,
@@ -181,12 +159,14 @@ class Dataflow:
             num_pairs=num_pairs,
             payload_nbytes=layout.nbytes,
         )
+        self.counters.crossed(share.node, header, num_pairs, inward=False)
         self._send(self.routers[share.node], header, buffer)
 
     def _on_relay(self, link: Link, header: Header, payload: Buffer) -> None:
         started = self.clock_ns()
         layout = relay_layout(header.num_rows, header.width, header.num_pairs, header.wire)
         check_payload("RELAY", header.payload_nbytes, layout.nbytes)
+        self.counters.crossed(link.peer.node, header, header.num_pairs, inward=True)
         pair_rows = numbers(payload, layout.pair_rows, header.num_pairs, np.int32)
         experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
         weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
@@ -276,6 +256,7 @@ class Dataflow:
             return
         row_type = PARTIAL_ROWS[source.request.wire]
         rows = read_rows(payload, owed.header.num_rows, source.request.width, row_type, "PARTIAL")
+        self.counters.crossed(node, header, owed.header.num_pairs, inward=True)
         outbox.settle(header.block)
         source.timing.include(header)
         self._take_partial(source, node, rows.clone())  # the buffer goes back to the pool
@@ -310,6 +291,8 @@ class Dataflow:
         )
         header.queue_us, header.compute_us = timing.queue_us, timing.compute_us
         header.combine_us = timing.combine_us
+        if kind is Kind.PARTIAL:
+            self.counters.crossed(link.peer.node, header, request.num_pairs, inward=False)
         self._post(link, header, buffer)
 
     # ---- failures ------------------------------------------------------------------------------
@@ -364,16 +347,14 @@ class Dataflow:
     # ---- sending -------------------------------------------------------------------------------
 
     def _send(self, outbox: Outbox, header: Header, buffer: Buffer) -> None:
-        self.counters.messages_out += 1
-        self.counters.bytes_out += header.payload_nbytes
+        self.counters.posted(header)
         outbox.send(header, buffer, self.clock_ns())
 
     def _post(self, link: Link, header: Header, buffer: Buffer) -> None:
         """Post an answer; an origin that is gone will ask again, so a closed link loses nothing."""
         try:
             link.post(header, buffer)
-            self.counters.messages_out += 1
-            self.counters.bytes_out += header.payload_nbytes
+            self.counters.posted(header)
         except LinkClosed:
             self.counters.late += 1
         finally:

@@ -8,7 +8,6 @@ wrong expert are refused at the door.
 import asyncio
 import logging
 import os
-from dataclasses import asdict
 from typing import Any
 
 from common.config import ClusterConfig
@@ -86,7 +85,8 @@ class RouterWorker:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self.flow.expire(self.config.limits.block_deadline_s)
+            if self.flow.num_in_flight:
+                self.flow.expire(self.config.limits.block_deadline_s)
 
     # ---- links ---------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class RouterWorker:
         own = ProcessStatus.of(
             self.spec.id, node=self.spec.node, pid=os.getpid(), state=state, missing=missing,
             counters={
-                **asdict(self.flow.counters), "in_flight": self.flow.num_in_flight,
+                **self.flow.counters.to_json(), "in_flight": self.flow.num_in_flight,
                 "resent": resent, "owed_by_expert": owed,
             },
         )  # fmt: skip

@@ -51,6 +51,22 @@ def cluster() -> str:
     return "\n".join([*lines, "", f"`python -m tests.bench.cluster`: {where(facts)}"])
 
 
+def ep256() -> str:
+    """256 expert processes on one machine."""
+    facts = read(RESULTS / "ep256.json")
+    costs, idle = facts["routers"], facts["idle_percent_of_a_core"]
+    saved = costs["cross_node_rows_unicast"] / costs["cross_node_rows"]
+    return (
+        f"256 expert processes, 32 routers (every pair linked), {facts['processes']['attention']} attention workers: "
+        f"ready after {facts['second_start_s']} s (first start {facts['first_start_s']} s), {facts['total_mb']} MB in "
+        f"all (sum of PSS and /dev/shm), idle at {sum(idle.values()):.1f} % of one core; {facts['identical']} of "
+        f"{facts['continuations']} concurrent continuations of {facts['tokens_each']} tokens identical to "
+        f"`transformers`. {costs['router_operations_per_block']} message operations of routers per block; "
+        f"{saved:.2f}x fewer rows crossed nodes than unicast would send.\n\n"
+        f"`{facts['command']}`: {where(facts)}"
+    )
+
+
 def serving() -> str:
     """Tokens per second against transformers."""
     lines = [
@@ -96,6 +112,7 @@ def transport() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "oracle": oracle,
     "cluster": cluster,
+    "ep256": ep256,
     "serving": serving,
     "transport": transport,
 }
