@@ -5,11 +5,12 @@
     [placement] experts_per_gpu, plan
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
-    [limits]    block_deadline_s, max_payload_mb, link_window, drain_deadline_s
-    [[nodes]]   host, attention, experts, routers, base_port   (one table per node, node id = position)
+    [limits]    block_deadline_s, max_payload_mb, link_window, start_deadline_s, watchdog_s, drain_deadline_s
+    [[nodes]]   host, attention, experts, routers, gpus, base_port   (one table per node, node id = position)
 
 Every process is named by role and index; indices count over nodes in order. A process on a node whose `host` is
-"local" listens on a Unix socket in `run_dir`, elsewhere on tcp at base_port + an offset fixed by role and index.
+"local" listens on a Unix socket in `run_dir`, elsewhere on tcp at the node's first port + an offset fixed by role and
+index. Without a base_port a node's first port follows from its node id, so that nodes may share an address.
 Relative paths are relative to the file's directory. How the TOML is read and checked is in `common/config_toml.py`.
 """
 
@@ -23,8 +24,11 @@ from common.errors import ConfigError
 from common.ids import ProcessId, Role
 
 LOCAL = "local"
-ATTENTION_PORT_OFFSET = (
-    100  # routers listen on base_port + 0.., attention workers on base_port + 100..
+ATTENTION_PORT_OFFSET = 100
+PORTS_PER_NODE = 2 * ATTENTION_PORT_OFFSET
+FIRST_PORT = 10_000  # of node 0
+NODES_OF_ONE_ADDRESS = (
+    110  # node ids that far apart share ports; up to 32000, below the ephemeral ones
 )
 MAX_UNIX_PATH = 107  # bytes, sockaddr_un without its final zero
 
@@ -94,23 +98,34 @@ class GatewaySection:
 
 @dataclass(frozen=True, slots=True)
 class LimitsSection:
-    """Deadlines and bounds of the data plane; `drain_deadline_s` is how long a stopping process may finish its work."""
+    """Deadlines and bounds of the data plane and of a process's life.
+
+    `start_deadline_s` is how long a process may load, `drain_deadline_s` how long a stopping one may finish its work;
+    one whose event loop gives no sign for `watchdog_s` is restarted.
+    """
 
     block_deadline_s: float = _in(30.0, 0.01, 3600.0)
     max_payload_mb: int = _in(256, 1, 4096)
     link_window: int = _in(64, 1, 65536)
+    start_deadline_s: float = _in(900.0, 1.0, 86400.0)
+    watchdog_s: float = _in(60.0, 1.0, 3600.0)
     drain_deadline_s: float = _in(8.0, 0.0, 3600.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One host of the cluster."""
+    """One host of the cluster. `base_port` 0 takes one by node id; `gpus` are its own, 0 means as many as are found."""
 
     host: str = LOCAL
     attention: int = _in(1, 0, 99)
     experts: int = _in(0, 0, 4096)
     routers: int = _in(1, 1, 1)
-    base_port: int = _in(7600, 1, 65535 - 2 * ATTENTION_PORT_OFFSET)
+    gpus: int = _in(0, 0, 64)
+    base_port: int = _in(0, 0, 65535 - PORTS_PER_NODE)
+
+    def first_port(self, node_id: int) -> int:
+        """Where its ports begin: routers listen on this + 0.., attention workers on this + ATTENTION_PORT_OFFSET.."""
+        return self.base_port or FIRST_PORT + PORTS_PER_NODE * (node_id % NODES_OF_ONE_ADDRESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +175,7 @@ class ClusterConfig:
             index = 0
             for node_id, node in enumerate(self.nodes):
                 for local in range(_count(node, role)):
-                    address = self._address(role, index, node, local)
+                    address = self._address(role, index, node_id, local)
                     specs.append(ProcessSpec(ProcessId(role, index), node_id, address))
                     index += 1
         specs.append(ProcessSpec(ProcessId(Role.GATEWAY, 0), 0, ""))
@@ -184,13 +199,14 @@ class ClusterConfig:
                 return spec
         raise ConfigError(f"node {node} has no router")
 
-    def _address(self, role: Role, index: int, node: Node, local: int) -> str:
+    def _address(self, role: Role, index: int, node_id: int, local: int) -> str:
+        node = self.nodes[node_id]
         if role is Role.EXPERT:
             return ""  # experts only dial out
         if node.host == LOCAL:
             return f"unix:{self.cluster.run_dir}/{role}-{index}.sock"
         offset = ATTENTION_PORT_OFFSET if role is Role.ATTENTION else 0
-        return f"tcp://{node.host}:{node.base_port + offset + local}"
+        return f"tcp://{node.host}:{node.first_port(node_id) + offset + local}"
 
 
 def _count(node: Node, role: Role) -> int:

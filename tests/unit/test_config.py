@@ -120,12 +120,12 @@ def test_mistake_names_file_line_and_key(tmp_path, old, new, sentence):
         ('[model]\npath = "m"\n[[nodes]]\nexperts = 1\nattention = 0\n', "an attention worker"),
         ('[[nodes]]\nexperts = 1\n[model]\npath = "~nobody-here/m"\n', "must be a path"),
         (
-            '[model]\npath = "m"\n' + '[[nodes]]\nhost = "a"\nexperts = 1\n' * 2,
+            '[model]\npath = "m"\n' + '[[nodes]]\nhost = "a"\nexperts = 1\nbase_port = 7600\n' * 2,
             "2 processes would listen on tcp://a:7600",
         ),
         (
-            '[model]\npath = "m"\n[gateway]\nhost = "a"\nport = 7700\n[[nodes]]\nhost = "a"\nexperts = 1\n',
-            "2 processes would listen on tcp://a:7700",
+            '[model]\npath = "m"\n[gateway]\nhost = "a"\nport = 10100\n[[nodes]]\nhost = "a"\nexperts = 1\n',
+            "2 processes would listen on tcp://a:10100",
         ),
         (
             f'[model]\npath = "m"\n[cluster]\nrun_dir = "/{"x" * 100}"\n[[nodes]]\nexperts = 1\n',
