@@ -1,6 +1,6 @@
 """One TOML describes a cluster; this file turns it into one frozen tree. Nothing else reads configuration.
 
-    [cluster]   name, wire, epoch, run_dir, secret_file, device
+    [cluster]   name, wire, epoch, run_dir, secret_file, device, trace_events
     [model]     path, served_name, cache_dir
     [placement] experts_per_gpu, plan
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
@@ -52,6 +52,9 @@ class ClusterSection:
     run_dir: Path = Path("/run/atoll")
     secret_file: Path | None = None  # default: run_dir/secret
     device: str = _one_of("cpu", "cpu", "cuda")
+    trace_events: int = _in(
+        0, 0, 1 << 24
+    )  # spans that each process keeps for its trace file; 0: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,13 @@ def launch(
     arguments: argparse.Namespace,
     options: Options,
     on_ready: Callable[[str], Awaitable[int]] | None = None,
+    *,
+    adapt: Callable[[ClusterConfig], ClusterConfig] | None = None,
 ) -> int:
-    """Check, then run the described cluster. Raises Rejected before anything was started."""
+    """Check, then run the described cluster. Raises Rejected before anything was started.
+
+    `adapt` may change what was described.
+    """
     if options.ready_file is not None and not options.ready_file.absolute().parent.is_dir():
         raise ConfigError(f"--ready-file {options.ready_file}: no such directory")
     described = _from_file(arguments) if arguments.cluster is not None else None
@@ -89,6 +94,8 @@ def launch(
     run_dir = open_run_dir(requested)
     try:
         config = described or _from_options(arguments, run_dir)
+        if adapt is not None:
+            config = adapt(config)
         if config.cluster.secret_file is None:
             run_dir.write_secret()
         preflight.check(config)

@@ -92,6 +92,7 @@ async def inproc_cluster(
     seed: int = 0,
     script: Script | None = None,
     block_deadline_s: float = 30.0,
+    trace_events: int = 0,
     **layout: Any,
 ) -> AsyncIterator[InprocCluster]:
     """Start every service of a local cluster (`layout` as for `common.config.local_cluster`) and wait until ready."""
@@ -101,7 +102,10 @@ async def inproc_cluster(
         "wire": "fp32", "port": 0,
     }  # fmt: skip
     config = local_cluster(model, **(defaults | layout), run_dir=run_dir)
-    config = replace(config, limits=replace(config.limits, block_deadline_s=block_deadline_s))
+    config = replace(
+        config, limits=replace(config.limits, block_deadline_s=block_deadline_s),
+        cluster=replace(config.cluster, trace_events=trace_events),
+    )  # fmt: skip
     fabric = InprocFabric(seed, script=script)
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.obs.trace import Recorder
 from services.attention.batch import ForwardBatch, Span
 from services.attention.latent_cache import LatentCache
 from services.attention.model import AttentionModel
@@ -40,7 +41,8 @@ class Lane:
     cache: LatentCache
     moe: MoeClient
     times: StepTimes
-    clock_ns: Callable[[], int] = time.perf_counter_ns
+    trace: Recorder | None = None
+    clock_ns: Callable[[], int] = time.monotonic_ns
 
     async def forward(self, slices: list[Slice], *, all_rows: bool = False) -> Tensor:
         """Run the tokens of a step; their latents are in the cache afterwards.
@@ -52,30 +54,55 @@ class Lane:
         batch = self.model.batch([_span(piece) for piece in slices], self.cache)
         hidden = await self._forward(batch)
         rows = torch.arange(batch.num_rows) if all_rows else batch.last_rows
+        before_head = self.clock_ns()
         logits = self.model.logits(hidden, rows)
+        ended = self.clock_ns()
         self.times.steps += 1
         self.times.tokens += batch.num_rows
-        self.times.step_us += (self.clock_ns() - started) // 1000
+        self.times.step_us += (ended - started) // 1000
+        if self.trace is not None:
+            num_prompt = sum(piece.count for piece in slices if piece.sequence.in_prefill)
+            self._span("step", 0, num_prompt, started, ended, batch.num_rows)
+            self._span("head", 0, 0, before_head, ended, batch.num_rows)
         return logits
+
+    def _span(self, name: str, block: int, layer: int, start: int, end: int, count: int) -> None:
+        if self.trace is not None:
+            self.trace.span(name, block, layer, self.index, start, end, count)
 
     async def _forward(self, batch: ForwardBatch) -> Tensor:
         model, times, clock, n = self.model, self.times, self.clock_ns, batch.num_rows
+        trace, lane = self.trace, self.index
         hidden = model.embed(batch)
         for layer in range(model.config.num_layers):
             t0 = clock()
             hidden, x = model.attend(layer, hidden, batch, self.cache)
             if model.is_dense(layer):
                 hidden = hidden + model.dense_mlp(layer, x)
-                times.attention_us += (clock() - t0) // 1000
+                t1 = clock()
+                times.attention_us += (t1 - t0) // 1000
+                if trace is not None:
+                    trace.span("attention", 0, layer, lane, t0, t1, n)
                 continue
             experts, weights = model.gate(layer, x)
-            answer = self.moe.dispatch(layer, self.index, x[:n], experts[:n], weights[:n])
+            block = self.moe.next_block
             t1 = clock()
+            answer = self.moe.dispatch(layer, lane, x[:n], experts[:n], weights[:n])
+            t2 = clock()
             shared = model.shared_expert(layer, x)
+            t3 = clock()
             times.layers += 1
-            times.attention_us += (t1 - t0) // 1000
-            times.shared_us += (clock() - t1) // 1000
-            hidden = model.add_experts(hidden, await answer, shared)
+            times.attention_us += (t2 - t0) // 1000
+            times.shared_us += (t3 - t2) // 1000
+            if trace is not None:
+                trace.span("attention", block, layer, lane, t0, t1, n)
+                trace.span("pack", block, layer, lane, t1, t2, n)
+                trace.span("shared", block, layer, lane, t2, t3, n)
+            routed = await answer
+            t4 = clock()
+            hidden = model.add_experts(hidden, routed, shared)
+            if trace is not None:
+                trace.span("add", block, layer, lane, t4, clock(), n)
         return hidden
 
 

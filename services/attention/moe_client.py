@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from common.errors import AtollError, DeadlineExceeded, Retryable
+from common.obs.trace import Recorder
 from common.tensors import numbers, read_rows, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
@@ -55,6 +56,7 @@ class MoeClient:
     epoch: int
     pool: BufferPool
     deadline_s: float
+    trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
     times: HopTimes = field(default_factory=HopTimes)
     outbox: Outbox = field(default_factory=lambda: Outbox("the router"))
@@ -65,6 +67,11 @@ class MoeClient:
         # a restarted worker must never take an answer that was meant for its predecessor
         incarnation = int.from_bytes(os.urandom(2), "little")
         self._next_block = self.worker << 48 | incarnation << 32
+
+    @property
+    def next_block(self) -> int:
+        """Id of the block that `dispatch` will post next."""
+        return self._next_block
 
     def dispatch(
         self, layer: int, microbatch: int, rows: Tensor, experts: Tensor, weights: Tensor
@@ -140,10 +147,14 @@ class MoeClient:
         return self._pending.pop(block, None)
 
     def _count(self, header: Header, pending: _Pending) -> None:
-        times = self.times
+        times, now = self.times, self.clock_ns()
         times.blocks += 1
         times.rows += pending.num_rows
-        times.round_trip_us += (self.clock_ns() - pending.posted_ns) // 1000
+        times.round_trip_us += (now - pending.posted_ns) // 1000
+        if self.trace is not None:
+            self.trace.span(
+                "answer", header.trace, header.layer, header.microbatch, now, now, pending.num_rows
+            )
         times.queue_us += header.queue_us
         times.compute_us += header.compute_us
         times.combine_us += header.combine_us

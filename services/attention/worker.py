@@ -14,6 +14,7 @@ from typing import Any
 from common.config import ClusterConfig
 from common.errors import AtollError, LinkClosed, Retryable, WireError
 from common.ids import Role
+from common.obs.trace import open_recorder
 from common.request import FinishReason, Request, TokenEvent
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport, tell
@@ -42,6 +43,7 @@ class AttentionWorker:
         self.spec = config.process(Role.ATTENTION, index)
         self.transport = transport or open_transport(config)
         self.draining = False
+        self.trace = open_recorder(config, self.spec)
         self.times = StepTimes()
         self._lanes: list[Lane] = []
         self._work: list[asyncio.Event] = []
@@ -53,6 +55,7 @@ class AttentionWorker:
         self.moe = MoeClient(
             self.spec.id.index, self.resident.config.hidden_size, Wire.parse(self.config.cluster.wire),
             self.config.cluster.epoch, self.transport.pool, self.config.limits.block_deadline_s + _PATIENCE_S,
+            trace=self.trace,
         )  # fmt: skip
         self.requests = Requests(
             self.resident.scheduler(self.config),
@@ -61,7 +64,9 @@ class AttentionWorker:
         )
         for lane in range(self.config.attention.microbatches):
             self._lanes.append(
-                Lane(lane, self.resident.model, self.resident.cache, self.moe, self.times)
+                Lane(
+                    lane, self.resident.model, self.resident.cache, self.moe, self.times, self.trace
+                )
             )
             self._work.append(asyncio.Event())
             tasks.create_task(self._run_lane(lane), name=f"lane {lane}")
@@ -81,6 +86,8 @@ class AttentionWorker:
     async def stop(self) -> None:
         """Close the links."""
         await self.transport.close()
+        if self.trace is not None:
+            self.trace.write()
 
     # ---- lanes ---------------------------------------------------------------------------------
 
@@ -99,7 +106,12 @@ class AttentionWorker:
             except AtollError as exc:
                 self._send(self.requests.failed(slices, str(exc)))
             else:
+                started = time.monotonic_ns()
                 self._send(self.requests.advance(slices, logits, all_rows=all_rows))
+                if self.trace is not None:
+                    self.trace.span(
+                        "sample", 0, 0, index, started, time.monotonic_ns(), len(slices)
+                    )
             self._admit()
 
     def _admit(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from common.config import ClusterConfig
 from common.errors import AtollError, LinkClosed, WireError
 from common.ids import Role
+from common.obs.trace import open_recorder
 from common.status import ProcessStatus, State, status_frame
 from common.tensors import write_rows
 from common.transport.base import Hello, Link, Transport
@@ -43,6 +44,7 @@ class ExpertWorker:
         self.spec = config.process(Role.EXPERT, index)
         self.transport = transport or open_transport(config)
         self.state = State.STARTING
+        self.trace = open_recorder(config, self.spec)
         self.counters = {
             "calls": 0,
             "rows": 0,
@@ -72,6 +74,8 @@ class ExpertWorker:
     async def stop(self) -> None:
         """Close the links."""
         await self.transport.close()
+        if self.trace is not None:
+            self.trace.write()
 
     def _hello(self) -> Hello:
         facts = {
@@ -147,9 +151,14 @@ class ExpertWorker:
         self._schedule()
 
     def _answer_all(self, calls: list[Call], outputs: list[torch.Tensor], started_ns: int) -> None:
-        compute_us = (time.monotonic_ns() - started_ns) // 1000
+        ended_ns = time.monotonic_ns()
+        compute_us = (ended_ns - started_ns) // 1000
         for call, rows in zip(calls, outputs, strict=True):
             link, header, _ = call.item
+            if self.trace is not None:
+                place = header.trace, header.layer, header.microbatch
+                self.trace.span("queue", *place, call.since_ns, started_ns, len(calls))
+                self.trace.span("compute", *place, started_ns, ended_ns, len(calls))
             queue_us = (started_ns - call.since_ns) // 1000
             self._answer(link, header, rows, queue_us, compute_us)
         self.counters["batches"] += 1

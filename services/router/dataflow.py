@@ -14,6 +14,7 @@ import torch
 
 from common.errors import AtollError, DeadlineExceeded, LinkClosed, WireError
 from common.ids import Role
+from common.obs.trace import Recorder
 from common.placement.plan import Plan
 from common.tensors import TORCH_DTYPES, RowPick, numbers, read_rows, write_rows
 from common.transport.base import Link
@@ -50,6 +51,7 @@ class Dataflow:
     experts: dict[int, Outbox]  # by worker index: the workers of this node
     routers: dict[int, Outbox]  # by node id: the other nodes' routers
     answer_rows: RowType = RowType.FP32  # compute dtype of the attention workers' device
+    trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
     counters: Counters = field(default_factory=Counters)
     _sources: dict[int, SourceWork] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class Dataflow:
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Take one data message (and its payload). A bad request is answered with FAILED, not with a dead link."""
         self.counters.received(header)
+        started = 0 if self.trace is None else self.clock_ns()
         try:
             if header.kind in (Kind.DISPATCH, Kind.RELAY):
                 try:
@@ -97,6 +100,11 @@ class Dataflow:
                 self._on_failed(link, header, payload)
             else:
                 raise WireError(f"{header.kind.name} sent to a router")
+            if self.trace is not None:
+                self.trace.span(
+                    header.kind.name.lower(), header.trace, header.layer, header.microbatch, started,
+                    self.clock_ns(), header.target if header.kind is Kind.EXPERT_OUT else link.peer.node,
+                )  # fmt: skip
         finally:
             if payload is not None:
                 payload.release()

@@ -15,6 +15,7 @@ from common.errors import AuthError, LinkClosed
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
 from common.model.manifest import build_manifest
+from common.obs.trace import open_recorder
 from common.plan_file import cluster_plan
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport, tell
@@ -42,6 +43,7 @@ class RouterWorker:
         self.spec = config.process(Role.ROUTER, index)
         self.transport = transport or open_transport(config)
         self.draining = False
+        self.trace = open_recorder(config, self.spec)
         self._experts: dict[int, Link] = {}
         self._expert_status: dict[int, dict[str, Any]] = {}
         self._gateways: set[Link] = set()
@@ -62,6 +64,7 @@ class RouterWorker:
             self.spec.node, self.plan, model.num_experts, self.transport.pool,
             experts={w: Outbox(f"expert-{w}") for w in own},
             routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
+            trace=self.trace,
         )  # fmt: skip
         await self.transport.listen(self.spec.address, self._hello(), self)
         for spec in routers.values():
@@ -81,6 +84,8 @@ class RouterWorker:
     async def stop(self) -> None:
         """Close the links."""
         await self.transport.close()
+        if self.trace is not None:
+            self.trace.write()
 
     async def _tick(self) -> None:
         while True:

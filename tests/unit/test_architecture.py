@@ -34,6 +34,7 @@ PURE = (
     "services.router.plan",
     "services.expert.batcher",
     "services.gateway.admission",
+    "deploy.trace",
     "loadgen.stats",
 )
 IMPURE = {"asyncio", "time", "random", "os", "socket", "aiohttp", "ucxx", "torch", "logging"}
