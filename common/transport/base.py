@@ -12,12 +12,16 @@ an answer keeps what it sent until the answer is in, and posts it again on the n
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from common.errors import LinkClosed
 from common.ids import ProcessId
 from common.transport.buffers import Buffer, BufferPool
+from common.transport.seam import Seam
 from common.wire.header import Header
+
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,17 @@ class Link(Protocol):
         """What the peer said of itself."""
         ...
 
-    def post(self, header: Header, payload: Buffer | None = None) -> None:
+    def post(
+        self,
+        header: Header,
+        payload: Buffer | None = None,
+        *,
+        landing: "DeviceRows | None" = None,
+    ) -> None:
         """Send a data message: never waits. Takes its own reference to `payload` and drops it when the bytes are out.
+
+        Rows in device memory go once their fence is passed, the rest at once. `landing`: where the rows of the answer
+        (of exactly that size) go; the answer's payload then has them as its `rows`.
 
         Fills in `payload_nbytes` and `credits` of `header`, which may be reused at once. Without credit the message
         waits in the link's bounded queue. Raises LinkClosed after the link closed, Overloaded when the queue is full,
@@ -94,6 +107,11 @@ class Transport(Protocol):
     @property
     def pool(self) -> BufferPool:
         """Buffers for payloads."""
+        ...
+
+    @property
+    def seam(self) -> Seam:
+        """Where messages wait for the device."""
         ...
 
     async def listen(self, address: str, hello: Hello, handler: Handler) -> str:

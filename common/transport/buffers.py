@@ -2,15 +2,22 @@
 
 A buffer has `HEADER_NBYTES` of headroom before its payload, so that header and payload of a host message leave as one
 contiguous message without a copy. Sizes are rounded up to powers of two; the pool keeps what comes back, up to a bound.
+
+A payload is a row segment and then tables (`common.wire.blocks`). Here both lie in the one host buffer; where rows live
+in device memory (`common.transport.device`) they are `Buffer.rows`, and the buffer holds the tables alone.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import WireError
 from common.wire.header import HEADER_NBYTES
+
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
 
 _MIN_NBYTES = 1024
 
@@ -18,6 +25,7 @@ _MIN_NBYTES = 1024
 class Buffer:
     """`nbytes` of payload in host memory, owned by reference count (one reference at `acquire`).
 
+    `rows` are the leading bytes of the payload where these lie in device memory, else None.
     `headroom_busy` is True while a send reads the headroom: another send of the same payload must not write there.
     `sent_as` and `received_as` cache what a transport made of this memory (it lives as long as the storage).
     """
@@ -30,6 +38,7 @@ class Buffer:
         "nbytes",
         "on_free",
         "received_as",
+        "rows",
         "sent_as",
         "storage",
         "view",
@@ -42,6 +51,7 @@ class Buffer:
         self.view = storage.data  # ten times cheaper to slice and to pack into than the array
         self.capacity = storage.nbytes - HEADER_NBYTES
         self.nbytes = 0
+        self.rows: DeviceRows | None = None
         self.on_free: Callable[[], None] | None = None  # set by a link that must return a credit
         self.headroom_busy = False
         self.sent_as: dict[int, Any] | None = None  # message size in bytes -> the transport's view
@@ -53,8 +63,13 @@ class Buffer:
         return f"<Buffer [{self.nbytes} bytes | {self._count} references]>"
 
     @property
+    def rows_nbytes(self) -> int:
+        """Bytes of the payload that lie apart, before those in this buffer."""
+        return 0 if self.rows is None else self.rows.nbytes
+
+    @property
     def array(self) -> npt.NDArray[np.uint8]:
-        """The payload, uint8 [nbytes], a view."""
+        """The payload without `rows`, uint8 [nbytes], a view."""
         return self.storage[HEADER_NBYTES : HEADER_NBYTES + self.nbytes]
 
     @property
@@ -74,6 +89,9 @@ class Buffer:
         self._count -= 1
         if self._count == 0:
             on_free, self.on_free = self.on_free, None
+            rows, self.rows = self.rows, None
+            if rows is not None:
+                rows.release()
             self._give_back(self)
             if on_free is not None:
                 on_free()
@@ -81,6 +99,8 @@ class Buffer:
 
 class BufferPool:
     """Buffers by power-of-two capacity. `outstanding` counts those not given back: zero when idle."""
+
+    polled = False  # True: transfers of these buffers end without waking anybody (device memory)
 
     def __init__(self, *, max_kept_nbytes: int = 256 << 20) -> None:
         self.outstanding = 0
@@ -91,8 +111,12 @@ class BufferPool:
     def __repr__(self) -> str:
         return f"<BufferPool [{self.outstanding} outstanding | {self._kept_nbytes} bytes kept]>"
 
-    def acquire(self, nbytes: int) -> Buffer:
-        """A buffer for `nbytes` of payload, with one reference; its content is whatever was there before."""
+    def acquire(self, nbytes: int, *, rows_nbytes: int = 0) -> Buffer:
+        """A buffer for `nbytes` of payload, with one reference; its content is whatever was there before.
+
+        `rows_nbytes` of them, the first, are rows: a pool of device memory puts those there.
+        """
+        del rows_nbytes
         # the headroom comes on top, else a payload of exactly a power of two would take twice its size
         capacity = _MIN_NBYTES if nbytes <= _MIN_NBYTES else 1 << (nbytes - 1).bit_length()
         free = self._free.get(capacity)
@@ -100,11 +124,15 @@ class BufferPool:
             buffer = free.pop()
             self._kept_nbytes -= capacity
         else:
-            buffer = Buffer(np.empty(HEADER_NBYTES + capacity, np.uint8), self._take_back)
+            buffer = Buffer(self._storage(HEADER_NBYTES + capacity), self._take_back)
         buffer.nbytes = nbytes
         buffer._count = 1
         self.outstanding += 1
         return buffer
+
+    def acquire_rows(self, nbytes: int) -> "DeviceRows":
+        """Device memory for rows that come apart. Raises WireError here: this process takes whole payloads."""
+        raise WireError(f"{nbytes} bytes of rows apart, to a process without device buffers")
 
     def acquire_text(self, sentence: str) -> Buffer:
         """A buffer that holds a sentence in UTF-8 (the payload of FAILED), cut at 4096 bytes."""
@@ -112,6 +140,9 @@ class BufferPool:
         buffer = self.acquire(len(text))
         buffer.array[:] = text
         return buffer
+
+    def _storage(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        return np.empty(nbytes, np.uint8)
 
     def _take_back(self, buffer: Buffer) -> None:
         self.outstanding -= 1

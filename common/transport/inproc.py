@@ -25,10 +25,12 @@ from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.handshake import check_claims
 from common.transport.link import BaseLink, LinkLimits, LinkState
+from common.transport.seam import Seam
 
 LOST = -1  # a script's answer: this message does not arrive, and its link closes
 Script = Callable[[ProcessId, ProcessId, random.Random], int]
 
+_NO_DEVICE = Seam()
 _MAX_EVENTS = 10_000_000
 _EVENTS_PER_TICK = 1000
 
@@ -63,9 +65,11 @@ class InprocFabric:
     def __repr__(self) -> str:
         return f"<InprocFabric [{self.now_us} us | {len(self._events)} events]>"
 
-    def transport(self, *, link_limits: LinkLimits | None = None) -> "InprocTransport":
+    def transport(
+        self, *, link_limits: LinkLimits | None = None, pool: BufferPool | None = None
+    ) -> "InprocTransport":
         """One process's transport on this network."""
-        return InprocTransport(self, link_limits or LinkLimits())
+        return InprocTransport(self, link_limits or LinkLimits(), pool or BufferPool())
 
     def delay_us(self, sender: ProcessId, receiver: ProcessId) -> int:
         """What the script says about the next message, in microseconds, or LOST."""
@@ -183,14 +187,20 @@ class InprocLink(BaseLink):
             return  # the link closed under way
         assert self.other is not None
         copy = None
+        header = None
         if self.other.state is LinkState.OPEN:
             copy = self.other._pool.acquire(buffer.nbytes)
             copy.message[:] = buffer.message
+            header = self.other._read_header(copy)
+        if header is not None and buffer.rows is not None:
+            assert copy is not None
+            assert copy.rows is not None
+            copy.rows.tensor.copy_(buffer.rows.tensor)
         del self._in_flight[buffer]
         buffer.headroom_busy = False
         buffer.release()
-        if copy is not None:
-            self.other._deliver(copy)
+        if header is not None and copy is not None:
+            self.other._deliver(header, copy)
 
     def _send_control(self, frame: dict[str, Any]) -> None:
         other, body = self.other, orjson.dumps(frame)
@@ -222,11 +232,11 @@ class InprocLink(BaseLink):
 class InprocTransport:
     """Links on an `InprocFabric`."""
 
-    def __init__(self, fabric: InprocFabric, link_limits: LinkLimits) -> None:
+    def __init__(self, fabric: InprocFabric, link_limits: LinkLimits, pool: BufferPool) -> None:
         self.fabric = fabric
         self.link_limits = link_limits
         self.links: dict[InprocLink, None] = {}
-        self._pool = BufferPool()
+        self._pool = pool
         self._addresses: list[str] = []
         self._is_closed = False
 
@@ -237,6 +247,11 @@ class InprocTransport:
     def pool(self) -> BufferPool:
         """Buffers for payloads."""
         return self._pool
+
+    @property
+    def seam(self) -> Seam:
+        """Nothing computes on a device here."""
+        return _NO_DEVICE
 
     def listen_now(self, address: str, hello: Hello, handler: Handler) -> str:
         """`listen` without an event loop."""

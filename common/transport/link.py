@@ -4,6 +4,9 @@ A subclass moves whole messages (`_transmit`) and says how a call is deferred (`
 payload in one piece of memory. The header lives in the payload's headroom; while an earlier send of the same payload
 still reads that headroom, the payload is copied, since re-sending one payload is rare and a second message on the wire
 costs more than copying 64 KiB.
+
+Rows in device memory (`Buffer.rows`) follow the message on a tag of their own, and go straight to where the receiver
+wants them: a block of its pool, or for an answer the place that the asker named with its request (`landing`).
 """
 
 import contextlib
@@ -14,17 +17,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import AtollError, Fatal, LinkClosed, Overloaded, WireError
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.credits import Credits
-from common.wire.header import CREDITS_OFFSET, HEADER_NBYTES, Header, Kind
+from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, Kind
+
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
 
 log = logging.getLogger(__name__)
 
 _pack_credits = struct.Struct("<I").pack_into
+_MAX_LANDINGS = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class BaseLink(Link, ABC):
         self._max_message_nbytes = HEADER_NBYTES + limits.max_payload_nbytes
         self._credits = Credits(limits.window, limits.window)
         self._queue: deque[tuple[bytearray, Buffer | None]] = deque()
+        self._landings: dict[int, DeviceRows] = {}  # answer number -> where its rows go
+        self._num_landings = 0
         self._error: LinkClosed | None = None
         self._on_free: Callable[[], None] = self._freed  # one bound method for every message
         self.has_data = mine.data and peer.data
@@ -78,7 +87,13 @@ class BaseLink(Link, ABC):
 
     @abstractmethod
     def _transmit(self, buffer: Buffer) -> None:
-        """Send `buffer.message`; takes over one reference, clears `headroom_busy` when the bytes are out."""
+        """Send `buffer.message`; takes over one reference, clears `headroom_busy` when the bytes are out.
+
+        `buffer.rows` follow once their fence is passed.
+        """
+
+    def _expect(self, answer: int, rows: "DeviceRows") -> None:
+        """An answer with this number will bring its rows there: a means to post that receive early."""
 
     @abstractmethod
     def _defer(self, call: Callable[[], None]) -> None:
@@ -107,13 +122,22 @@ class BaseLink(Link, ABC):
 
     # -- sending
 
-    def post(self, header: Header, payload: Buffer | None = None) -> None:
+    def post(
+        self,
+        header: Header,
+        payload: Buffer | None = None,
+        *,
+        landing: "DeviceRows | None" = None,
+    ) -> None:
         if self.state is not LinkState.OPEN:
             raise self._error or LinkClosed(f"the link to {self._peer.process} is not open yet")
         if not self.has_data:
             raise LinkClosed(f"the link to {self._peer.process} carries control frames only")
-        header.payload_nbytes = 0 if payload is None else payload.nbytes
+        header.rows_nbytes = 0 if payload is None else payload.rows_nbytes
+        header.payload_nbytes = header.rows_nbytes + (0 if payload is None else payload.nbytes)
         header.credits = 0
+        if header.kind not in ANSWERS:  # an answer brings back the number of its request
+            header.answer = 0 if landing is None else self._land(landing)
         if self._queue or self._credits.available == 0:
             self._enqueue(header, payload)
             return
@@ -122,9 +146,20 @@ class BaseLink(Link, ABC):
             header.pack_into(buffer.view)
         except WireError:
             buffer.release()
+            if landing is not None:
+                self._landings.pop(header.answer).release()
             raise
         self._credits.available -= 1
+        if landing is not None:
+            self._expect(header.answer, landing)
         self._send(buffer)
+
+    def _land(self, landing: "DeviceRows") -> int:
+        """A number for the answer whose rows go there."""
+        self._num_landings = self._num_landings % _MAX_LANDINGS + 1
+        assert self._num_landings not in self._landings, "an answer number in use"
+        self._landings[self._num_landings] = landing.retain()
+        return self._num_landings
 
     def _enqueue(self, header: Header, payload: Buffer | None) -> None:
         if len(self._queue) >= self._limits.max_queued:
@@ -135,6 +170,8 @@ class BaseLink(Link, ABC):
         packed = bytearray(HEADER_NBYTES)  # the caller may reuse its header
         header.pack_into(packed)
         self._queue.append((packed, None if payload is None else payload.retain()))
+        if header.kind not in ANSWERS and header.answer:  # its receive may as well be posted now
+            self._expect(header.answer, self._landings[header.answer])
 
     def _message(self, payload: Buffer | None) -> Buffer:
         """A buffer whose headroom may be written to, with a reference for the send."""
@@ -144,6 +181,8 @@ class BaseLink(Link, ABC):
             return payload.retain()
         copy = self._pool.acquire(payload.nbytes)
         copy.array[:] = payload.array
+        if payload.rows is not None:
+            copy.rows = payload.rows.retain()
         return copy
 
     def _send(self, buffer: Buffer) -> None:
@@ -177,27 +216,59 @@ class BaseLink(Link, ABC):
 
     # -- receiving
 
-    def _deliver(self, buffer: Buffer) -> None:
-        """A whole message lies in `buffer`, whose reference is taken over."""
+    def _read_header(self, buffer: Buffer) -> Header | None:
+        """The header of a whole message in `buffer`, checked, and a place for the rows that follow it (`buffer.rows`).
+
+        None when a correct peer would not send it: then the reference is dropped and the link closed.
+        """
         try:
             header = Header.unpack_from(
                 buffer.view, max_payload_nbytes=self._limits.max_payload_nbytes
             )
-            if header.payload_nbytes != buffer.nbytes:
+            if header.payload_nbytes != buffer.nbytes + header.rows_nbytes:
                 raise WireError(
-                    f"payload of {buffer.nbytes} bytes, its header says {header.payload_nbytes}"
+                    f"payload of {buffer.nbytes} bytes, its header says "
+                    f"{header.payload_nbytes - header.rows_nbytes}"
                 )
-            if header.credits:
-                self._credits.granted(header.credits)
             if header.kind is not Kind.CREDIT:
                 self._credits.arrived()
+            landing = None
+            if header.answer and header.kind in ANSWERS:
+                landing = self._landings.pop(header.answer, None)
+                if landing is None:
+                    raise WireError(f"answer {header.answer}, which nobody waits for")
+                buffer.rows = landing
+            if header.rows_nbytes and landing is None:
+                buffer.rows = self._pool.acquire_rows(header.rows_nbytes)
+            elif landing is not None and landing.nbytes != header.rows_nbytes:
+                if header.kind is not Kind.FAILED or header.rows_nbytes:
+                    raise WireError(
+                        f"answer of {header.rows_nbytes} bytes of rows, {landing.nbytes} are wanted"
+                    )
+                self._unexpect(header.answer)
+                buffer.rows = None
+                landing.release()
         except WireError as exc:
             buffer.release()
             self._fail(WireError(f"{self._peer.process}: {exc}"))
-            return
-        if self._queue and header.credits:
-            self._flush()
-        if buffer.nbytes == 0 or header.kind is Kind.CREDIT:
+            return None
+        return header
+
+    def _unexpect(self, answer: int) -> None:
+        """The rows of this answer will not come."""
+
+    def _deliver(self, header: Header, buffer: Buffer) -> None:
+        """A whole message lies in `buffer`, whose reference is taken over."""
+        if header.credits:
+            try:
+                self._credits.granted(header.credits)
+            except WireError as exc:
+                buffer.release()
+                self._fail(WireError(f"{self._peer.process}: {exc}"))
+                return
+            if self._queue:
+                self._flush()
+        if (buffer.nbytes == 0 and buffer.rows is None) or header.kind is Kind.CREDIT:
             buffer.release()
             if header.kind is Kind.CREDIT:
                 return
@@ -243,6 +314,9 @@ class BaseLink(Link, ABC):
             if payload is not None:
                 payload.release()
         self._detach(error)
+        for landing in self._landings.values():
+            landing.release()
+        self._landings.clear()
         if opened:
             self._defer(self._closed)
 

@@ -8,20 +8,25 @@ reading. Bounded by its owner: every entry belongs to a block, and blocks in fli
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.errors import LinkClosed
 from common.transport.base import Link
 from common.transport.buffers import Buffer
 from common.wire.header import Header
 
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
+
 
 @dataclass(slots=True)
 class Call:
-    """One message waiting for its answer; `payload` is kept for a re-send."""
+    """One message waiting for its answer; `payload` is kept for a re-send, `landing` is where the answer's rows go."""
 
     header: Header
     payload: Buffer
     since_ns: int
+    landing: "DeviceRows | None" = None
 
 
 class Outbox:
@@ -40,12 +45,19 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def send(self, header: Header, payload: Buffer, now_ns: int) -> None:
-        """Keep the message (taking over the caller's reference) and post it if the link is open.
+    def send(
+        self,
+        header: Header,
+        payload: Buffer,
+        now_ns: int,
+        *,
+        landing: "DeviceRows | None" = None,
+    ) -> None:
+        """Keep the message (taking over the caller's references) and post it if the link is open.
 
         Raises Overloaded when the link's queue is full; the message is then not kept.
         """
-        self._calls[header.block] = Call(header, payload, now_ns)
+        self._calls[header.block] = Call(header, payload, now_ns, landing)
         try:
             self._post(self._calls[header.block])
         except BaseException:
@@ -64,6 +76,8 @@ class Outbox:
         call = self._calls.pop(block, None)
         if call is not None:
             call.payload.release()
+            if call.landing is not None:
+                call.landing.release()
         return call
 
     def drop(self, block: int) -> None:
@@ -96,6 +110,6 @@ class Outbox:
         if self.link is None:
             return
         try:
-            self.link.post(call.header, call.payload)
+            self.link.post(call.header, call.payload, landing=call.landing)
         except LinkClosed:
             self.link = None  # its on_close is on the way; the message waits for the next link

@@ -16,6 +16,7 @@ from common.errors import LinkClosed
 log = logging.getLogger(__name__)
 
 IN_PROGRESS = 1  # ucs_status_t; 0 is success, below 0 an error
+KIND_MESSAGE, KIND_SHIFT = 1, 56  # of a tag whose message is found by probing
 _MAX_ROUNDS = 32  # rounds of progress before other callbacks of the loop get their turn
 
 
@@ -46,6 +47,10 @@ class Endpoint(Protocol):
         """Post a send; the memory must stay until it ended."""
         ...
 
+    def tag_recv(self, array: object, tag: Tag) -> Request:
+        """Post a receive of exactly this peer's message; the memory must stay until it ended."""
+        ...
+
     def remove_close_callback(self) -> None: ...
 
     def close_blocking(self, period: int, max_attempts: int) -> None: ...
@@ -54,18 +59,23 @@ class Endpoint(Protocol):
 class Reactor:
     """A UCX worker that lives on the running loop. `sweep` returns True while it finds work."""
 
-    def __init__(self, sweep: Callable[[], bool], *, spin_us: int = 0) -> None:
-        """`spin_us`: how long to poll after the last event before sleeping; only for a process with its own core."""
+    def __init__(
+        self, sweep: Callable[[], bool], is_busy: Callable[[], bool], *, spin_us: int = 0
+    ) -> None:
+        """`is_busy`: something is under way that wakes nobody, so poll. `spin_us`: how long to poll after the last
+        event before sleeping; only for a process with its own core.
+        """
         # loaded here: whoever only talks to gateways or runs `inproc` needs no UCX
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
 
         self._lib = libucxx
-        self.array: Callable[[memoryview], object] = Array
+        self.array: Callable[[Any], object] = Array
         self.tag: Callable[[int], Tag] = libucxx.UCXXTag
-        self._any_tag = libucxx.UCXXTag(0)
-        self._any_mask = libucxx.UCXXTagMask(0)
+        self._message_tag = libucxx.UCXXTag(KIND_MESSAGE << KIND_SHIFT)
+        self._kind_mask = libucxx.UCXXTagMask(0xFF << KIND_SHIFT)
         self._sweep = sweep
+        self._is_busy = is_busy
         self._spin_ns = spin_us * 1000
         self._last_event_ns = 0
         self._pumping = False
@@ -81,8 +91,8 @@ class Reactor:
     # -- what the transport does with it
 
     def probe(self) -> Probed:
-        """Take the oldest message that nobody received yet off the queue: `matched` says whether there was one."""
-        probed: Probed = self._worker.tag_probe(self._any_tag, self._any_mask, True)
+        """Take the oldest message (not rows) that nobody received yet off the queue, if there is one: `matched`."""
+        probed: Probed = self._worker.tag_probe(self._message_tag, self._kind_mask, True)
         return probed
 
     def receive(self, array: object, probed: Probed) -> Request:
@@ -135,7 +145,9 @@ class Reactor:
                     if self._spin_ns:
                         self._last_event_ns = time.monotonic_ns()
                     continue
-                if self._worker is None or (not self._spinning() and worker.arm()):
+                if self._worker is None:
+                    return
+                if not self._is_busy() and not self._spinning() and worker.arm():
                     return
         finally:
             self._pumping = False

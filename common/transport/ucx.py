@@ -13,6 +13,7 @@ from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import BufferPool
 from common.transport.control import Channel, ControlLimits, Listener, dial
 from common.transport.link import LinkLimits
+from common.transport.seam import Seam
 from common.transport.ucx_link import DataPlane
 
 
@@ -26,12 +27,16 @@ class UcxTransport:
         link_limits: LinkLimits | None = None,
         control_limits: ControlLimits | None = None,
         spin_us: int = 0,
+        pool: BufferPool | None = None,
+        seam: Seam | None = None,
     ) -> None:
         """`secret` is the cluster's, at least 16 bytes. UCX itself starts with the first listen or connect.
 
-        `spin_us`: microseconds of polling after each event, only for a process with a core of its own.
+        `spin_us`: microseconds of polling after each event, only for a process with a core of its own. `pool` and
+        `seam` belong to a device (`common.transport.device`); without them payloads are whole, in host memory.
         """
-        self._pool = BufferPool()
+        self._pool = pool or BufferPool()
+        self._seam = seam or Seam()
         self._secret = secret
         self._link_limits = link_limits or LinkLimits()
         self._control_limits = control_limits or ControlLimits()
@@ -51,11 +56,18 @@ class UcxTransport:
         """Buffers for payloads."""
         return self._pool
 
+    @property
+    def seam(self) -> Seam:
+        """What the device has still to do before messages may go."""
+        return self._seam
+
     def _start(self) -> DataPlane:
         if self._is_closed:
             raise LinkClosed("the transport is closed")
         if self._plane is None:
-            self._plane = DataPlane(self._pool, self._link_limits, spin_us=self._spin_us)
+            self._plane = DataPlane(
+                self._pool, self._link_limits, self._seam, spin_us=self._spin_us
+            )
         return self._plane
 
     async def listen(self, address: str, hello: Hello, handler: Handler) -> str:

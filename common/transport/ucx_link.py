@@ -8,6 +8,9 @@ Receiving costs by arrival, not by peer: one wildcard probe takes the oldest mes
 against the limit before memory is taken from the pool. Small messages are complete at once; large ones (rendezvous)
 complete later, and what came behind them on the same link waits its turn.
 
+Rows in device memory have tags of their own, of kind 2 with the sequence of their message, or of kind 3 with the number
+under which the asker posted the receive when it asked. Their message is delivered when both are in.
+
 When a link dies its endpoint is forced closed, which ends every request on it (measured, shared memory and tcp, peer
 killed or closed). The memory of those requests stays out of the pool for a while all the same: a peer that is alive,
 when only the link was closed, or an RDMA engine may still touch it.
@@ -17,29 +20,58 @@ import asyncio
 import base64
 import binascii
 import logging
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from common.errors import AtollError, AuthError, LinkClosed, WireError
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.control import Channel
 from common.transport.link import BaseLink, LinkLimits, LinkState
-from common.transport.reactor import IN_PROGRESS, Endpoint, Probed, Reactor, Request
-from common.wire.header import HEADER_NBYTES
+from common.transport.reactor import (
+    IN_PROGRESS,
+    KIND_MESSAGE,
+    KIND_SHIFT,
+    Endpoint,
+    Probed,
+    Reactor,
+    Request,
+)
+from common.transport.seam import Seam
+from common.wire.header import ANSWER_OFFSET, ANSWERS, HEADER_NBYTES, Header
+
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
 
 log = logging.getLogger(__name__)
 
-_KIND_MESSAGE = 1  # header and payload in one piece; 2 is kept for payloads in device memory
-_KIND_SHIFT, _SENDER_SHIFT = 56, 32
+_KIND_ROWS, _KIND_ANSWER_ROWS = (
+    2,
+    3,
+)  # KIND_MESSAGE: header and payload in one piece, or header and tables
+_SENDER_SHIFT = 32
 _SENDER_MASK, _SEQUENCE_MASK = (1 << 24) - 1, (1 << 32) - 1
 _MAX_ARRIVALS = 256  # per sweep, so that a flood cannot keep completions and timers waiting
 _MAX_CACHED_SIZES = 8  # UCX views kept per buffer, one per message size: 1.3 us saved per message
 _QUARANTINE_S = 60.0
 _FIRST_FRAME_S = 5.0  # how long an authenticated dialler may take to say what it needs
+
+_KIND_OFFSET = 3  # of a header's `kind`
+_read_answer = struct.Struct("<I").unpack_from
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A message on its way in: first itself, then (with a header) its rows if they come apart."""
+
+    request: Request
+    buffer: Buffer
+    header: Header | None = None
 
 
 class UcxLink(BaseLink):
@@ -65,8 +97,10 @@ class UcxLink(BaseLink):
         self._tag_base = 0
         self._num_sent = 0
         self._num_received = 0
-        self.sends: deque[tuple[Request, Buffer]] = deque()
-        self.receives: deque[tuple[Request, Buffer]] = deque()
+        self.sends: deque[tuple[Request, Callable[[], None]]] = deque()  # and what ends each
+        self.receives: deque[_Arrival] = deque()
+        # receives posted for the rows of answers, by answer number
+        self.expected: dict[int, tuple[Request, DeviceRows]] = {}
 
     # -- control
 
@@ -115,7 +149,7 @@ class UcxLink(BaseLink):
                 sender, worker = init["sender"], base64.b64decode(init["worker"], validate=True)
                 if type(sender) is not int or not 0 < sender <= _SENDER_MASK or not worker:
                     raise ValueError("sender or worker")
-                self._tag_base = _KIND_MESSAGE << _KIND_SHIFT | sender << _SENDER_SHIFT
+                self._tag_base = KIND_MESSAGE << KIND_SHIFT | sender << _SENDER_SHIFT
                 self._endpoint = self._reactor.endpoint(worker, self._endpoint_failed)
             if not isinstance(facts, dict):
                 raise TypeError("facts")
@@ -154,23 +188,50 @@ class UcxLink(BaseLink):
             if len(views) >= _MAX_CACHED_SIZES:
                 views.clear()
             array = views[nbytes] = self._reactor.array(buffer.view[:nbytes])
-        tag = self._reactor.tag(self._tag_base | self._num_sent)
-        self._num_sent = (self._num_sent + 1) & _SEQUENCE_MASK
-        assert self._endpoint is not None
+        sequence, self._num_sent = self._num_sent, (self._num_sent + 1) & _SEQUENCE_MASK
+        rows, tag = buffer.rows, 0
+        if rows is not None:  # read now: the buffer may be gone when its own message is out
+            (answer,) = _read_answer(buffer.view, ANSWER_OFFSET)
+            answer = answer if buffer.view[_KIND_OFFSET] in ANSWERS else 0
+            tag = self._rows_tag(sequence, answer)
+            rows.retain()
+        self._send_array(array, self._tag_base | sequence, partial(_sent, buffer))
+        if rows is None:
+            return
+        if rows.fence is None or rows.fence.passed:
+            self._send_rows(rows, tag)
+        else:
+            rows.fence.then(partial(self._send_rows, rows, tag))
+
+    def _send_rows(self, rows: "DeviceRows", tag: int) -> None:
+        """The device has written the rows: send them, taking over a reference."""
+        if self.state is not LinkState.OPEN:
+            rows.release()
+            return
+        self._send_array(rows.view(self._reactor.array), tag, rows.release)
+
+    def _rows_tag(self, sequence: int, answer: int) -> int:
+        sender = self._tag_base & _SENDER_MASK << _SENDER_SHIFT
+        kind, number = (_KIND_ANSWER_ROWS, answer) if answer else (_KIND_ROWS, sequence)
+        return kind << KIND_SHIFT | sender | number
+
+    def _send_array(self, array: object, tag: int, ended: Callable[[], None]) -> None:
+        endpoint = self._endpoint
+        if endpoint is None:  # the link closed within `post`
+            ended()
+            return
         try:
-            request = self._endpoint.tag_send(array, tag)
+            request = endpoint.tag_send(array, self._reactor.tag(tag))
             status = request.status
         except Exception as exc:
             # not raised: `post` is not the only caller, and a closed link says what is lost by itself
-            buffer.headroom_busy = False
-            buffer.release()
+            ended()
             self._close(LinkClosed(f"{self._peer.process} is gone: {exc}"))
             return
         if status == 0:
-            buffer.headroom_busy = False
-            buffer.release()
+            ended()
             return
-        self.sends.append((request, buffer))
+        self.sends.append((request, ended))
         self._plane.sending.add(self)
         self._reactor.kick()
 
@@ -178,17 +239,39 @@ class UcxLink(BaseLink):
         """Release what is out, in the order posted; True when something was."""
         sends, worked = self.sends, False
         while sends:
-            request, buffer = sends[0]
+            request, ended = sends[0]
             status = request.status
             if status == IN_PROGRESS:
                 break
             worked = True
             sends.popleft()
-            buffer.headroom_busy = False
-            buffer.release()
+            ended()
             if status < 0:
                 self._close(LinkClosed(f"{self._peer.process} is gone: send failed ({status})"))
         return worked
+
+    def _expect(self, answer: int, rows: "DeviceRows") -> None:
+        tag = _KIND_ANSWER_ROWS << KIND_SHIFT | self._sender << _SENDER_SHIFT | answer
+        request = self._receive_rows(rows, tag)
+        if request is not None:
+            self.expected[answer] = (request, rows.retain())
+
+    def _unexpect(self, answer: int) -> None:
+        request_and_rows = self.expected.pop(answer, None)
+        if request_and_rows is not None:
+            _, rows = request_and_rows
+            del request_and_rows  # dropping a request cancels it
+            rows.release()
+
+    def _receive_rows(self, rows: "DeviceRows", tag: int) -> Request | None:
+        """Post a receive; None when the link closed over it."""
+        if self._endpoint is None:
+            return None
+        try:
+            return self._endpoint.tag_recv(rows.view(self._reactor.array), self._reactor.tag(tag))
+        except Exception as exc:
+            self._close(LinkClosed(f"{self._peer.process} is gone: {exc}"))
+            return None
 
     def arrive(self, tag: int, probed: Probed) -> None:
         """A message of this link was probed: receive it, or close the link when it must not be received."""
@@ -196,7 +279,7 @@ class UcxLink(BaseLink):
         sequence = tag & _SEQUENCE_MASK
         if (
             sequence != self._num_received
-            or tag >> _KIND_SHIFT != _KIND_MESSAGE
+            or tag >> KIND_SHIFT != KIND_MESSAGE
             or not HEADER_NBYTES <= nbytes <= self._max_message_nbytes
         ):
             self._fail(
@@ -208,28 +291,65 @@ class UcxLink(BaseLink):
             return
         self._num_received = (sequence + 1) & _SEQUENCE_MASK
         buffer = self._pool.acquire(nbytes - HEADER_NBYTES)
-        request = self._plane.receive(buffer, probed)
-        if request.status == 0 and not self.receives and self.state is LinkState.OPEN:
-            self._deliver(buffer)
-            return
-        self.receives.append((request, buffer))
+        arrival = _Arrival(self._plane.receive(buffer, probed), buffer)
+        if self.state is LinkState.OPEN and arrival.request.status == 0:
+            if not self._open_arrival(arrival, sequence):
+                return
+            if not self.receives and self._is_whole(arrival):
+                assert arrival.header is not None
+                self._deliver(arrival.header, buffer)
+                return
+        self.receives.append(arrival)
         self._plane.receiving.add(self)
+
+    def _open_arrival(self, arrival: _Arrival, sequence: int) -> bool:
+        """The message is in: read its header and see to its rows. False when the link closed over it."""
+        header = arrival.header = self._read_header(arrival.buffer)
+        if header is None:
+            return False
+        rows = arrival.buffer.rows
+        if rows is None:
+            return True
+        if header.kind in ANSWERS and header.answer in self.expected:
+            arrival.request, expected = self.expected.pop(header.answer)
+            expected.release()
+            return True
+        tag = _KIND_ROWS << KIND_SHIFT | self._sender << _SENDER_SHIFT | sequence
+        request = self._receive_rows(rows, tag)
+        if request is None:
+            arrival.buffer.release()
+            return False
+        arrival.request = request
+        return True
+
+    def _is_whole(self, arrival: _Arrival) -> bool:
+        return arrival.header is not None and (
+            arrival.buffer.rows is None or arrival.request.status == 0
+        )
 
     def sweep_receives(self) -> bool:
         """Deliver what is complete, in order; True when something was."""
         receives, worked = self.receives, False
+        first = (self._num_received - len(receives)) & _SEQUENCE_MASK
         while receives and self.state is LinkState.OPEN:
-            request, buffer = receives[0]
-            status = request.status
+            arrival = receives[0]
+            status = arrival.request.status
             if status == IN_PROGRESS:
                 break
             worked = True
             receives.popleft()
-            if status == 0:
-                self._deliver(buffer)
-            else:
-                buffer.release()
+            if status != 0:
+                arrival.buffer.release()
                 self._close(LinkClosed(f"{self._peer.process} is gone: receive failed ({status})"))
+                break
+            if arrival.header is None and not self._open_arrival(arrival, first):
+                break
+            if not self._is_whole(arrival):
+                receives.appendleft(arrival)
+                continue
+            first = (first + 1) & _SEQUENCE_MASK
+            assert arrival.header is not None
+            self._deliver(arrival.header, arrival.buffer)
         return worked
 
     # -- closing
@@ -253,19 +373,22 @@ class UcxLink(BaseLink):
 class DataPlane:
     """What all links of one process share: the UCX worker, the tags in use, requests that outlived their link."""
 
-    def __init__(self, pool: BufferPool, limits: LinkLimits, *, spin_us: int) -> None:
+    def __init__(self, pool: BufferPool, limits: LinkLimits, seam: Seam, *, spin_us: int) -> None:
         """Starts UCX on the running loop."""
         self.pool = pool
         self.limits = limits
+        self.seam = seam
         self.loop = asyncio.get_running_loop()
-        self.reactor = Reactor(self._sweep, spin_us=spin_us)
+        self.reactor = Reactor(self._sweep, self._is_busy, spin_us=spin_us)
+        seam.on_open = self.reactor.kick
         self.sending: set[UcxLink] = set()
         self.receiving: set[UcxLink] = set()
         self.failed: list[UcxLink] = []
         self.links: dict[int, UcxLink] = {}  # by the sender id in their tags
         self._next_sender = 1
-        self._strays: list[tuple[Request, Buffer]] = []  # being received for links that are gone
-        self._quarantine: deque[tuple[float, Request, Buffer]] = deque()
+        # being received for links that are gone, and what outlived its link; each with the call that ends it
+        self._strays: list[tuple[Request, Callable[[], None]]] = []
+        self._quarantine: deque[tuple[float, Request, Callable[[], None]]] = deque()
 
     def __repr__(self) -> str:
         return f"<DataPlane [{len(self.links)} links | {len(self._quarantine)} in quarantine]>"
@@ -293,10 +416,14 @@ class DataPlane:
             array = buffer.received_as = self.reactor.array(buffer.view)
         return self.reactor.receive(array, probed)
 
+    def _is_busy(self) -> bool:
+        """True while the device works on something that no file descriptor will report."""
+        return self.seam.is_open or (self.pool.polled and bool(self.sending or self.receiving))
+
     def _sweep(self) -> bool:
         """Take arrivals, then look at what was under way; True when there was anything to do."""
         probe, links = self.reactor.probe, self.links
-        worked = False
+        worked = self.seam.poll()
         for _ in range(_MAX_ARRIVALS):
             probed = probe()
             if not probed.matched:
@@ -326,11 +453,9 @@ class DataPlane:
 
     def _discard(self, probed: Probed) -> None:
         """A message for a link that is gone: UCX wants it received all the same."""
-        if HEADER_NBYTES <= probed.length <= HEADER_NBYTES + self.limits.max_payload_nbytes:
-            buffer = self.pool.acquire(probed.length - HEADER_NBYTES)
-            request = self.receive(buffer, probed)
-            if not _ended(request, buffer):
-                self._strays.append((request, buffer))
+        if probed.length <= HEADER_NBYTES + self.limits.max_payload_nbytes:
+            buffer = self.pool.acquire(max(0, probed.length - HEADER_NBYTES))
+            self._strays.append((self.receive(buffer, probed), buffer.release))
 
     def forget(self, link: UcxLink, sender: int) -> None:
         """`link` is closed and its endpoint too: what UCX has not ended yet goes to quarantine."""
@@ -338,11 +463,14 @@ class DataPlane:
         self.sending.discard(link)
         self.receiving.discard(link)
         now = time.monotonic()
-        for request, buffer in (*link.sends, *link.receives):
-            if not _ended(request, buffer):
-                self._quarantine.append((now, request, buffer))
+        left = [*link.sends, *((a.request, a.buffer.release) for a in link.receives)]
+        left += [(request, rows.release) for request, rows in link.expected.values()]
+        for request, ended in left:
+            if not _ended(request, ended):
+                self._quarantine.append((now, request, ended))
         link.sends.clear()
         link.receives.clear()
+        link.expected.clear()
         self._leave_quarantine()
 
     def _leave_quarantine(self) -> None:
@@ -354,7 +482,7 @@ class DataPlane:
 
     def close(self) -> None:
         """Stop UCX; every link must be closed. Gives all memory back."""
-        rest = [(request, buffer) for _, request, buffer in self._quarantine] + self._strays
+        rest = [(request, ended) for _, request, ended in self._quarantine] + self._strays
         done = self.reactor.drain(
             lambda: all(request.status != IN_PROGRESS for request, _ in rest), timeout_s=0.05
         )
@@ -363,17 +491,20 @@ class DataPlane:
                 "UCX has not ended all of %d requests; their worker is destroyed", len(rest)
             )
         self.reactor.close()
-        for _, buffer in rest:
-            buffer.headroom_busy = False
-            buffer.release()
+        for _, ended in rest:
+            ended()
         self._quarantine.clear()
         self._strays.clear()
 
 
-def _ended(request: Request, buffer: Buffer) -> bool:
-    """Release the buffer of a request that UCX is done with; False when it is not."""
+def _ended(request: Request, ended: Callable[[], None]) -> bool:
+    """Make the call that ends a request if UCX is done with it; False when it is not."""
     if request.status == IN_PROGRESS:
         return False
+    ended()
+    return True
+
+
+def _sent(buffer: Buffer) -> None:
     buffer.headroom_busy = False
     buffer.release()
-    return True

@@ -14,14 +14,16 @@ from common.errors import WireError
 
 HEADER_NBYTES = 128
 MAGIC = 0xA701
-VERSION = 1
+VERSION = 2
 
 # magic version kind | wire flags layer | epoch width | block | trace | num_rows num_pairs | target attempt
 # microbatch reserved | payload | credits source reserved | sent_ns | queue compute combine transit (us, u32)
-_FIELDS = "<HBB BBH II Q Q II HHHH Q IHH Q IIII"
+# rows | answer reserved
+_FIELDS = "<HBB BBH II Q Q II HHHH Q IHH Q IIII Q II"
 _LAYOUT = struct.Struct(
     f"{_FIELDS} {HEADER_NBYTES - struct.calcsize(_FIELDS)}x"
 )  # padded with zeros
+ANSWER_OFFSET = struct.calcsize(_FIELDS) - 8
 CREDITS_OFFSET = struct.calcsize(
     "<HBB BBH II Q Q II HHHH Q"
 )  # a link fills `credits` in at the last moment
@@ -56,6 +58,7 @@ class Wire(IntEnum):
             raise ValueError(f"wire must be fp8, bf16 or fp32, not {name!r}") from None
 
 
+ANSWERS = frozenset({Kind.EXPERT_OUT, Kind.PARTIAL, Kind.COMBINED, Kind.FAILED})
 _KINDS = {int(kind): kind for kind in Kind}
 _WIRES = {int(wire): wire for wire in Wire}
 
@@ -66,7 +69,9 @@ class Header:
 
     `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
     in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is a worker index
-    (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits` is filled by the link.
+    (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits`, `rows_nbytes` and `answer` are
+    filled by the link: how many leading bytes of the payload travel apart (device memory), and the number under which
+    the asker has already posted its receive for the rows of the answer (0: it has not).
     """
 
     kind: Kind
@@ -90,6 +95,8 @@ class Header:
     compute_us: int = 0
     combine_us: int = 0
     transit_us: int = 0
+    rows_nbytes: int = 0
+    answer: int = 0
 
     def derive(
         self, kind: Kind, *, target: int, num_rows: int = 0, num_pairs: int = 0, payload_nbytes: int
@@ -98,6 +105,7 @@ class Header:
         return Header(
             kind, self.wire, 0, self.layer, self.epoch, self.width, self.block, self.trace,
             num_rows, num_pairs, target, self.attempt, self.microbatch, payload_nbytes,
+            answer=self.answer,
         )  # fmt: skip
 
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
@@ -109,6 +117,7 @@ class Header:
                 self.target, self.attempt, self.microbatch, 0, self.payload_nbytes,
                 self.credits, self.source, 0, self.sent_ns,
                 self.queue_us, self.compute_us, self.combine_us, self.transit_us,
+                self.rows_nbytes, self.answer, 0,
             )  # fmt: skip
         except struct.error as exc:
             raise WireError(f"header field out of range in {self}: {exc}") from exc
@@ -124,13 +133,16 @@ class Header:
             )
         (magic, version, kind, wire, flags, layer, epoch, width, block, trace, num_rows, num_pairs,
          target, attempt, microbatch, _, payload_nbytes, credits, source, _, sent_ns,
-         queue_us, compute_us, combine_us, transit_us) = _LAYOUT.unpack_from(buffer, offset)  # fmt: skip
+         queue_us, compute_us, combine_us, transit_us, rows_nbytes, answer,
+         _) = _LAYOUT.unpack_from(buffer, offset)  # fmt: skip
         if magic != MAGIC:
             raise WireError(f"magic {magic:#06x}, expected {MAGIC:#06x}")
         if version != VERSION:
             raise WireError(f"wire version {version}, this process speaks {VERSION}")
         if payload_nbytes > max_payload_nbytes:
             raise WireError(f"payload of {payload_nbytes} bytes, the limit is {max_payload_nbytes}")
+        if rows_nbytes > payload_nbytes:
+            raise WireError(f"{rows_nbytes} bytes of rows in a payload of {payload_nbytes}")
         known_kind, known_wire = (
             _KINDS.get(kind),
             _WIRES.get(wire),
@@ -141,4 +153,4 @@ class Header:
             raise WireError(f"wire {wire} is not one of {[int(w) for w in Wire]}")
         return cls(known_kind, known_wire, flags, layer, epoch, width, block, trace, num_rows,
                    num_pairs, target, attempt, microbatch, payload_nbytes, credits, source,
-                   sent_ns, queue_us, compute_us, combine_us, transit_us)  # fmt: skip
+                   sent_ns, queue_us, compute_us, combine_us, transit_us, rows_nbytes, answer)  # fmt: skip

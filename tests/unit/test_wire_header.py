@@ -12,12 +12,16 @@ BITS = {
     "flags": 8, "layer": 16, "epoch": 32, "width": 32, "block": 64, "trace": 64, "num_rows": 32,
     "num_pairs": 32, "target": 16, "attempt": 16, "microbatch": 16, "payload_nbytes": 30,
     "credits": 32, "source": 16, "sent_ns": 64, "queue_us": 32, "compute_us": 32, "combine_us": 32,
-    "transit_us": 32,
+    "transit_us": 32, "answer": 32,
 }  # fmt: skip
 
 fields = st.fixed_dictionaries(
     {name: st.integers(0, (1 << bits) - 1) for name, bits in BITS.items()}
     | {"kind": st.sampled_from(Kind), "wire": st.sampled_from(Wire)}
+).flatmap(
+    lambda values: st.integers(0, values["payload_nbytes"]).map(
+        lambda rows: values | {"rows_nbytes": rows}
+    )
 )
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
@@ -37,7 +41,7 @@ def test_round_trip_of_every_field(values):
 
 
 def test_the_test_knows_every_field():
-    assert set(BITS) | {"kind", "wire"} == set(Header.__slots__)
+    assert set(BITS) | {"kind", "wire", "rows_nbytes"} == set(Header.__slots__)
 
 
 @pytest.mark.parametrize("name", sorted(BITS))
@@ -78,7 +82,7 @@ def test_a_damaged_header_decodes_or_raises_wire_error(values, damage):
     ("offset", "value", "sentence"),
     [
         (0, 0, "magic 0xa700, expected 0xa701"),
-        (2, 9, "wire version 9, this process speaks 1"),
+        (2, 9, "wire version 9, this process speaks 2"),
         (3, 99, "kind 99"),
         (4, 99, "wire 99"),
     ],
@@ -120,3 +124,9 @@ def test_wire_names():
     assert [Wire.parse(name) for name in ("fp8", "BF16", "fp32")] == list(Wire)
     with pytest.raises(ValueError, match="not 'fp16'"):
         Wire.parse("fp16")
+
+
+def test_rows_are_part_of_the_payload():
+    header = Header(Kind.DISPATCH, payload_nbytes=100, rows_nbytes=101)
+    with pytest.raises(WireError, match="101 bytes of rows in a payload of 100"):
+        Header.unpack_from(packed(header), max_payload_nbytes=LIMIT)

@@ -1,0 +1,219 @@
+"""Payloads whose rows lie in device memory: pooled blocks, and pieces of them that travel on a tag of their own.
+
+A payload is its row segment and then its tables. In this form the rows are a `DeviceRows` and the buffer holds the
+tables, in pinned memory, so that the device can write there. `device` may be the CPU: a process without a GPU that
+talks to processes with one, and every test of this form.
+
+Only whoever asks for this form imports torch.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.transport.buffers import Buffer, BufferPool
+from common.transport.seam import Event, Seam
+
+_MIN_NBYTES = 1 << 16
+_MAX_CACHED_VIEWS = 256  # per block: what UCX made of (offset, size)
+
+
+class DeviceBlock:
+    """A stretch of device memory owned by reference count (one reference at `take`)."""
+
+    __slots__ = ("_count", "_give_back", "address", "capacity", "on_host", "tensor", "views")
+
+    def __init__(self, tensor: torch.Tensor, give_back: Callable[["DeviceBlock"], None]) -> None:
+        self.tensor = tensor  # uint8 [capacity]
+        self.address = tensor.data_ptr()
+        self.capacity = tensor.numel()
+        self.on_host = not tensor.is_cuda
+        self.views: dict[tuple[int, int], Any] = {}
+        self._count = 1
+        self._give_back = give_back
+
+    def __repr__(self) -> str:
+        return f"<DeviceBlock [{self.capacity} bytes | {self._count} references]>"
+
+    def rows(self, offset: int, nbytes: int) -> "DeviceRows":
+        """A piece of the block, with a reference of its own."""
+        assert 0 <= offset <= offset + nbytes <= self.capacity, "rows outside their block"
+        self._count += 1
+        return DeviceRows(self, offset, nbytes)
+
+    def release(self) -> None:
+        """Drop a reference; the last one gives the block back to its pool."""
+        assert self._count > 0, "release of a free block"
+        self._count -= 1
+        if self._count == 0:
+            self._give_back(self)
+
+
+class DeviceRows:
+    """`nbytes` of a block from byte `offset` on: the row segment of one payload. Each holder releases once.
+
+    `fence` is passed when whatever writes the rows is done: a link posts the header at once and the rows then.
+    """
+
+    __slots__ = ("block", "fence", "nbytes", "offset")
+
+    def __init__(self, block: DeviceBlock, offset: int, nbytes: int) -> None:
+        self.block = block
+        self.offset = offset
+        self.nbytes = nbytes
+        self.fence: Any = None
+
+    def __repr__(self) -> str:
+        return f"<DeviceRows [{self.nbytes} bytes at {self.offset} of {self.block!r}]>"
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The rows as bytes: uint8 [nbytes], a view."""
+        return self.block.tensor[self.offset : self.offset + self.nbytes]
+
+    def retain(self) -> "DeviceRows":
+        """Take one more reference."""
+        self.block._count += 1
+        return self
+
+    def release(self) -> None:
+        """Drop a reference."""
+        self.block.release()
+
+    def view(self, make: Callable[[Any], Any]) -> Any:  # noqa: ANN401  -- what the transport's library makes of memory
+        """`make` of this memory (host memory as a buffer, device memory by its CUDA array interface), cached."""
+        key = (self.offset, self.nbytes)
+        views = self.block.views
+        made = views.get(key)
+        if made is None:
+            if len(views) >= _MAX_CACHED_VIEWS:
+                views.clear()
+            memory: Any = (
+                self.tensor.numpy().data
+                if self.block.on_host
+                else _CudaArray(self.block.address + self.offset, self.nbytes)
+            )
+            made = views[key] = make(memory)
+        return made
+
+
+class _CudaArray:
+    """Memory as libraries exchange it; a torch slice costs ten times as much to make and to ask."""
+
+    __slots__ = ("__cuda_array_interface__",)
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3,
+        }  # fmt: skip
+
+
+class DevicePool(BufferPool):
+    """Buffers whose row segment lies in the memory of `device`. `rows_outstanding` is zero when idle."""
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        max_kept_nbytes: int = 256 << 20,
+        max_kept_device_nbytes: int = 4 << 30,
+    ) -> None:
+        super().__init__(max_kept_nbytes=max_kept_nbytes)
+        self.device = torch.device(device)
+        self.polled = self.device.type != "cpu"
+        self.rows_outstanding = 0
+        self._max_kept_device_nbytes = max_kept_device_nbytes
+        self._kept_device_nbytes = 0
+        self._free_blocks: dict[int, list[DeviceBlock]] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"<DevicePool {self.device} [{self.outstanding} buffers, {self.rows_outstanding} blocks outstanding"
+            f" | {self._kept_device_nbytes} bytes kept]>"
+        )
+
+    def acquire(self, nbytes: int, *, rows_nbytes: int = 0) -> Buffer:
+        """A buffer whose first `rows_nbytes` lie in device memory."""
+        buffer = super().acquire(nbytes - rows_nbytes)
+        if rows_nbytes:
+            buffer.rows = self.acquire_rows(rows_nbytes)
+        return buffer
+
+    def acquire_rows(self, nbytes: int) -> DeviceRows:
+        """Device memory for a row segment, with one reference."""
+        return DeviceRows(self.take(nbytes), 0, nbytes)
+
+    def acquire_with(self, rows: DeviceRows, tables_nbytes: int = 0) -> Buffer:
+        """A buffer for these rows (taking over the caller's reference) and `tables_nbytes` of tables."""
+        buffer = super().acquire(tables_nbytes)
+        buffer.rows = rows
+        return buffer
+
+    def take(self, nbytes: int) -> DeviceBlock:
+        """Device memory of at least `nbytes`, with one reference; what it holds is whatever was there before."""
+        capacity = max(_MIN_NBYTES, 1 << (nbytes - 1).bit_length())
+        free = self._free_blocks.get(capacity)
+        self.rows_outstanding += 1
+        if free:
+            block = free.pop()
+            self._kept_device_nbytes -= capacity
+            block._count = 1
+            return block
+        with torch.inference_mode(mode=False):
+            tensor = torch.empty(capacity, dtype=torch.uint8, device=self.device)
+        return DeviceBlock(tensor, self._take_back_block)
+
+    def adopt(self, tensor: torch.Tensor) -> DeviceRows:
+        """Rows that a kernel made: sent from where they lie. `tensor` is contiguous and not written to any more."""
+        assert tensor.is_contiguous(), "rows must be contiguous"
+        self.rows_outstanding += 1
+        flat = tensor.view(-1).view(torch.uint8)
+        return DeviceRows(DeviceBlock(flat, self._forget_block), 0, flat.numel())
+
+    def _take_back_block(self, block: DeviceBlock) -> None:
+        self.rows_outstanding -= 1
+        if self._kept_device_nbytes + block.capacity <= self._max_kept_device_nbytes:
+            self._kept_device_nbytes += block.capacity
+            self._free_blocks.setdefault(block.capacity, []).append(block)
+
+    def _forget_block(self, block: DeviceBlock) -> None:
+        self.rows_outstanding -= 1
+
+    def _storage(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        if self.device.type == "cpu":
+            return super()._storage(nbytes)
+        # the array keeps the tensor, and so the pinned memory, alive
+        pinned: npt.NDArray[np.uint8] = torch.empty(
+            nbytes, dtype=torch.uint8, pin_memory=True
+        ).numpy()
+        return pinned
+
+
+def open_seam(device: str) -> Seam:
+    """The seam of a process that computes on `device`."""
+    if torch.device(device).type == "cpu":
+        return Seam()
+    return Seam(_new_event)
+
+
+def _new_event() -> Event:
+    event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return event
+
+
+def release_behind(seam: Seam, *held: Buffer | DeviceRows | DeviceBlock) -> None:
+    """Release when the device has read it: kernels launched so far may still do so, and a receive would not wait."""
+    fence = seam.fence()
+    for item in held:
+        fence.then(item.release)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for everything launched: when starting and in tests, never between messages."""
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(device)

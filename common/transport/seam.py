@@ -1,0 +1,87 @@
+"""Where device work meets messages: UCX knows nothing of CUDA streams, so a send waits here for the kernels before it.
+
+A `Fence` is a point in the device's stream; what was launched before it is done when it is. The transport's reactor
+polls the fences while it progresses messages, and does not sleep while one is open: nothing blocks the loop. Without a
+device every fence is passed at once, so that the same code runs everywhere.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Event(Protocol):
+    """A CUDA event: recorded on the current stream, asked without waiting."""
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool: ...
+
+
+class Fence:
+    """A point in the stream. `passed` turns True in `Seam.poll`, which then makes the calls in their order."""
+
+    __slots__ = ("calls", "passed")
+
+    def __init__(self, *, passed: bool) -> None:
+        self.passed = passed
+        self.calls: list[Callable[[], None]] = []
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Make `call` once the fence is passed: now if it is."""
+        if self.passed:
+            call()
+        else:
+            self.calls.append(call)
+
+
+_PASSED = Fence(passed=True)
+
+
+class Seam:
+    """The open fences of a process. `on_open` is called for each new one: somebody must poll."""
+
+    def __init__(self, new_event: Callable[[], Event] | None = None) -> None:
+        """`new_event` makes a CUDA event; None: there is no device and nothing to wait for."""
+        self.on_open: Callable[[], None] | None = None
+        self._new_event = new_event
+        self._events: list[Event] = []
+        self._open: list[tuple[Event, Fence]] = []
+
+    def __repr__(self) -> str:
+        return f"<Seam [{len(self._open)} open fences]>"
+
+    @property
+    def is_open(self) -> bool:
+        """True while a fence is."""
+        return bool(self._open)
+
+    def fence(self) -> Fence:
+        """A fence behind everything launched so far on the current stream."""
+        if self._new_event is None:
+            return _PASSED
+        event = self._events.pop() if self._events else self._new_event()
+        event.record()
+        fence = Fence(passed=False)
+        self._open.append((event, fence))
+        if self.on_open is not None:
+            self.on_open()
+        return fence
+
+    def poll(self) -> bool:
+        """Look at the open fences, oldest first; True when one was passed."""
+        if not self._open or not any(event.query() for event, _ in self._open):
+            return False
+        passed, still = [], []
+        for event, fence in self._open:
+            if event.query():
+                passed.append(fence)
+                self._events.append(event)
+            else:
+                still.append((event, fence))
+        self._open = still
+        for fence in passed:
+            fence.passed = True
+            for call in fence.calls:
+                call()
+            fence.calls.clear()
+        return True
