@@ -87,7 +87,7 @@ class FakeLink:
             self._far.on_control, self, json.loads(json.dumps(message))
         )
 
-    def post(self, header: object, payload: object = None) -> None:
+    def post(self, header: object, payload: object = None, *, landing: object = None) -> None:
         raise AssertionError("the gateway never posts data")
 
     def close(self, reason: str) -> None:

@@ -29,7 +29,7 @@ class RecordingLink:
         self.posted = []
         self.error = None
 
-    def post(self, header, payload=None) -> None:
+    def post(self, header, payload=None, *, landing=None) -> None:
         if self.error is not None:
             raise self.error
         self.posted.append((header, None if payload is None else payload.array.copy()))
