@@ -1,6 +1,7 @@
 """The production transport: data messages over UCX, everything else over authenticated control sockets.
 
-Decides when links and listeners come and go; `ucx_link` moves the data, `control` and `handshake` prove who is there,
+Decides when links and listeners come and go; `ucx_link` and `ucx_plane` move the data, `control` and
+`handshake` prove who is there,
 `reactor` is the only file that knows UCX's library.
 """
 
@@ -14,7 +15,7 @@ from common.transport.buffers import BufferPool
 from common.transport.control import Channel, ControlLimits, Listener, dial
 from common.transport.link import LinkLimits
 from common.transport.seam import Seam
-from common.transport.ucx_link import DataPlane
+from common.transport.ucx_plane import DataPlane
 
 
 class UcxTransport:
