@@ -7,6 +7,9 @@ and turns signals into the two things that can be asked of a service:
     SIGTERM again   stop at once; the drain deadline (limits.drain_deadline_s) does the same
     SIGINT          ignored: whoever launched the process handles Ctrl-C for all of them
 
+Where somebody else than the launcher sends SIGTERM to every process at once (Slurm), `--stop-signal USR1` takes its
+place and SIGTERM is ignored, so that the launcher's order of stopping holds.
+
 Exit codes: 0 stopped on request; 1 crashed; 2 the input is wrong (`Rejected`), so a restart cannot help. Codes 1 and 2
 leave one sentence as the last line on stderr. Under systemd (NOTIFY_SOCKET) readiness, stopping and the watchdog are
 reported.
@@ -33,6 +36,7 @@ from common.ids import ProcessId, Role
 from common.obs import log
 
 STOP_DEADLINE_S = 3.0
+STOP_SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1}
 
 logger = logging.getLogger("atoll.service")
 
@@ -79,7 +83,11 @@ def run_service(
         _one_thread_per_process()
         logger.info("%s pid %d: %s", name, os.getpid(), " ".join(config.to_toml().split("\n")))
         service = build(config, arguments.index)
-        lifecycle = Lifecycle(service, drain_deadline_s=config.limits.drain_deadline_s)
+        lifecycle = Lifecycle(
+            service,
+            drain_deadline_s=config.limits.drain_deadline_s,
+            stop_signal=STOP_SIGNALS[arguments.stop_signal],
+        )
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(lifecycle.run())
@@ -91,8 +99,15 @@ def run_service(
 class Lifecycle:
     """Runs one service; `request_stop` is the only way in from outside."""
 
-    def __init__(self, service: Service, *, drain_deadline_s: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        drain_deadline_s: float,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
         self.state = State.STARTING
+        self._stop_signal = stop_signal
         self._service = service
         self._drain_deadline_s = drain_deadline_s
         self._num_stop_requests = 0
@@ -105,7 +120,9 @@ class Lifecycle:
     async def run(self) -> None:
         """The whole life. Raises what `start`, `drain`, `stop` or a task raised, in an ExceptionGroup."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self.request_stop)
+        if self._stop_signal is not signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        loop.add_signal_handler(self._stop_signal, self.request_stop)
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._live(tasks)
@@ -114,7 +131,7 @@ class Lifecycle:
             pass
         finally:
             self.state = State.STOPPED
-            loop.remove_signal_handler(signal.SIGTERM)
+            loop.remove_signal_handler(self._stop_signal)
 
     def request_stop(self) -> None:
         """Drain and stop; while starting, or when asked again, stop at once."""
@@ -200,6 +217,7 @@ def _parse(role: Role, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cluster", type=Path, required=True, help="cluster TOML")
     parser.add_argument("--index", type=int, required=True, help=f"which {role} of the cluster")
     parser.add_argument("--log-level", choices=log.LEVELS, default="info")
+    parser.add_argument("--stop-signal", choices=list(STOP_SIGNALS), default="TERM")
     return parser.parse_args(argv)
 
 

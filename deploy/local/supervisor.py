@@ -10,14 +10,16 @@ import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import ClusterConfig
+from common.config import LOCAL, ClusterConfig
 from common.ids import Role
+from common.service import STOP_SIGNALS
 from deploy.local.forker import Forker
 from deploy.local.output import Display, LinePipe
+from deploy.local.part import STOP_SIGNAL, Part, stop_limit_s, until_silent, upstream
 from deploy.local.readiness import NotifySocket, wait_until_ready, write_ready_file
 from deploy.local.run_dir import RunDir, write_atomically
 from deploy.local.worker import MAX_FAILED_STARTS, Worker, WorkerState
@@ -30,12 +32,16 @@ _EXIT_BAD_INPUT = 2
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run, apart from what the cluster is. `package` holds one module per role."""
+    """How to run, apart from what the cluster is. `package` holds one module per role.
+
+    With `part`, other supervisors run the rest of the cluster.
+    """
 
     ready_file: Path | None = None
     package: str = "services"
     verbose: bool = False
     quiet: bool = False
+    part: Part | None = None
 
 
 class Supervisor:
@@ -45,7 +51,9 @@ class Supervisor:
         self._config = config
         self._run_dir = run_dir
         self._options = options
-        self._workers = {str(spec.id): Worker(spec) for spec in config.processes()}
+        part = options.part
+        own = [s for s in config.processes() if part is None or s.id in part.processes]
+        self._workers = {str(spec.id): Worker(spec) for spec in own}
         self._by_pid: dict[int, Worker] = {}
         self._early_ready: set[int] = set()  # notified before we heard of the fork
         self._stop_wanted = asyncio.Event()
@@ -54,6 +62,7 @@ class Supervisor:
         self._exit_code = 0
         self._failure: str | None = None
         self._url: str | None = None  # once the cluster was ready
+        self._was_ready = False
         self._display = Display(verbose=options.verbose, quiet=options.quiet)
         self._forker = Forker(
             on_spawned=self._on_spawned, on_exited=self._on_exited, on_lost=self._on_zygote_lost
@@ -78,7 +87,8 @@ class Supervisor:
             self._forker.start(
                 self._run_dir.path,
                 temporary=self._run_dir.temporary,
-                local=self._config.cluster.device == "cpu",
+                local=self._config.cluster.device == "cpu"
+                and all(node.host == LOCAL for node in self._config.nodes),
             )
             self._notify = NotifySocket(self._run_dir.path / "notify.sock", self._on_ready)
             async with asyncio.TaskGroup() as tasks:
@@ -117,14 +127,18 @@ class Supervisor:
             self._spawn(worker)
             await asyncio.sleep(0)  # read the answers meanwhile: the socket to the zygote is finite
         await self._until(lambda worker: worker.state is WorkerState.READY)
+        if all(worker.role is not Role.GATEWAY for worker in self._workers.values()):
+            self._was_ready = True  # whether the cluster is, the part with the gateway knows
+            return
         url = await wait_until_ready(self._run_dir.path)
-        self._url = url
+        self._url, self._was_ready = url, True
         # a restarted gateway must come back where clients know it
         port = int(url.rsplit(":", 1)[1].rstrip("/"))
         self._write_cluster(replace(self._config, gateway=replace(self._config.gateway, port=port)))
         self._display.settled()
         elapsed = asyncio.get_running_loop().time() - started
-        self._display.note(f"{self._summary()}: ready at {url} after {elapsed:.1f} s")
+        shown = url if self._options.part is None else self._options.part.url(self._config)
+        self._display.note(f"{self._summary()}: ready at {shown} after {elapsed:.1f} s")
         self._write_ready_file()
         if on_ready is not None:
             self._exit_code = await on_ready(url)
@@ -149,11 +163,15 @@ class Supervisor:
             ):  # its last words: told when it has ended
                 self._display.worker_line(worker.name, line, stopping=self._stopping)
 
-        pipe = LinePipe(self._run_dir.log_file(worker.name), on_line)
+        part = self._options.part
+        log_file = self._run_dir.log_file(worker.name)
+        pipe = LinePipe(part.log_dir / log_file.name if part is not None else log_file, on_line)
         index = str(worker.spec.id.index)
         argv = ["--cluster", str(self._run_dir.cluster_file), "--index", index]
         env = {"NOTIFY_SOCKET": str(self._run_dir.path / "notify.sock")}
-        env.update(_device_environment(self._config, worker))
+        if part is not None:
+            argv += ["--stop-signal", STOP_SIGNAL]
+        env.update(_device_environment(self._config, worker, part))
         module = f"{self._options.package}.{worker.role}"
         worker.state = WorkerState.STARTING
         worker.pipe = pipe
@@ -193,7 +211,7 @@ class Supervisor:
         code = os.waitstatus_to_exitcode(status)
         if code == _EXIT_BAD_INPUT:
             self._give_up(worker.last_words, _EXIT_BAD_INPUT)
-        elif self._url is None and worker.num_quick_deaths >= MAX_FAILED_STARTS:
+        elif not self._was_ready and worker.num_quick_deaths >= MAX_FAILED_STARTS:
             self._give_up(f"{worker.last_words} (after {worker.num_starts} starts)", 1)
         elif self._tasks is not None:
             how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
@@ -221,18 +239,31 @@ class Supervisor:
         self._stop_wanted.set()
 
     def _on_signal(self) -> None:
+        if self._stop_wanted.is_set() and self._options.part is not None:
+            return  # Slurm repeats itself; it kills what takes too long
         if self._stop_wanted.is_set():
             for pid in self._by_pid:
                 self._forker.kill(pid, signal.SIGKILL)
         else:
             self._display.settled()
-            self._display.note("stopping; once more to stop at once")
+            if self._options.part is None:
+                self._display.note("stopping; once more to stop at once")
         self._stop_wanted.set()
 
     async def _stop(self) -> None:
         self._stopping = True
-        for role, limit_s in STOP_ORDER.items():
-            for number, wait_s in ((signal.SIGTERM, limit_s), (signal.SIGKILL, _KILL_GRACE_S)):
+        limits, number = STOP_ORDER, signal.SIGTERM
+        if self._options.part is not None:
+            limit_s = stop_limit_s(self._config)
+            limits, number = dict.fromkeys(STOP_ORDER, limit_s), STOP_SIGNALS[STOP_SIGNAL]
+            roles = frozenset(worker.role for worker in self._workers.values())
+            if self._was_ready:
+                await until_silent(upstream(self._config, roles), within_s=limit_s)
+        await self._stop_in_order(limits, number)
+
+    async def _stop_in_order(self, limits: Mapping[Role, float], stop: signal.Signals) -> None:
+        for role, limit_s in limits.items():
+            for number, wait_s in ((stop, limit_s), (signal.SIGKILL, _KILL_GRACE_S)):
                 if self._signal_role(role, number):
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(wait_s):
@@ -277,10 +308,14 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _device_environment(config: ClusterConfig, worker: Worker) -> dict[str, str]:
+def _device_environment(
+    config: ClusterConfig, worker: Worker, part: Part | None
+) -> dict[str, str]:
     """GPU processes are dealt out over the cards in turn; nothing on CPU."""
-    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    cards = [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+    if part is not None:
+        cards = list(part.gpus)
     if config.cluster.device != "cuda" or not cards or worker.role is Role.GATEWAY:
         return {}
     position = [spec.id for spec in config.processes()].index(worker.spec.id)
-    return {"CUDA_VISIBLE_DEVICES": str(position % len(cards))}
+    return {"CUDA_VISIBLE_DEVICES": cards[position % len(cards)]}
