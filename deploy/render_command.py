@@ -17,7 +17,7 @@ from common.errors import ConfigError
 
 HELP = "write systemd units or a Slurm script for a cluster"
 # each is a module deploy/render/<target>.py with `render(config) -> {relative path: text}`
-TARGETS = ("systemd",)
+TARGETS = ("systemd", "slurm")
 MARK = "atoll render"  # is in the first or second line of every file, so that a rendering is known as one
 
 

@@ -5,45 +5,41 @@ are stopped by another signal, and experts and routers only once no attention wo
 """
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import ClusterConfig
 from common.ids import ProcessId, Role
-from common.service import STOP_DEADLINE_S
 from common.transport.address import Address
 
-STOP_SIGNAL = "USR1"
-STOP_MARGIN_S = 2.0  # between the last thing a process does by itself and SIGKILL
+STOP_SIGNAL = "USR1"  # a key of common.service.STOP_SIGNALS
 _POLL_S = 0.2
 _CONNECT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`gpus` are the names of the node's cards as CUDA_VISIBLE_DEVICES takes them; clients reach the node at `host`."""
+    """Which processes, each with what is set in its environment. Clients reach the gateway here at `host`.
 
-    processes: frozenset[ProcessId]
+    `log_dir` gets a file per process. A stop takes at most `stop_deadline_s`, twice that where there is an upstream.
+    """
+
+    environments: Mapping[ProcessId, Mapping[str, str]]
     log_dir: Path
     host: str
-    gpus: tuple[str, ...] = ()
+    stop_deadline_s: float
 
     def url(self, config: ClusterConfig) -> str:
         """Where clients find the gateway, when it is in this part."""
         host = config.gateway.host
         return f"http://{self.host if host in ('', '0.0.0.0') else host}:{config.gateway.port}"
 
-
-def upstream(config: ClusterConfig, roles: frozenset[Role]) -> tuple[str, ...]:
-    """Addresses of those who may still send work to processes of these roles while they drain."""
-    if roles & {Role.EXPERT, Role.ROUTER}:
-        return tuple(spec.address for spec in config.of_role(Role.ATTENTION))
-    return ()
-
-
-def stop_limit_s(config: ClusterConfig) -> float:
-    """Seconds from the stop signal to SIGKILL; upstream has as long before that."""
-    return config.limits.drain_deadline_s + STOP_DEADLINE_S + STOP_MARGIN_S
+    def upstream(self, config: ClusterConfig) -> tuple[str, ...]:
+        """Addresses of those who may still send work here while they drain."""
+        if any(process.role in (Role.EXPERT, Role.ROUTER) for process in self.environments):
+            return tuple(spec.address for spec in config.of_role(Role.ATTENTION))
+        return ()
 
 
 async def until_silent(addresses: tuple[str, ...], *, within_s: float) -> bool:
@@ -51,7 +47,7 @@ async def until_silent(addresses: tuple[str, ...], *, within_s: float) -> bool:
     try:
         async with asyncio.timeout(within_s):
             for address in addresses:
-                while await _listens(Address.parse(address)):
+                while await _listens(Address.parse(address)):  # noqa: ASYNC110  -- asks another host
                     await asyncio.sleep(_POLL_S)
     except TimeoutError:
         return False

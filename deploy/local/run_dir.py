@@ -39,7 +39,7 @@ class RunDir:
 
     def write_secret(self) -> None:
         """A new random secret, readable by the owner only."""
-        write_atomically(self.path / "secret", secrets.token_hex(SECRET_NBYTES) + "\n")
+        write_secret(self.path)
 
     def close(self) -> None:
         """Remove what must not outlive the run and give the lock up; idempotent."""
@@ -67,6 +67,11 @@ def remove_leftovers(path: Path, *, temporary: bool) -> None:
             file.unlink(missing_ok=True)
 
 
+def write_secret(directory: Path) -> None:
+    """A new random secret in `directory`, readable by the owner only."""
+    write_atomically(directory / "secret", secrets.token_hex(SECRET_NBYTES) + "\n")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one step, mode 0600: a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -78,7 +83,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _open_given(path: Path) -> RunDir:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_private(path)
+    require_private(path)
     fd = _try_lock(path)
     if fd is None:
         raise ConfigError(f"another cluster is running in {path}")
@@ -90,7 +95,7 @@ def _open_given(path: Path) -> RunDir:
 def _open_temporary() -> RunDir:
     base = Path(tempfile.gettempdir()) / f"atoll-{os.getuid()}"
     base.mkdir(mode=0o700, exist_ok=True)
-    _require_private(base)
+    require_private(base)
     # one start at a time here: a directory that was made but not yet locked would look like a leftover
     base_fd = os.open(base / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -119,7 +124,8 @@ def _try_lock(path: Path) -> int | None:
     return fd
 
 
-def _require_private(path: Path) -> None:
+def require_private(path: Path) -> None:
+    """Raises ConfigError unless the directory is ours and nobody else may look into it."""
     status = path.lstat()
     if path.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ConfigError(f"run directory {path} must be yours alone (owned by you, mode 0700)")

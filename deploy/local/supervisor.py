@@ -19,7 +19,7 @@ from common.ids import Role
 from common.service import STOP_SIGNALS
 from deploy.local.forker import Forker
 from deploy.local.output import Display, LinePipe
-from deploy.local.part import STOP_SIGNAL, Part, stop_limit_s, until_silent, upstream
+from deploy.local.part import STOP_SIGNAL, Part, until_silent
 from deploy.local.readiness import NotifySocket, wait_until_ready, write_ready_file
 from deploy.local.run_dir import RunDir, write_atomically
 from deploy.local.worker import MAX_FAILED_STARTS, Worker, WorkerState
@@ -52,7 +52,7 @@ class Supervisor:
         self._run_dir = run_dir
         self._options = options
         part = options.part
-        own = [s for s in config.processes() if part is None or s.id in part.processes]
+        own = [s for s in config.processes() if part is None or s.id in part.environments]
         self._workers = {str(spec.id): Worker(spec) for spec in own}
         self._by_pid: dict[int, Worker] = {}
         self._early_ready: set[int] = set()  # notified before we heard of the fork
@@ -131,14 +131,14 @@ class Supervisor:
             self._was_ready = True  # whether the cluster is, the part with the gateway knows
             return
         url = await wait_until_ready(self._run_dir.path)
-        self._url, self._was_ready = url, True
+        part = self._options.part
+        self._url, self._was_ready = url if part is None else part.url(self._config), True
         # a restarted gateway must come back where clients know it
         port = int(url.rsplit(":", 1)[1].rstrip("/"))
         self._write_cluster(replace(self._config, gateway=replace(self._config.gateway, port=port)))
         self._display.settled()
         elapsed = asyncio.get_running_loop().time() - started
-        shown = url if self._options.part is None else self._options.part.url(self._config)
-        self._display.note(f"{self._summary()}: ready at {shown} after {elapsed:.1f} s")
+        self._display.note(f"{self._summary()}: ready at {self._url} after {elapsed:.1f} s")
         self._write_ready_file()
         if on_ready is not None:
             self._exit_code = await on_ready(url)
@@ -171,7 +171,9 @@ class Supervisor:
         env = {"NOTIFY_SOCKET": str(self._run_dir.path / "notify.sock")}
         if part is not None:
             argv += ["--stop-signal", STOP_SIGNAL]
-        env.update(_device_environment(self._config, worker, part))
+            env.update(part.environments[worker.spec.id])
+        else:
+            env.update(_device_environment(self._config, worker))
         module = f"{self._options.package}.{worker.role}"
         worker.state = WorkerState.STARTING
         worker.pipe = pipe
@@ -252,14 +254,14 @@ class Supervisor:
 
     async def _stop(self) -> None:
         self._stopping = True
-        limits, number = STOP_ORDER, signal.SIGTERM
-        if self._options.part is not None:
-            limit_s = stop_limit_s(self._config)
-            limits, number = dict.fromkeys(STOP_ORDER, limit_s), STOP_SIGNALS[STOP_SIGNAL]
-            roles = frozenset(worker.role for worker in self._workers.values())
-            if self._was_ready:
-                await until_silent(upstream(self._config, roles), within_s=limit_s)
-        await self._stop_in_order(limits, number)
+        part = self._options.part
+        if part is None:
+            await self._stop_in_order(STOP_ORDER, signal.SIGTERM)
+            return
+        if self._was_ready:
+            await until_silent(part.upstream(self._config), within_s=part.stop_deadline_s)
+        limits = dict.fromkeys(STOP_ORDER, part.stop_deadline_s)
+        await self._stop_in_order(limits, STOP_SIGNALS[STOP_SIGNAL])
 
     async def _stop_in_order(self, limits: Mapping[Role, float], stop: signal.Signals) -> None:
         for role, limit_s in limits.items():
@@ -308,14 +310,10 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _device_environment(
-    config: ClusterConfig, worker: Worker, part: Part | None
-) -> dict[str, str]:
+def _device_environment(config: ClusterConfig, worker: Worker) -> dict[str, str]:
     """GPU processes are dealt out over the cards in turn; nothing on CPU."""
-    cards = [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
-    if part is not None:
-        cards = list(part.gpus)
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
     if config.cluster.device != "cuda" or not cards or worker.role is Role.GATEWAY:
         return {}
     position = [spec.id for spec in config.processes()].index(worker.spec.id)
-    return {"CUDA_VISIBLE_DEVICES": cards[position % len(cards)]}
+    return {"CUDA_VISIBLE_DEVICES": str(position % len(cards))}

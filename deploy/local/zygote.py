@@ -186,7 +186,9 @@ def main(argv: list[str]) -> int:
     sock = socket.socket(fileno=int(argv[0]))
     sock.set_inheritable(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by every worker
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's reaches us too; the launcher says when to end
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # Slurm's reaches us too; the launcher says when to end
     gc.disable()  # no collection may touch, and so copy, the shared pages
     warm_up()
     zygote = Zygote(sock)

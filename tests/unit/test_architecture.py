@@ -35,6 +35,8 @@ PURE = (
     "services.expert.batcher",
     "services.gateway.admission",
     "deploy.trace",
+    "deploy.slurm.allocation",
+    "deploy.render.description",
     "loadgen.stats",
 )
 IMPURE = {"asyncio", "time", "random", "os", "socket", "aiohttp", "ucxx", "torch", "logging"}

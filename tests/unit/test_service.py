@@ -140,12 +140,12 @@ raise SystemExit(run_service(lambda config, index: Dummy(), Role.EXPERT, sys.arg
 """
 
 
-def process(tmp_path, *, start="pass", cluster=CLUSTER, index="0"):
+def process(tmp_path, *options, start="pass", cluster=CLUSTER, index="0"):
     (tmp_path / "c.toml").write_text(cluster)
     (tmp_path / "dummy.py").write_text(textwrap.dedent(PROGRAM.format(start=start)))
     command = [sys.executable, tmp_path / "dummy.py", "--cluster", tmp_path / "c.toml"]
     return subprocess.Popen(
-        [*command, "--index", index],
+        [*command, "--index", index, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -162,6 +162,17 @@ def test_sigint_is_ignored_and_sigterm_drains(tmp_path):
     assert (out, service.returncode) == ("drained\nstopped\n", 0)
     assert "UCX environment" in err
     assert "experts = 1" in err  # the effective configuration
+
+
+def test_with_another_stop_signal_sigterm_is_ignored(tmp_path):
+    with process(tmp_path, "--stop-signal", "USR1") as service:
+        assert service.stdout.readline() == "ready\n"
+        service.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            service.wait(0.3)
+        service.send_signal(signal.SIGUSR1)
+        out, _ = service.communicate(timeout=20)
+    assert (out, service.returncode) == ("drained\nstopped\n", 0)
 
 
 @pytest.mark.parametrize(
