@@ -210,6 +210,7 @@ class AttentionWorker:
                 "running": scheduler.num_running, "waiting": len(scheduler.waiting),
                 "cache_pages_free": scheduler.pages.num_free,
                 "owed": len(self.moe.outbox), "resent": self.moe.outbox.num_resent,
+                "links": self.transport.carriers(),
             },
             missing="" if self.moe.outbox.link is not None else "the router is not connected",
         )  # fmt: skip

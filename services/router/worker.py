@@ -183,6 +183,7 @@ class RouterWorker:
             counters={
                 **self.flow.counters.to_json(), "in_flight": self.flow.num_in_flight,
                 "resent": resent, "owed_by_expert": owed,
+                "links": self.transport.carriers(),
             },
         )  # fmt: skip
         return [own.to_json(), *(self._expert_entry(w) for w in self.flow.experts)]
