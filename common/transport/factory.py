@@ -11,14 +11,18 @@ from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
 
 
-def open_transport(config: ClusterConfig) -> Transport:
-    """UCX with the cluster's secret and limits. Raises ConfigError when the secret cannot be read."""
+def open_transport(config: ClusterConfig, *, net_device: str = "") -> Transport:
+    """UCX with the cluster's secret and limits, bound to one NIC if `net_device` names it.
+
+    Raises ConfigError when the secret cannot be read.
+    """
     try:
         secret = config.secret_path.read_bytes().strip()
     except OSError as exc:
         raise ConfigError(f"cluster secret {config.secret_path}: {exc.strerror}") from exc
     set_ucx_environment(
-        local=config.cluster.device == "cpu" and all(node.host == LOCAL for node in config.nodes)
+        local=config.cluster.device == "cpu" and all(node.host == LOCAL for node in config.nodes),
+        net_device=net_device,
     )
     limits = config.limits
     return UcxTransport(

@@ -102,10 +102,10 @@ def test_ten_killed_experts_cost_no_request_and_no_token(model):
         assert all(tokens == wanted for tokens in runs), f"stream {stream} changed its tokens"
 
 
-@pytest.mark.parametrize("role", ["router", "attention"])
-def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role):
+@pytest.mark.parametrize(("role", "rails"), [("router", 1), ("router", 2), ("attention", 1)])
+def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role, rails):
     """Its requests may fail, with a sentence; then the service is whole again within seconds."""
-    with Cluster("--model", str(model), *ARGUMENTS) as cluster:
+    with Cluster("--model", str(model), *ARGUMENTS, "--routers", str(rails)) as cluster:
         expected = cluster.generate(prompts(), NUM_TOKENS)
         name = cluster.model
         victim = next(p["pid"] for p in cluster.processes if p["role"] == role)
