@@ -3,10 +3,12 @@
     [cluster]   name, wire, epoch, run_dir, secret_file, device, trace_events
     [model]     path, served_name, cache_dir
     [placement] experts_per_gpu, plan
+    [topology]  gpu, nic_gbit_s, uplink_gbit_s, nic_latency_us, nvlink_latency_us
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
     [limits]    block_deadline_s, max_payload_mb, link_window, start_deadline_s, watchdog_s, drain_deadline_s
-    [[nodes]]   host, attention, experts, routers, rails, gpus, base_port   (one table per node, node id = position)
+    [[nodes]]   host, attention, experts, routers, gpus, base_port, gpu, nic_gbit_s, nvlink_domain, leaf
+                (one table per node, node id = position)
 
 Every process is named by role and index; indices count over nodes in order. A process on a node whose `host` is
 "local" listens on a Unix socket in `run_dir`, elsewhere on tcp at the node's first port + an offset fixed by role and
@@ -78,6 +80,21 @@ class PlacementSection:
 
 
 @dataclass(frozen=True, slots=True)
+class TopologySection:
+    """What nodes have unless their tables say otherwise, for `atoll plan`; speeds are per direction.
+
+    `gpu` is a name of `common.placement.topology.GPUS` (default: H100, or cpu on CPU devices), `nic_gbit_s` the speed
+    of one NIC, `uplink_gbit_s` of a leaf switch to the others (0: no limit).
+    """
+
+    gpu: str = ""
+    nic_gbit_s: float = _in(400.0, 0.001, 1e5)
+    uplink_gbit_s: float = _in(0.0, 0.0, 1e7)
+    nic_latency_us: float = _in(5.0, 0.0, 1e6)
+    nvlink_latency_us: float = _in(2.0, 0.0, 1e6)
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSection:
     """Bounds of one attention worker. `max_context` 0 means the model's own limit."""
 
@@ -117,17 +134,21 @@ class LimitsSection:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One host of the cluster. `base_port` 0 takes one by node id; `gpus` are its own, 0 means as many as are found."""
+    """One host of the cluster. `base_port` 0 takes one by node id; `gpus` are its own, 0 means as many as are found.
+
+    `gpu`, `nic_gbit_s`: "" and 0 mean as in [topology]. Nodes with the same `nvlink_domain` (0 or more) share NVLink.
+    """
 
     host: str = LOCAL
     attention: int = _in(1, 0, 99)
     experts: int = _in(0, 0, 4096)
-    routers: int = _in(1, 1, 8)
-    rails: tuple[
-        str, ...
-    ] = ()  # a NIC per router (UCX_NET_DEVICES), e.g. "mlx5_0:1"; empty: UCX chooses
+    routers: int = _in(1, 1, 1)
     gpus: int = _in(0, 0, 64)
     base_port: int = _in(0, 0, 65535 - PORTS_PER_NODE)
+    gpu: str = ""
+    nic_gbit_s: float = _in(0.0, 0.0, 1e5)
+    nvlink_domain: int = _in(-1, -1, 1 << 20)
+    leaf: int = _in(0, 0, 1 << 20)
 
     def first_port(self, node_id: int) -> int:
         """Where its ports begin: routers listen on this + 0.., attention workers on this + ATTENTION_PORT_OFFSET.."""
@@ -136,16 +157,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process of the cluster and where it listens ("" for roles that only dial out).
-
-    `rail` counts a node's routers; `net_device` is the NIC that a router is bound to ("": not bound).
-    """
+    """One process of the cluster and where it listens ("" for roles that only dial out)."""
 
     id: ProcessId
     node: int
     address: str
-    rail: int = 0
-    net_device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,7 @@ class ClusterConfig:
     nodes: tuple[Node, ...]
     cluster: ClusterSection = field(default_factory=ClusterSection)
     placement: PlacementSection = field(default_factory=PlacementSection)
+    topology: TopologySection = field(default_factory=TopologySection)
     attention: AttentionSection = field(default_factory=AttentionSection)
     gateway: GatewaySection = field(default_factory=GatewaySection)
     limits: LimitsSection = field(default_factory=LimitsSection)
@@ -187,11 +204,7 @@ class ClusterConfig:
             for node_id, node in enumerate(self.nodes):
                 for local in range(_count(node, role)):
                     address = self._address(role, index, node_id, local)
-                    rail = local if role is Role.ROUTER else 0
-                    device = node.rails[local] if role is Role.ROUTER and node.rails else ""
-                    specs.append(
-                        ProcessSpec(ProcessId(role, index), node_id, address, rail, device)
-                    )
+                    specs.append(ProcessSpec(ProcessId(role, index), node_id, address))
                     index += 1
         specs.append(ProcessSpec(ProcessId(Role.GATEWAY, 0), 0, ""))
         return specs
@@ -207,9 +220,12 @@ class ClusterConfig:
         """All processes of one role, by index."""
         return [spec for spec in self.processes() if spec.id.role is role]
 
-    def routers_of(self, node: int) -> list[ProcessSpec]:
-        """The routers of a node, by rail."""
-        return [spec for spec in self.of_role(Role.ROUTER) if spec.node == node]
+    def router_of(self, node: int) -> ProcessSpec:
+        """The router that serves a node. Raises ConfigError when it has none."""
+        for spec in self.of_role(Role.ROUTER):
+            if spec.node == node:
+                return spec
+        raise ConfigError(f"node {node} has no router")
 
     def _address(self, role: Role, index: int, node_id: int, local: int) -> str:
         node = self.nodes[node_id]
@@ -250,12 +266,10 @@ def local_cluster(
     wire: str,
     port: int,
     run_dir: Path,
-    routers: int = 1,
     host: str = "127.0.0.1",
     api_key_file: Path | None = None,
 ) -> ClusterConfig:
-    """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously,
-    and `routers` rails on each node.
+    """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously.
 
     The first nodes get one more where the counts do not divide; a node may stay without experts or without attention
     workers. Raises ConfigError on a value out of range.
@@ -265,7 +279,7 @@ def local_cluster(
     counts = zip(_spread(attention, nodes), _spread(ep, nodes), strict=True)
     config = ClusterConfig(
         model=ModelSection(path=model),
-        nodes=tuple(Node(attention=a, experts=e, routers=routers) for a, e in counts),
+        nodes=tuple(Node(attention=a, experts=e) for a, e in counts),
         cluster=ClusterSection(wire=wire, run_dir=run_dir),
         placement=PlacementSection(experts_per_gpu=experts_per_gpu),
         attention=AttentionSection(microbatches=microbatches),
@@ -297,11 +311,6 @@ def _checked(config: ClusterConfig, source: config_toml.Source) -> ClusterConfig
         if remote and len(local) == 2:
             raise source.error(
                 where, 'a cluster with "local" nodes cannot have others on the network'
-            )
-    for i, node in enumerate(config.nodes):
-        if node.rails and len(node.rails) != node.routers:
-            raise source.error(
-                f"nodes[{i}].rails", f"names {len(node.rails)} NICs for {node.routers} routers"
             )
     _check_addresses(config, source)
     return config

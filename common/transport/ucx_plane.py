@@ -29,17 +29,8 @@ _QUARANTINE_S = 60.0
 class DataPlane:
     """What all links of one process share: the UCX worker, the tags in use, requests that outlived their link."""
 
-    def __init__(
-        self,
-        pool: BufferPool,
-        limits: LinkLimits,
-        seam: Seam,
-        *,
-        spin_us: int,
-        report: Callable[[UcxLink], None],
-    ) -> None:
-        """Starts UCX on the running loop. `report` is told of every open link."""
-        self._report = report
+    def __init__(self, pool: BufferPool, limits: LinkLimits, seam: Seam, *, spin_us: int) -> None:
+        """Starts UCX on the running loop."""
         self.pool = pool
         self.limits = limits
         self.seam = seam
@@ -70,8 +61,7 @@ class DataPlane:
         return link
 
     def opened(self, link: UcxLink) -> None:
-        """Report it, then deliver what overtook the control socket."""
-        self._report(link)
+        """Deliver what overtook the control socket."""
         link.sweep_receives()
         self.reactor.kick()
 

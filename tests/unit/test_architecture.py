@@ -32,7 +32,6 @@ PURE = (
     "services.attention.sequence",
     "services.attention.pages",
     "services.router.plan",
-    "services.router.routes",
     "services.expert.batcher",
     "services.gateway.admission",
     "deploy.trace",
