@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup check test test-oracle test-ep256 demo bench
+.PHONY: setup check test test-oracle test-ep256 test-systemd demo bench
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,10 @@ test-oracle: setup
 
 test-ep256: setup
 	ATOLL_EP256_RESULTS=tests/bench/results/ep256.json $(BIN)/python -m pytest tests/e2e/test_ep256.py -m ep256 -s --timeout 1200
+
+# as root: installs debootstrap and systemd-container where they are missing, boots two hosts, removes them again
+test-systemd: setup
+	ATOLL_SYSTEMD_RESULT=tests/systemd/result.json $(BIN)/python -m pytest tests/systemd -m systemd --timeout 1800 -s
 
 demo: setup
 	@$(BIN)/atoll demo

@@ -164,9 +164,12 @@ def _reject_unknown(table: dict[str, Any], known: list[str], source: Source, pre
 
 
 def _line_of(text: str, where: str) -> int | None:
-    """The 1-based line of "section.key", "section[2].key" or a section itself; None when the scan does not find it."""
+    """The 1-based line of "section.key", "section[2].key" or a section itself; None when the scan does not find it.
+
+    A key that is not there has its section's line.
+    """
     section, _, key = where.partition(".")
-    current, seen = "", dict[str, int]()
+    current, seen, header = "", dict[str, int](), None
     for number, line in enumerate(text.splitlines(), start=1):
         if (table := _ARRAY_TABLE.match(line)) is not None:
             name = table[1]
@@ -180,6 +183,8 @@ def _line_of(text: str, where: str) -> int | None:
             continue
         else:
             continue
-        if not key and section in (current, current.partition("[")[0]):
-            return number
-    return None
+        if section in (current, current.partition("[")[0]):
+            if not key:
+                return number
+            header = number
+    return header

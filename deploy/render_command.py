@@ -13,10 +13,12 @@ import tempfile
 from pathlib import Path
 
 from common import config as cluster_config
+from common.config_toml import Source
 from common.errors import ConfigError
+from deploy.render.description import UnrenderableError
 
 HELP = "write systemd units or a Slurm script for a cluster"
-# each is a module deploy/render/<target>.py with `render(config) -> {relative path: text}`
+# each is a module deploy/render/<target>.py: `render(config) -> {relative path: text}` may raise UnrenderableError
 TARGETS = ("systemd", "slurm")
 MARK = "atoll render"  # is in the first or second line of every file, so that a rendering is known as one
 
@@ -31,7 +33,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Render, then write."""
     config = cluster_config.load(arguments.cluster)
-    files = importlib.import_module(f"deploy.render.{arguments.target}").render(config)
+    try:
+        files = importlib.import_module(f"deploy.render.{arguments.target}").render(config)
+    except UnrenderableError as exc:
+        raise Source.read(arguments.cluster).error(exc.where, exc.sentence) from exc
     write_tree(arguments.out, files)
     print(f"{arguments.out}: {len(files)} files for {config.cluster.name}")
     return 0

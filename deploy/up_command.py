@@ -1,11 +1,13 @@
 """Start a whole cluster on this machine and serve until Ctrl-C.
 
-Without --model a small model is served. With --cluster everything comes from that file.
+Without --model a small model is served. With --cluster everything comes from that file; --local takes its shape alone
+and runs every node here, with a secret and directories of its own.
 
 examples:
   atoll up --model /models/deepseek --port 8000
   atoll up --ep 64 --nodes 4 --wire fp32 --port 0 --ready-file ready.json
   atoll up --cluster cluster.toml
+  atoll up --cluster deploy/clusters/two-hosts.toml --local --model deploy/demo/model
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config as cluster_config
-from common.config import ClusterConfig, local_cluster
+from common.config import LOCAL, ClusterConfig, ModelSection, local_cluster
 from common.errors import ConfigError
 from deploy.local import models, preflight
 from deploy.local.run_dir import RunDir, open_run_dir
@@ -38,6 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument(
         "--cluster", type=Path, metavar="F", help="cluster TOML, instead of the options below"
+    )
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="with --cluster: run the nodes of every host on this machine",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory")
     parser.add_argument(
@@ -87,13 +94,19 @@ def launch(
 
     `adapt` may change what was described.
     """
+    if arguments.local and arguments.cluster is None:
+        raise ConfigError("--local needs --cluster")
     if options.ready_file is not None and not options.ready_file.absolute().parent.is_dir():
         raise ConfigError(f"--ready-file {options.ready_file}: no such directory")
     described = _from_file(arguments) if arguments.cluster is not None else None
-    requested = described.cluster.run_dir if described is not None else arguments.run_dir
+    requested = arguments.run_dir
+    if described is not None and not arguments.local:
+        requested = described.cluster.run_dir
     run_dir = open_run_dir(requested)
     try:
         config = described or _from_options(arguments, run_dir)
+        if arguments.local:
+            config = on_this_machine(config, run_dir.path)
         if adapt is not None:
             config = adapt(config)
         if config.cluster.secret_file is None:
@@ -104,12 +117,29 @@ def launch(
         run_dir.close()
 
 
+def on_this_machine(config: ClusterConfig, run_dir: Path) -> ClusterConfig:
+    """The same nodes and processes as virtual nodes of this machine, whatever the file says of its hosts."""
+    return replace(
+        config,
+        cluster=replace(config.cluster, run_dir=run_dir, secret_file=None),
+        model=ModelSection(config.model.path, config.model.served_name),
+        nodes=tuple(replace(node, host=LOCAL, gpus=0) for node in config.nodes),
+        gateway=replace(config.gateway, host="127.0.0.1"),
+    )
+
+
 def _from_file(arguments: argparse.Namespace) -> ClusterConfig:
+    own = {"model", "port"} if arguments.local else set()
     for name in ("model", "ep", "experts_per_gpu", "api_key_file", *_DEFAULTS):
-        if getattr(arguments, name) is not None:
+        if name not in own and getattr(arguments, name) is not None:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} cannot be combined with --cluster, set it in the file")
     config = cluster_config.load(arguments.cluster)
+    if arguments.model is not None:
+        model = replace(config.model, path=arguments.model.absolute())
+        config = replace(config, model=model)
+    if arguments.port is not None:
+        config = replace(config, gateway=replace(config.gateway, port=arguments.port))
     if arguments.run_dir is not None:
         cluster = replace(config.cluster, run_dir=arguments.run_dir.absolute())
         config = replace(config, cluster=cluster)

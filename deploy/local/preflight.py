@@ -24,7 +24,8 @@ def check(config: ClusterConfig) -> None:
     for i, node in enumerate(config.nodes):
         if node.host not in _LOOPBACK:
             raise ConfigError(
-                f"atoll up starts every process on this host, but nodes[{i}] is on {node.host}"
+                f"atoll up starts every process on this host, but nodes[{i}] is on {node.host} "
+                f"(--local runs it here all the same)"
             )
     if config.gateway.port:
         check_port(config.gateway.host, config.gateway.port)

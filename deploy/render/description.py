@@ -18,6 +18,14 @@ START_ORDER = tuple(Role)
 STOP_MARGIN_S = 2.0  # between the last thing a process does by itself and SIGKILL
 
 
+class UnrenderableError(ConfigError):
+    """A rendering cannot express a key's value; `where` is the key as in "nodes[0].gpus"."""
+
+    def __init__(self, where: str, sentence: str) -> None:
+        super().__init__(f"{where} {sentence}")
+        self.where, self.sentence = where, sentence
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """One process. `gpu` is the card's number on its host, None on CPU and for the gateway."""

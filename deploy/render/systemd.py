@@ -10,23 +10,31 @@
 its own target and after the targets of the roles that start earlier, and systemd stops in the opposite order.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from string import Template
 
 from common.config import ClusterConfig, ModelSection
-from common.errors import ConfigError
 from common.ids import Role
-from deploy.render.description import START_ORDER, Description, Host, Process, describe
+from deploy.render.description import (
+    START_ORDER,
+    Description,
+    Host,
+    Process,
+    UnrenderableError,
+    describe,
+)
 
 CONFIG_DIR = Path("/etc/atoll")
 BIN_DIR = Path("/opt/atoll/current/bin")
 CACHE_DIR = Path("/var/cache/atoll")
 # what the units cannot see: ProtectHome, PrivateTmp
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
+_WORD = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_.:/-]*")
 _UNITS = Path(__file__).parent / "units"
-_CPU_DEVICES = "PrivateDevices=yes\nPrivateUsers=yes\nProcSubset=pid"
-# the driver's and RDMA's devices; NVIDIA's user-space tools look at more of /proc than processes
+_CPU_DEVICES = "PrivateDevices=yes\nPrivateUsers=yes"
+# the driver's and RDMA's devices
 _GPU_DEVICES = """\
 DevicePolicy=closed
 DeviceAllow=char-nvidia* rw
@@ -35,8 +43,9 @@ DeviceAllow=/dev/infiniband/rdma_cm rw"""
 
 
 def render(config: ClusterConfig) -> dict[str, str]:
-    """Relative path -> text. Raises ConfigError when processes could not see a file that they need."""
+    """Relative path -> text. Raises UnrenderableError."""
     config = _installed(config)
+    _check(config)
     description = describe(config)
     files = {"cluster.toml": _toml(config), "tmpfiles.conf": _tmpfiles(config)}
     files |= _units(config, description)
@@ -77,16 +86,31 @@ def _installed(config: ClusterConfig) -> ClusterConfig:
         cluster = replace(cluster, secret_file=CONFIG_DIR / "secret")
     if model.cache_dir == ModelSection(model.path).cache_dir:
         model = replace(model, cache_dir=CACHE_DIR)
-    for key, path in (
-        ("model.path", model.path),
-        ("cluster.secret_file", cluster.secret_file),
-        ("gateway.api_key_file", config.gateway.api_key_file),
-    ):
-        if path is not None and any(path.is_relative_to(hidden) for hidden in HIDDEN):
-            raise ConfigError(
-                f"{key} is {path}, which a unit cannot see: nothing in {', '.join(map(str, HIDDEN))} can be used"
-            )
     return replace(config, cluster=cluster, model=model)
+
+
+def _check(config: ClusterConfig) -> None:
+    files = {
+        "model.path": config.model.path,
+        "cluster.secret_file": config.cluster.secret_file,
+        "gateway.api_key_file": config.gateway.api_key_file,
+    }
+    for key, path in files.items():
+        if path is not None and any(path.is_relative_to(hidden) for hidden in HIDDEN):
+            hidden = ", ".join(map(str, HIDDEN))
+            raise UnrenderableError(key, f"is {path}, but units see nothing of {hidden}")
+    words = {"cluster.name": config.cluster.name, "cluster.run_dir": str(config.cluster.run_dir)}
+    words |= {f"nodes[{i}].host": node.host for i, node in enumerate(config.nodes)}
+    for key, word in words.items():
+        if not _WORD.fullmatch(word):
+            raise UnrenderableError(
+                key, f"is {word!r}, but a unit file takes letters, digits and _ . : / - only"
+            )
+    for i, node in enumerate(config.nodes):
+        if config.cluster.device == "cuda" and not node.gpus:
+            raise UnrenderableError(
+                f"nodes[{i}].gpus", 'must say how many cards the node has, since device is "cuda"'
+            )
 
 
 def _units(config: ClusterConfig, description: Description) -> dict[str, str]:
@@ -99,12 +123,14 @@ def _units(config: ClusterConfig, description: Description) -> dict[str, str]:
         "start_s": f"{description.start_deadline_s:g}",
         "stop_s": f"{description.stop_deadline_s:g}",
         "watchdog_s": f"{description.watchdog_s:g}",
-        "device_lines": _GPU_DEVICES if config.cluster.device == "cuda" else _CPU_DEVICES,
         "groups": " ".join(groups),
     }
-    files = {name: _fill(name, common) for name in ("atoll.target", "atoll-mps.service")}
+    devices = _GPU_DEVICES if config.cluster.device == "cuda" else _CPU_DEVICES
+    files = {"atoll.target": _fill("atoll.target", common)}
+    files["atoll-mps.service"] = _fill("atoll-mps.service", common | {"device_lines": _GPU_DEVICES})
     for position, role in enumerate(START_ORDER):
         values = _role_values(role, START_ORDER[:position]) | common
+        values["device_lines"] = _CPU_DEVICES if role is Role.GATEWAY else devices
         files[_unit_name(role)] = _fill("role.service", values)
         if role is not Role.GATEWAY:
             files[_group(role)] = _fill("group.target", values)

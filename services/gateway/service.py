@@ -58,6 +58,7 @@ class GatewayService:
         self._keys = load_keys(keys) if keys is not None else None
         self._runner: web.AppRunner | None = None
         self._dispatcher: Dispatcher | None = None
+        self._url_file = config.cluster.run_dir / f"{self._own.id}.url"
         self.port = 0  # really bound, after start
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
@@ -97,6 +98,8 @@ class GatewayService:
             self._dispatcher.close()
         if self._runner is not None:
             await self._runner.cleanup()
+        if self.port:
+            self._url_file.unlink(missing_ok=True)
         await self._dialler.close()
 
     async def _listen(self, runner: web.AppRunner) -> None:
@@ -112,7 +115,7 @@ class GatewayService:
     def _write_url(self, host: str) -> None:
         """`run_dir/gateway-0.url` tells the launcher which port it is. Written whole or not at all."""
         url = f"http://{host}:{self.port}"
-        path = self._config.cluster.run_dir / f"{self._own.id}.url"
+        path = self._url_file
         partial = path.with_suffix(".tmp")
         try:
             partial.write_text(url + "\n", encoding="utf-8")
