@@ -7,7 +7,7 @@
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
     [limits]    block_deadline_s, max_payload_mb, link_window, start_deadline_s, watchdog_s, drain_deadline_s
-    [[nodes]]   host, attention, experts, routers, gpus, base_port, gpu, nic_gbit_s, nvlink_domain, leaf
+    [[nodes]]   host, attention, experts, routers, rails, gpus, base_port, gpu, nic_gbit_s, nvlink_domain, leaf
                 (one table per node, node id = position)
 
 Every process is named by role and index; indices count over nodes in order. A process on a node whose `host` is
@@ -142,7 +142,10 @@ class Node:
     host: str = LOCAL
     attention: int = _in(1, 0, 99)
     experts: int = _in(0, 0, 4096)
-    routers: int = _in(1, 1, 1)
+    routers: int = _in(1, 1, 8)
+    rails: tuple[
+        str, ...
+    ] = ()  # a NIC per router (UCX_NET_DEVICES), e.g. "mlx5_0:1"; empty: UCX chooses
     gpus: int = _in(0, 0, 64)
     base_port: int = _in(0, 0, 65535 - PORTS_PER_NODE)
     gpu: str = ""
@@ -157,11 +160,16 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process of the cluster and where it listens ("" for roles that only dial out)."""
+    """One process of the cluster and where it listens ("" for roles that only dial out).
+
+    `rail` counts a node's routers; `net_device` is the NIC that a router is bound to ("": not bound).
+    """
 
     id: ProcessId
     node: int
     address: str
+    rail: int = 0
+    net_device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +212,11 @@ class ClusterConfig:
             for node_id, node in enumerate(self.nodes):
                 for local in range(_count(node, role)):
                     address = self._address(role, index, node_id, local)
-                    specs.append(ProcessSpec(ProcessId(role, index), node_id, address))
+                    rail = local if role is Role.ROUTER else 0
+                    device = node.rails[local] if role is Role.ROUTER and node.rails else ""
+                    specs.append(
+                        ProcessSpec(ProcessId(role, index), node_id, address, rail, device)
+                    )
                     index += 1
         specs.append(ProcessSpec(ProcessId(Role.GATEWAY, 0), 0, ""))
         return specs
@@ -220,12 +232,9 @@ class ClusterConfig:
         """All processes of one role, by index."""
         return [spec for spec in self.processes() if spec.id.role is role]
 
-    def router_of(self, node: int) -> ProcessSpec:
-        """The router that serves a node. Raises ConfigError when it has none."""
-        for spec in self.of_role(Role.ROUTER):
-            if spec.node == node:
-                return spec
-        raise ConfigError(f"node {node} has no router")
+    def routers_of(self, node: int) -> list[ProcessSpec]:
+        """The routers of a node, by rail."""
+        return [spec for spec in self.of_role(Role.ROUTER) if spec.node == node]
 
     def _address(self, role: Role, index: int, node_id: int, local: int) -> str:
         node = self.nodes[node_id]
@@ -266,10 +275,12 @@ def local_cluster(
     wire: str,
     port: int,
     run_dir: Path,
+    routers: int = 1,
     host: str = "127.0.0.1",
     api_key_file: Path | None = None,
 ) -> ClusterConfig:
-    """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously.
+    """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously,
+    and `routers` rails on each node.
 
     The first nodes get one more where the counts do not divide; a node may stay without experts or without attention
     workers. Raises ConfigError on a value out of range.
@@ -279,7 +290,7 @@ def local_cluster(
     counts = zip(_spread(attention, nodes), _spread(ep, nodes), strict=True)
     config = ClusterConfig(
         model=ModelSection(path=model),
-        nodes=tuple(Node(attention=a, experts=e) for a, e in counts),
+        nodes=tuple(Node(attention=a, experts=e, routers=routers) for a, e in counts),
         cluster=ClusterSection(wire=wire, run_dir=run_dir),
         placement=PlacementSection(experts_per_gpu=experts_per_gpu),
         attention=AttentionSection(microbatches=microbatches),
@@ -311,6 +322,11 @@ def _checked(config: ClusterConfig, source: config_toml.Source) -> ClusterConfig
         if remote and len(local) == 2:
             raise source.error(
                 where, 'a cluster with "local" nodes cannot have others on the network'
+            )
+    for i, node in enumerate(config.nodes):
+        if node.rails and len(node.rails) != node.routers:
+            raise source.error(
+                f"nodes[{i}].rails", f"names {len(node.rails)} NICs for {node.routers} routers"
             )
     _check_addresses(config, source)
     return config

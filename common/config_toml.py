@@ -11,7 +11,7 @@ import re
 import tomllib
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from common.errors import ConfigError
 
@@ -95,7 +95,9 @@ def _table(header: str, section: Any) -> str:  # noqa: ANN401
     return "\n".join(lines) + "\n"
 
 
-def _literal(value: bool | float | str | Path) -> str:
+def _literal(value: bool | float | str | Path | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
@@ -138,6 +140,10 @@ def _typed(hint: Any, value: Any, source: Source, where: str) -> Any:  # noqa: A
         except RuntimeError as exc:  # "~nobody" without such a user
             raise source.error(where, f"must be a path, not {value!r}: {exc}") from exc
         return source.directory / path if source.directory else path
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+            raise source.error(where, f"must be a list of strings, not {value!r}")
+        return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

@@ -29,6 +29,7 @@ HELP = "start a whole cluster on this machine"
 _DEFAULTS = {
     "nodes": 2,
     "attention": 2,
+    "routers": 1,
     "microbatches": 2,
     "wire": "fp8",
     "host": "127.0.0.1",
@@ -57,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", type=int, metavar="N", help="attention workers over all nodes (2)"
     )
+    parser.add_argument("--routers", type=int, metavar="N", help="rails: routers per node (1)")
     parser.add_argument("--microbatches", type=int, metavar="N", help="per attention worker (2)")
     parser.add_argument(
         "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"

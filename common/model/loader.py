@@ -13,6 +13,7 @@ from common.model import names
 from common.model.checkpoint import Checkpoint
 from common.model.hf_config import GateKind, ModelConfig
 
+_STORED_16_BIT = {"F16": torch.float16, "BF16": torch.bfloat16}
 _WEIGHT_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F64")
 
 
@@ -78,9 +79,13 @@ def load_attention_weights(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    keep_16_bit: bool = False,
 ) -> AttentionWeights:
-    """All weights but the routed experts. Raises ModelError naming the tensor that is missing or has a wrong shape."""
-    reader = _Reader(checkpoint, config, dtype, device)
+    """All weights but the routed experts. Raises ModelError naming the tensor that is missing or has a wrong shape.
+
+    With `keep_16_bit`, projections and feed-forward matrices stored in 16 bits stay as stored.
+    """
+    reader = _Reader(checkpoint, config, dtype, device, keep_16_bit)
     embedding = reader.weight(names.EMBEDDING, config.vocab_size, config.hidden_size)
     return AttentionWeights(
         embedding=embedding,
@@ -88,7 +93,7 @@ def load_attention_weights(
         final_norm=reader.weight(names.FINAL_NORM, config.hidden_size),
         lm_head=embedding
         if config.tie_word_embeddings
-        else reader.weight(names.LM_HEAD, config.vocab_size, config.hidden_size),
+        else reader.matrix(names.LM_HEAD, config.vocab_size, config.hidden_size),
     )
 
 
@@ -100,9 +105,13 @@ def load_expert(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    keep_16_bit: bool = False,
 ) -> FfnWeights:
-    """One routed expert. Raises ModelError naming the tensor that is missing or has a wrong shape."""
-    reader = _Reader(checkpoint, config, dtype, device)
+    """One routed expert. Raises ModelError naming the tensor that is missing or has a wrong shape.
+
+    With `keep_16_bit`, matrices stored in 16 bits stay as stored.
+    """
+    reader = _Reader(checkpoint, config, dtype, device, keep_16_bit)
     prefix = names.layer(layer, names.expert(expert))
     return _ffn(reader, prefix, config.moe_intermediate_size, bias=False)
 
@@ -128,12 +137,18 @@ class _Reader:
     """Reads, checks, dequantises and converts; holds what every call shares."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: str
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: str,
+        keep_16_bit: bool,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.dtype = dtype
         self.device = device
+        self.keep_16_bit = keep_16_bit
 
     def weight(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A weight of exactly `shape` in the compute dtype (or `dtype`)."""
@@ -151,6 +166,11 @@ class _Reader:
         if entry.dtype == "F8_E4M3":
             tensor = self._dequantise(name, tensor)
         return tensor.to(device=self.device, dtype=dtype or self.dtype)
+
+    def matrix(self, name: str, *shape: int) -> torch.Tensor:
+        """A matrix for `kernels.reference.linear`: in the compute dtype, or as stored (see `keep_16_bit`)."""
+        stored = _STORED_16_BIT.get(self.checkpoint.entry(name).dtype)
+        return self.weight(name, *shape, dtype=stored if self.keep_16_bit else None)
 
     def optional(self, wanted: bool, name: str, *shape: int) -> torch.Tensor | None:
         """A weight, or None where the config has none."""
@@ -203,12 +223,12 @@ def _attention(reader: _Reader, config: ModelConfig, index: int) -> AttentionLay
 
     q_a = q_a_bias = q_a_norm = None
     if rank is None:
-        q_b = reader.weight(name(names.Q), heads * config.qk_head_dim, width)
+        q_b = reader.matrix(name(names.Q), heads * config.qk_head_dim, width)
     else:
-        q_a = reader.weight(name(names.Q_A), rank, width)
+        q_a = reader.matrix(name(names.Q_A), rank, width)
         q_a_bias = reader.optional(biased, name(names.Q_A_BIAS), rank)
         q_a_norm = reader.weight(name(names.Q_A_NORM), rank)
-        q_b = reader.weight(name(names.Q_B), heads * config.qk_head_dim, rank)
+        q_b = reader.matrix(name(names.Q_B), heads * config.qk_head_dim, rank)
     kv_out = heads * (config.qk_nope_head_dim + config.v_head_dim)
     return AttentionLayerWeights(
         input_norm=reader.weight(name(names.INPUT_NORM), width),
@@ -217,11 +237,11 @@ def _attention(reader: _Reader, config: ModelConfig, index: int) -> AttentionLay
         q_a_bias=q_a_bias,
         q_a_norm=q_a_norm,
         q_b=q_b,
-        kv_a=reader.weight(name(names.KV_A), config.latent_width, width),
+        kv_a=reader.matrix(name(names.KV_A), config.latent_width, width),
         kv_a_bias=reader.optional(biased, name(names.KV_A_BIAS), config.latent_width),
         kv_a_norm=reader.weight(name(names.KV_A_NORM), config.kv_lora_rank),
         kv_b=reader.weight(name(names.KV_B), kv_out, config.kv_lora_rank),
-        out=reader.weight(name(names.OUT), width, heads * config.v_head_dim),
+        out=reader.matrix(name(names.OUT), width, heads * config.v_head_dim),
         out_bias=reader.optional(biased, name(names.OUT_BIAS), width),
     )
 
@@ -229,8 +249,8 @@ def _attention(reader: _Reader, config: ModelConfig, index: int) -> AttentionLay
 def _ffn(reader: _Reader, prefix: str, inner: int, *, bias: bool) -> FfnWeights:
     width = reader.config.hidden_size
     gate, up, down = names.ffn_weights(prefix)
-    gate_up = torch.cat([reader.weight(gate, inner, width), reader.weight(up, inner, width)])
-    down_weight = reader.weight(down, width, inner)
+    gate_up = torch.cat([reader.matrix(gate, inner, width), reader.matrix(up, inner, width)])
+    down_weight = reader.matrix(down, width, inner)
     if not bias:
         return FfnWeights(gate_up, down_weight)
     gate_bias, up_bias, down_bias = names.ffn_biases(prefix)

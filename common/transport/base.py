@@ -124,6 +124,10 @@ class Transport(Protocol):
         """Open a link. Raises LinkClosed (unreachable), AuthError (refused), DeadlineExceeded."""
         ...
 
+    def carriers(self) -> dict[str, list[str]]:
+        """What the library below really uses for each open data link, by peer: {"router-0": ["tcp/eth0"]}."""
+        ...
+
     async def close(self) -> None:
         """Close every link and listener, then the transport itself."""
         ...

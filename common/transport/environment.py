@@ -42,16 +42,19 @@ _REMOTE = {"UCX_TLS": "^sm"}
 
 
 def set_ucx_environment(
-    *, local: bool, environ: MutableMapping[str, str] | None = None
+    *, local: bool, net_device: str = "", environ: MutableMapping[str, str] | None = None
 ) -> dict[str, str]:
     """Set what the user left unset; returns the UCX variables in force, sorted.
 
-    `local`: every process of the cluster runs on this host and no payload lies in GPU memory.
+    `local`: every process of the cluster runs on this host and no payload lies in GPU memory. `net_device`: the NIC of
+    a rail, which wins over what a parent process set.
     """
     target = os.environ if environ is None else environ
     wanted = {**_ALWAYS, **(_LOCAL if local else _REMOTE)}
     for name, value in wanted.items():
         target.setdefault(name, value)
+    if net_device:
+        target["UCX_NET_DEVICES"] = net_device
     force = {name: target[name] for name in sorted(target) if name.startswith("UCX_")}
     log.info("UCX environment: %s", " ".join(f"{name}={value}" for name, value in force.items()))
     return force

@@ -253,6 +253,10 @@ class InprocTransport:
         """Nothing computes on a device here."""
         return _NO_DEVICE
 
+    def carriers(self) -> dict[str, list[str]]:
+        """See `Transport.carriers`."""
+        return {str(link.peer.process): ["inproc"] for link in self.links if link.has_data}
+
     def listen_now(self, address: str, hello: Hello, handler: Handler) -> str:
         """`listen` without an event loop."""
         if self._is_closed:

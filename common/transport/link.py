@@ -83,6 +83,11 @@ class BaseLink(Link, ABC):
     def peer(self) -> Hello:
         return self._peer
 
+    @property
+    def mine(self) -> Hello:
+        """What this side said of itself."""
+        return self._mine
+
     # -- what a subclass provides
 
     @abstractmethod

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from common.errors import LinkClosed
+from common.transport.carriers import carriers_of
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Probed(Protocol):
 
 class Endpoint(Protocol):
     """UCX's way to one peer."""
+
+    handle: int  # ucp_ep_h
 
     def tag_send(self, array: object, tag: Tag) -> Request:
         """Post a send; the memory must stay until it ended."""
@@ -115,6 +118,10 @@ class Reactor:
         endpoint.set_close_callback(lambda *_: on_failed())
         made: Endpoint = endpoint
         return made
+
+    def carriers(self, endpoint: Endpoint) -> tuple[str, ...]:
+        """What UCX chose for it, "transport/device"."""
+        return carriers_of(endpoint.handle)
 
     def close_endpoint(self, endpoint: Endpoint) -> None:
         """Force it closed, dead peer or not: measured below 0.1 ms; its requests then end as cancelled."""

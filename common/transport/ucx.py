@@ -7,15 +7,21 @@ Decides when links and listeners come and go; `ucx_link` and `ucx_plane` move th
 
 import asyncio
 import contextlib
+import logging
+from collections.abc import Callable
 
 from common.errors import DeadlineExceeded, LinkClosed
 from common.transport.address import Address, bind
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import BufferPool
+from common.transport.carriers import LinkClass, complaint
 from common.transport.control import Channel, ControlLimits, Listener, dial
 from common.transport.link import LinkLimits
 from common.transport.seam import Seam
+from common.transport.ucx_link import UcxLink
 from common.transport.ucx_plane import DataPlane
+
+log = logging.getLogger(__name__)
 
 
 class UcxTransport:
@@ -30,11 +36,13 @@ class UcxTransport:
         spin_us: int = 0,
         pool: BufferPool | None = None,
         seam: Seam | None = None,
+        expected_class: Callable[[Hello, Hello], LinkClass] | None = None,
     ) -> None:
         """`secret` is the cluster's, at least 16 bytes. UCX itself starts with the first listen or connect.
 
         `spin_us`: microseconds of polling after each event, only for a process with a core of its own. `pool` and
         `seam` belong to a device (`common.transport.device`); without them payloads are whole, in host memory.
+        `expected_class` of a link, from this side's Hello and the peer's: another one is a warning in the log.
         """
         self._pool = pool or BufferPool()
         self._seam = seam or Seam()
@@ -42,6 +50,7 @@ class UcxTransport:
         self._link_limits = link_limits or LinkLimits()
         self._control_limits = control_limits or ControlLimits()
         self._spin_us = spin_us
+        self._expected_class = expected_class
         self._plane: DataPlane | None = None
         self._listeners: list[Listener] = []
         self._is_closed = False
@@ -67,7 +76,11 @@ class UcxTransport:
             raise LinkClosed("the transport is closed")
         if self._plane is None:
             self._plane = DataPlane(
-                self._pool, self._link_limits, self._seam, spin_us=self._spin_us
+                self._pool,
+                self._link_limits,
+                self._seam,
+                spin_us=self._spin_us,
+                report=self._report,
             )
         return self._plane
 
@@ -114,6 +127,22 @@ class UcxTransport:
             if isinstance(exc, TimeoutError):
                 raise DeadlineExceeded(f"{address} did not answer within {timeout_s} s") from exc
             raise
+
+    def _report(self, link: UcxLink) -> None:
+        """Log what carries a new link; loudly when it should be something else."""
+        if not (carriers := link.carriers()):
+            return
+        name = f"link {link.mine.process}->{link.peer.process}"
+        log.info("%s is carried by %s", name, " ".join(carriers))
+        if self._expected_class is not None:
+            text = complaint(carriers, self._expected_class(link.mine, link.peer))
+            if text:
+                log.warning("%s: %s; atoll doctor finds out why", name, text)
+
+    def carriers(self) -> dict[str, list[str]]:
+        """See `Transport.carriers`."""
+        links = () if self._plane is None else self._plane.links.values()
+        return {str(link.peer.process): list(link.carriers()) for link in links if link.carriers()}
 
     async def close(self) -> None:
         """See `Transport.close`. All is done before its only wait, so cancelling it loses nothing."""

@@ -165,6 +165,10 @@ class UcxLink(BaseLink):
         """UCX says that the peer's worker is gone (noted by `_endpoint_failed`)."""
         self._close(LinkClosed(f"{self._peer.process} is gone: its UCX endpoint failed"))
 
+    def carriers(self) -> tuple[str, ...]:
+        """What UCX chose for this link; empty without an endpoint."""
+        return () if self._endpoint is None else self._reactor.carriers(self._endpoint)
+
     # -- data
 
     def _transmit(self, buffer: Buffer) -> None:

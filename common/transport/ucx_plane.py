@@ -29,8 +29,17 @@ _QUARANTINE_S = 60.0
 class DataPlane:
     """What all links of one process share: the UCX worker, the tags in use, requests that outlived their link."""
 
-    def __init__(self, pool: BufferPool, limits: LinkLimits, seam: Seam, *, spin_us: int) -> None:
-        """Starts UCX on the running loop."""
+    def __init__(
+        self,
+        pool: BufferPool,
+        limits: LinkLimits,
+        seam: Seam,
+        *,
+        spin_us: int,
+        report: Callable[[UcxLink], None],
+    ) -> None:
+        """Starts UCX on the running loop. `report` is told of every open link."""
+        self._report = report
         self.pool = pool
         self.limits = limits
         self.seam = seam
@@ -61,7 +70,8 @@ class DataPlane:
         return link
 
     def opened(self, link: UcxLink) -> None:
-        """Deliver what overtook the control socket."""
+        """Report it, then deliver what overtook the control socket."""
+        self._report(link)
         link.sweep_receives()
         self.reactor.kick()
 

@@ -8,7 +8,9 @@ fp32 scale per 1x128 block of columns (the last block may be short), starting at
                (pairs sorted by row, then ascending expert id)
     EXPERT_IN  rows, sorted by expert | segments int32 [num_pairs, 2]: (expert id, number of its rows), ascending
     EXPERT_OUT rows in the order of the EXPERT_IN (bf16; fp32 on the fp32 wire)
-    PARTIAL    rows (bf16; float64 on the fp32 wire)        COMBINED  rows in the compute dtype of the device
+    PARTIAL    rows (bf16; float64 on the fp32 wire)
+    COMBINED   rows in the compute dtype of the device; one rail of several answers the rows that it knows of (float64
+               on the fp32 wire) | their indices in the DISPATCH int32 [num_pairs], ascending
 """
 
 from dataclasses import dataclass
@@ -121,6 +123,22 @@ def expert_in_layout(num_rows: int, width: int, num_segments: int, wire: Wire) -
     """Lay out an EXPERT_IN payload."""
     rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
     return ExpertInLayout(rows, rows.end, align(rows.end + num_segments * 8))
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLayout:
+    """PARTIAL or COMBINED payload: `ids` is the byte offset of an int32 [num_ids] array."""
+
+    rows: RowSegment
+    ids: int
+    nbytes: int
+
+
+@lru_cache(maxsize=4096)
+def answer_layout(num_rows: int, width: int, row_type: RowType, num_ids: int = 0) -> AnswerLayout:
+    """Lay out an answer: rows, and which rows of the question they are when not all are answered."""
+    rows = row_segment(num_rows, width, row_type)
+    return AnswerLayout(rows, rows.end, align(rows.end + num_ids * 4))
 
 
 def check_payload(what: str, declared_nbytes: int, expected_nbytes: int) -> None:

@@ -122,7 +122,7 @@ def environment_of(
     local = config.cluster.device == "cpu" and all(node.host == LOCAL for node in config.nodes)
     environment = {"OMP_NUM_THREADS": "1"}
     if spec.id.role is not Role.GATEWAY:  # it has control links only
-        set_ucx_environment(local=local, environ=environment)
+        set_ucx_environment(local=local, net_device=spec.net_device, environ=environment)
     gpu = gpu_of(config, spec)
     if gpu is not None:
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of nvidia-smi

@@ -4,7 +4,7 @@ import torch
 
 from common.model.hf_config import ModelConfig
 from common.model.loader import AttentionLayerWeights
-from kernels.reference.linear import OUT_MULTIPLE, linear, pad_out
+from kernels.reference.linear import OUT_MULTIPLE, linear, pad_out, resident
 from kernels.reference.mla import mla_decode, mla_prefill
 from kernels.reference.norm import rms_norm
 from kernels.reference.rope import apply_rope
@@ -20,14 +20,15 @@ class MlaLayer:
     def __init__(self, config: ModelConfig, weights: AttentionLayerWeights) -> None:
         self.config = config
         query = weights.q_b if weights.q_a is None else weights.q_a
+        dtype = weights.kv_b.dtype
         self._query_width = query.shape[0]
-        self._in = pad_out(torch.cat([query, weights.kv_a]))  # one product for both
+        self._in = resident(torch.cat([query, weights.kv_a]), dtype)  # one product for both
         self._in_bias = self._both_biases(weights)
         self._q_norm = weights.q_a_norm
-        self._q_b = None if weights.q_a is None else pad_out(weights.q_b)
+        self._q_b = None if weights.q_a is None else resident(weights.q_b, dtype)
         self._kv_norm = weights.kv_a_norm
         self._kv_b = pad_out(weights.kv_b)
-        self._out = pad_out(weights.out)
+        self._out = resident(weights.out, dtype)
         self._out_bias = None if weights.out_bias is None else pad_out(weights.out_bias)
         nope, heads = config.qk_nope_head_dim, config.num_heads
         per_head = weights.kv_b.view(heads, nope + config.v_head_dim, config.kv_lora_rank)

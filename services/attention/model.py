@@ -26,7 +26,7 @@ from common.model.hf_config import GateKind, ModelConfig, load_config
 from common.model.loader import AttentionWeights, FfnWeights, GateWeights, load_attention_weights
 from kernels.reference.ffn import ffn
 from kernels.reference.gate import gate_v2, gate_v3
-from kernels.reference.linear import linear, pad_out
+from kernels.reference.linear import linear, pad_out, resident
 from kernels.reference.norm import rms_norm
 from kernels.reference.rope import rope_frequencies, rope_tables, yarn_frequencies
 from services.attention.batch import ForwardBatch, Span, build_batch
@@ -41,16 +41,19 @@ class AttentionModel:
         """`max_context` bounds positions (the rope tables' length); the config's own limit bounds it in turn."""
         self.config = config
         self.max_context = min(max_context, config.max_position)
-        self._head = pad_out(weights.lm_head)
+        dtype = weights.embedding.dtype
+        self._head = resident(weights.lm_head, dtype)
         self._embedding = self._head if config.tie_word_embeddings else weights.embedding
         self._final_norm = weights.final_norm
         self._layers = weights.layers
         self._mla = [MlaLayer(config, layer.attention) for layer in weights.layers]
         self._dense = [
-            None if layer.dense is None else _pad_ffn(layer.dense) for layer in weights.layers
+            None if layer.dense is None else _pad_ffn(layer.dense, dtype)
+            for layer in weights.layers
         ]
         self._shared = [
-            None if layer.shared is None else _pad_ffn(layer.shared) for layer in weights.layers
+            None if layer.shared is None else _pad_ffn(layer.shared, dtype)
+            for layer in weights.layers
         ]
         self._gates = [
             None if layer.gate is None else GateWeights(pad_out(layer.gate.weight), layer.gate.bias)
@@ -58,7 +61,6 @@ class AttentionModel:
         ]
         frequencies = _frequencies(config).to(weights.embedding.device)
         cos, sin = rope_tables(frequencies, self.max_context, config.rope.attention_factor)
-        dtype = weights.embedding.dtype
         self._rope = cos.to(dtype), sin.to(dtype)
 
     @classmethod
@@ -73,7 +75,9 @@ class AttentionModel:
         """Read all non-expert weights of a checkpoint. Raises ModelError."""
         config = load_config(directory)
         with Checkpoint(directory) as checkpoint:
-            weights = load_attention_weights(checkpoint, config, dtype=dtype, device=device)
+            weights = load_attention_weights(
+                checkpoint, config, dtype=dtype, device=device, keep_16_bit=True
+            )
         return cls(config, weights, max_context=max_context or config.max_position)
 
     def __repr__(self) -> str:
@@ -155,12 +159,12 @@ class AttentionModel:
         return linear(x, self._head, out=self.config.vocab_size).float()
 
 
-def _pad_ffn(weights: FfnWeights) -> FfnWeights:
+def _pad_ffn(weights: FfnWeights, dtype: torch.dtype) -> FfnWeights:
     bias, down_bias = weights.gate_up_bias, weights.down_bias
     return replace(
         weights,
-        gate_up=pad_out(weights.gate_up),
-        down=pad_out(weights.down),
+        gate_up=resident(weights.gate_up, dtype),
+        down=resident(weights.down, dtype),
         gate_up_bias=None if bias is None else pad_out(bias),
         down_bias=None if down_bias is None else pad_out(down_bias),
     )

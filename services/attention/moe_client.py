@@ -1,25 +1,26 @@
-"""The attention worker's side of a MoE layer: post rows to the router, get combined rows back.
+"""The attention worker's side of a MoE layer: post rows to the node's routers, get combined rows back.
 
-A block is kept in the outbox until its answer is in, and posted again when the router's link comes back; a router that
-dies costs a delay, not a request. One future per block: the micro-batch awaits it once per layer.
+Every router of the node (rail) gets the whole block and answers what it knows of it; the answers are added in rail
+order. A block is kept in the outboxes until its answers are in, and posted again when a router's link comes back; a
+router that dies costs a delay, not a request. One future per block: the micro-batch awaits it once per layer.
 """
 
 import asyncio
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from common.errors import AtollError, DeadlineExceeded, Retryable
+from common.errors import AtollError, DeadlineExceeded, Retryable, WireError
 from common.obs.trace import Recorder
 from common.tensors import numbers, read_rows, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.outbox import Outbox
-from common.wire.blocks import RowType, dispatch_layout
+from common.wire.blocks import RowType, answer_layout, check_payload, dispatch_layout
 from common.wire.header import Header, Kind, Wire
 from kernels import ops
 
@@ -44,6 +45,7 @@ class _Pending:
     future: "asyncio.Future[Tensor]"
     num_rows: int
     posted_ns: int
+    partials: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by router
 
 
 @dataclass(slots=True)
@@ -59,7 +61,7 @@ class MoeClient:
     trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
     times: HopTimes = field(default_factory=HopTimes)
-    outbox: Outbox = field(default_factory=lambda: Outbox("the router"))
+    routers: dict[int, Outbox] = field(default_factory=lambda: {0: Outbox("router-0")})  # by index
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _next_block: int = 0
 
@@ -101,7 +103,14 @@ class MoeClient:
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self.outbox.send(header, buffer, now_ns)
+        try:
+            for outbox in self.routers.values():
+                outbox.send(replace(header), buffer.retain(), now_ns)
+        except AtollError:
+            self._settle(block)  # all routers or none
+            raise
+        finally:
+            buffer.release()
         self._pending[block] = _Pending(future, num_rows, now_ns)
         return future
 
@@ -109,14 +118,17 @@ class MoeClient:
         """Take an answer; one that nobody waits for is dropped."""
         try:
             pending = self._pending.get(header.block)
-            if pending is None:
+            router = link.peer.process.index
+            if pending is None or router in pending.partials:
                 self.times.late += 1
             elif header.kind is Kind.COMBINED:
-                rows = read_rows(payload, pending.num_rows, self.width, RowType.FP32, "COMBINED")
-                self._settle(header.block)
-                self._count(header, pending)
-                if not pending.future.done():
-                    pending.future.set_result(rows.clone())
+                pending.partials[router] = self._read(header, payload, pending)
+                self.routers[router].settle(header.block)
+                if len(pending.partials) == len(self.routers):
+                    self._settle(header.block)
+                    self._count(header, pending)
+                    if not pending.future.done():
+                        pending.future.set_result(self._combined(pending))
             else:
                 text = b"" if payload is None else payload.array.tobytes()
                 sentence = text.decode("utf-8", "replace")
@@ -125,17 +137,50 @@ class MoeClient:
             if payload is not None:
                 payload.release()
 
-    def expire(self) -> None:
-        """Fail the futures of blocks older than the deadline, naming layer and micro-batch."""
-        for call in self.outbox.expired(self.clock_ns(), int(self.deadline_s * 1e9)):
-            h = call.header
-            self._fail(
-                h.block,
-                DeadlineExceeded(
-                    f"no answer from {self.outbox.name} within {self.deadline_s:g} s "
-                    f"(layer {h.layer}, micro-batch {h.microbatch}, attempt {h.attempt + 1})"
-                ),
+    def _read(
+        self, header: Header, payload: Buffer | None, pending: _Pending
+    ) -> tuple[Tensor, Tensor | None]:
+        """One router's answer: its rows, and their ids int64 [n] in the block (None: all of them, in order)."""
+        if len(self.routers) == 1:
+            rows = read_rows(payload, pending.num_rows, self.width, RowType.FP32, "COMBINED")
+            return rows.clone(), None
+        if header.num_rows == 0:
+            return torch.empty((0, self.width)), torch.empty(0, dtype=torch.int64)
+        row_type = RowType.FP64 if self.wire is Wire.FP32 else RowType.FP32
+        layout = answer_layout(header.num_rows, self.width, row_type, header.num_rows)
+        check_payload("COMBINED", 0 if payload is None else payload.nbytes, layout.nbytes)
+        if payload is None:
+            raise WireError("COMBINED without payload")
+        ids = numbers(payload, layout.ids, header.num_rows, np.int32).astype(np.int64)
+        if ids[0] < 0 or ids[-1] >= pending.num_rows or (np.diff(ids) <= 0).any():
+            raise WireError(
+                f"COMBINED with row ids that are not ascending in 0..{pending.num_rows - 1}"
             )
+        return rows_of(payload, layout.rows).clone(), torch.from_numpy(ids)
+
+    def _combined(self, pending: _Pending) -> Tensor:
+        """Sum of the routers' answers in rail order, fp32 [num_rows, width]; float64 answers are rounded once."""
+        if len(self.routers) == 1:
+            ((rows, _),) = pending.partials.values()
+            return rows
+        out = torch.empty((pending.num_rows, self.width))
+        answers = [pending.partials[router] for router in self.routers]
+        ops.sum_partials([rows for rows, _ in answers], [ids for _, ids in answers], out)
+        return out
+
+    def expire(self) -> None:
+        """Fail the futures of blocks older than the deadline, naming router, layer and micro-batch."""
+        now_ns = self.clock_ns()
+        for outbox in self.routers.values():
+            for call in outbox.expired(now_ns, int(self.deadline_s * 1e9)):
+                h = call.header
+                self._fail(
+                    h.block,
+                    DeadlineExceeded(
+                        f"no answer from {outbox.name} within {self.deadline_s:g} s "
+                        f"(layer {h.layer}, micro-batch {h.microbatch}, attempt {h.attempt + 1})"
+                    ),
+                )
 
     def _fail(self, block: int, error: AtollError) -> None:
         pending = self._settle(block)
@@ -143,7 +188,8 @@ class MoeClient:
             pending.future.set_exception(error)
 
     def _settle(self, block: int) -> _Pending | None:
-        self.outbox.settle(block)
+        for outbox in self.routers.values():
+            outbox.settle(block)
         return self._pending.pop(block, None)
 
     def _count(self, header: Header, pending: _Pending) -> None:

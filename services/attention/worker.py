@@ -21,6 +21,7 @@ from common.transport.base import Hello, Link, Transport, tell
 from common.transport.buffers import Buffer
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
+from common.transport.outbox import Outbox
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
 from services.attention.lane import Lane, StepTimes
@@ -50,12 +51,13 @@ class AttentionWorker:
         self._gateways: set[Link] = set()
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
-        """Load the weights, listen for gateways, dial the router, start the lanes."""
+        """Load the weights, listen for gateways, dial the routers, start the lanes."""
         self.resident = Resident.load(self.config)
         self.moe = MoeClient(
             self.spec.id.index, self.resident.config.hidden_size, Wire.parse(self.config.cluster.wire),
             self.config.cluster.epoch, self.transport.pool, self.config.limits.block_deadline_s + _PATIENCE_S,
             trace=self.trace,
+            routers={r.id.index: Outbox(str(r.id)) for r in self.config.routers_of(self.spec.node)},
         )  # fmt: skip
         self.requests = Requests(
             self.resident.scheduler(self.config),
@@ -70,11 +72,12 @@ class AttentionWorker:
             )
             self._work.append(asyncio.Event())
             tasks.create_task(self._run_lane(lane), name=f"lane {lane}")
-        router = self.config.router_of(self.spec.node)
         await self.transport.listen(self.spec.address, self._hello(), self)
-        tasks.create_task(
-            keep_connected(self.transport, router.address, self._hello, self), name="router link"
-        )
+        for router in self.config.routers_of(self.spec.node):
+            tasks.create_task(
+                keep_connected(self.transport, router.address, self._hello, self),
+                name=f"link to {router.id}",
+            )
         tasks.create_task(self._tick(), name="deadlines")
 
     async def drain(self) -> None:
@@ -137,7 +140,7 @@ class AttentionWorker:
     def on_open(self, link: Link) -> None:
         """A gateway came, or the router is back: then post again what it owes."""
         if link.peer.process.role is Role.ROUTER:
-            self.moe.outbox.opened(link)
+            self.moe.routers[link.peer.process.index].opened(link)
             self._push_status()
         else:
             self._gateways.add(link)
@@ -147,7 +150,7 @@ class AttentionWorker:
         """A lost router owes its blocks until it is back; a lost gateway's requests have no reader any more."""
         log.warning("%s", error)
         if link.peer.process.role is Role.ROUTER:
-            self.moe.outbox.closed(link)
+            self.moe.routers[link.peer.process.index].closed(link)
             self._push_status()
         else:
             self._gateways.discard(link)
@@ -196,10 +199,13 @@ class AttentionWorker:
 
     @property
     def state(self) -> State:
-        """Ready while the router is connected."""
+        """Ready while every router of the node is connected."""
         if self.draining:
             return State.DRAINING
-        return State.READY if self.moe.outbox.link is not None else State.STARTING
+        return State.STARTING if self._absent() else State.READY
+
+    def _absent(self) -> list[str]:
+        return [outbox.name for outbox in self.moe.routers.values() if outbox.link is None]
 
     def _status(self) -> ProcessStatus:
         scheduler = self.requests.scheduler
@@ -209,9 +215,11 @@ class AttentionWorker:
                 **asdict(self.times), **{f"moe_{k}": v for k, v in asdict(self.moe.times).items()},
                 "running": scheduler.num_running, "waiting": len(scheduler.waiting),
                 "cache_pages_free": scheduler.pages.num_free,
-                "owed": len(self.moe.outbox), "resent": self.moe.outbox.num_resent,
+                "owed": sum(map(len, self.moe.routers.values())),
+                "resent": sum(outbox.num_resent for outbox in self.moe.routers.values()),
+                "links": self.transport.carriers(),
             },
-            missing="" if self.moe.outbox.link is not None else "the router is not connected",
+            missing=f"not connected: {', '.join(absent)}" if (absent := self._absent()) else "",
         )  # fmt: skip
 
     def _push_status(self) -> None:

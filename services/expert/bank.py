@@ -12,7 +12,7 @@ from common.model.loader import FfnWeights, load_expert
 from common.model.manifest import build_manifest, hash_expert
 from common.plan_file import cluster_plan
 from kernels.reference.ffn import ffn
-from kernels.reference.linear import pad_out
+from kernels.reference.linear import resident
 
 Place = tuple[int, int]  # (layer, expert)
 
@@ -34,7 +34,10 @@ class Bank:
         manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
         places = cluster_plan(config, model).residents(worker)
         with Checkpoint(config.model.path) as checkpoint:
-            weights = {place: _padded(load_expert(checkpoint, model, *place)) for place in places}
+            weights = {
+                place: _resident(load_expert(checkpoint, model, *place, keep_16_bit=True))
+                for place in places
+            }
             hashes = {place: hash_expert(checkpoint, *place) for place in places}
         return cls(
             model.hidden_size, manifest.model_hash, weights, hashes, dict.fromkeys(places, 0)
@@ -50,5 +53,6 @@ class Bank:
         return ffn(rows, w.gate_up, w.down)
 
 
-def _padded(weights: FfnWeights) -> FfnWeights:
-    return FfnWeights(pad_out(weights.gate_up), pad_out(weights.down))
+def _resident(weights: FfnWeights) -> FfnWeights:
+    dtype = torch.float32
+    return FfnWeights(resident(weights.gate_up, dtype), resident(weights.down, dtype))

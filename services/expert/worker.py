@@ -1,4 +1,4 @@
-"""The expert service: dials the router of its node, computes what comes, answers. It keeps nothing between calls.
+"""The expert service: dials the routers of its node, computes what comes, answers. It keeps nothing between calls.
 
 Blocks that arrive while one is computed wait in the batcher and are computed together, by layer: one turn of the event
 loop takes one batch, so that messages go on being received between batches.
@@ -57,13 +57,14 @@ class ExpertWorker:
         self._scheduled = False
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
-        """Load the resident experts, then keep dialling the router."""
+        """Load the resident experts, then keep dialling the routers of its node."""
         self.bank = Bank.load(self.config, self.spec.id.index)
         self.loop = asyncio.get_running_loop()
-        router = self.config.router_of(self.spec.node)
-        tasks.create_task(
-            keep_connected(self.transport, router.address, self._hello, self), name="router link"
-        )
+        for router in self.config.routers_of(self.spec.node):
+            tasks.create_task(
+                keep_connected(self.transport, router.address, self._hello, self),
+                name=f"link to {router.id}",
+            )
         self.state = State.READY
 
     async def drain(self) -> None:

@@ -8,6 +8,8 @@ Neither sends anything nor looks at a clock: `services.router.dataflow` moves th
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.transport.base import Link
@@ -16,6 +18,8 @@ from kernels import ops
 from services.router.plan import NodeShare, WorkerShare
 
 Tensor = torch.Tensor
+Int32s = npt.NDArray[np.int32]
+NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -87,3 +91,17 @@ class SourceWork:
         rows = [torch.from_numpy(self.shares[node].rows) for node in nodes]
         ops.sum_partials(partials, rows, out)
         return out
+
+    def partial(self, *, exact: bool) -> tuple[Tensor, Int32s]:
+        """What this rail knows of the block: sums of its nodes' partials, ascending, and the ids of their rows.
+
+        float64 when exact, so that the attention worker rounds once; no row where no pair was this rail's.
+        """
+        nodes = sorted(self.partials)
+        ids = np.unique(np.concatenate([NO_ROWS, *(self.shares[node].rows for node in nodes)]))
+        out = torch.empty(
+            (len(ids), self.request.width), dtype=torch.float64 if exact else torch.float32
+        )
+        rows = [torch.from_numpy(ids.searchsorted(self.shares[node].rows)) for node in nodes]
+        ops.sum_partials([self.partials[node] for node in nodes], rows, out)
+        return out, ids.astype(np.int32)

@@ -25,16 +25,17 @@ from common.wire.blocks import (
     PARTIAL_ROWS,
     RowSegment,
     RowType,
+    answer_layout,
     check_payload,
     dispatch_layout,
     expert_in_layout,
     relay_layout,
-    row_segment,
 )
 from common.wire.header import Header, Kind, Wire
 from services.router.block import NodeWork, SourceWork, Timing
 from services.router.counters import Counters
-from services.router.plan import NodeShare, check_pairs, fan_out, split_by_node
+from services.router.plan import NodeShare, check_experts, check_pairs, fan_out, split_by_node
+from services.router.routes import Routes
 
 # More for another router, which watches its own experts and knows better who owes what.
 _PATIENCE_S = 0.5
@@ -42,30 +43,26 @@ _PATIENCE_S = 0.5
 
 @dataclass(slots=True)
 class Dataflow:
-    """Blocks in flight through the router of `node`. `plan` is the placement of the current epoch."""
+    """Blocks in flight through one of the `num_rails` routers of `node`. `plan` is the current epoch's placement."""
 
     node: int
     plan: Plan
     num_experts: int
     pool: BufferPool
     experts: dict[int, Outbox]  # by worker index: the workers of this node
-    routers: dict[int, Outbox]  # by node id: the other nodes' routers
+    routers: dict[int, Outbox]  # by node id: the router at the other end of this rail
+    rail: int = 0
+    num_rails: int = 1
     answer_rows: RowType = RowType.FP32  # compute dtype of the attention workers' device
     trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
     counters: Counters = field(default_factory=Counters)
     _sources: dict[int, SourceWork] = field(default_factory=dict)
     _works: dict[int, NodeWork] = field(default_factory=dict)
-    _workers_of: dict[int, np.ndarray] = field(
-        default_factory=dict
-    )  # layer -> worker of each expert
-    _nodes_of: dict[int, np.ndarray] = field(default_factory=dict)
+    _routes: Routes = field(init=False)
 
     def __post_init__(self) -> None:
-        nodes = np.asarray(self.plan.nodes, np.int32)
-        for layer in self.plan.holders:
-            self._workers_of[layer] = np.asarray(self.plan.primaries(layer), np.int32)
-            self._nodes_of[layer] = nodes[self._workers_of[layer]]
+        self._routes = Routes(self.plan, self.node, rail=self.rail, num_rails=self.num_rails)
 
     def __repr__(self) -> str:
         owed = sum(len(outbox) for outbox in self.experts.values())
@@ -112,7 +109,7 @@ class Dataflow:
     def _on_request(self, link: Link, header: Header, payload: Buffer | None) -> None:
         if header.epoch != self.plan.epoch:
             raise WireError(f"epoch {header.epoch}, this router serves epoch {self.plan.epoch}")
-        if header.layer not in self._workers_of:
+        if header.layer not in self._routes:
             raise WireError(f"layer {header.layer} has no experts")
         if payload is None or header.num_rows == 0:
             raise WireError(f"{header.kind.name} without rows")
@@ -132,11 +129,16 @@ class Dataflow:
             raise WireError(f"{header.num_pairs} pairs for {header.num_rows} rows")
         experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
         weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
+        check_experts(experts, self.num_experts)
+        nodes = self._routes.nodes(header.layer, experts)
         shares = split_by_node(
-            experts.reshape(-1, top_k), weights.reshape(-1, top_k), self._nodes_of[header.layer]
+            experts.reshape(-1, top_k), weights.reshape(-1, top_k), nodes.reshape(-1, top_k)
         )
         self.counters.blocks += 1
         source = SourceWork(header, link, {share.node: share for share in shares})
+        if not shares:  # every pair is for the node's other rails
+            self._answer_combined(source)
+            return
         self._sources[header.block] = source
         for share in shares:  # remote nodes first: their way is longer
             if share.node != self.node:
@@ -179,7 +181,7 @@ class Dataflow:
         experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
         weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
         check_pairs(pair_rows, experts, num_rows=header.num_rows, num_experts=self.num_experts)
-        if (self._nodes_of[header.layer][experts] != self.node).any():
+        if (self._routes.homes(header.layer, experts) != self.node).any():
             raise WireError(f"a RELAY for experts that node {self.node} does not hold")
         every_row = np.arange(header.num_rows)
         self._start_work(link, header, payload, layout.rows, every_row, pair_rows, experts, weights)
@@ -197,7 +199,8 @@ class Dataflow:
         weights: np.ndarray,
     ) -> None:
         """Fan a node's share out to its workers; `rows` index the segment, `pair_rows` index `rows`."""
-        plan = fan_out(pair_rows, experts, weights, len(rows), self._workers_of[request.layer])
+        workers = self._routes.workers(request.layer, experts)
+        plan = fan_out(pair_rows, experts, weights, len(rows), workers)
         out_type = EXPERT_OUT_ROWS[request.wire]
         work = NodeWork(
             request, link, len(rows), torch.from_numpy(plan.slots), torch.from_numpy(plan.weights),
@@ -273,14 +276,21 @@ class Dataflow:
         if not source.arrived(node, partial):
             return
         del self._sources[source.request.block]
+        self._answer_combined(source)
+
+    def _answer_combined(self, source: SourceWork) -> None:
+        """One rail's sum is the answer; of several, each answers its rows and the attention worker adds."""
         started = self.clock_ns()
-        combined = source.combined()
+        request = source.request
+        if self.num_rails == 1:
+            rows, row_type, ids = source.combined(), self.answer_rows, None
+        else:
+            row_type = RowType.FP64 if request.wire is Wire.FP32 else self.answer_rows
+            rows, ids = source.partial(exact=row_type is RowType.FP64)
         elapsed_us = (self.clock_ns() - started) // 1000
         source.timing.combine_us += elapsed_us
         self.counters.combine_us += elapsed_us
-        self._answer(
-            source.origin, source.request, Kind.COMBINED, combined, self.answer_rows, source.timing
-        )
+        self._answer(source.origin, request, Kind.COMBINED, rows, row_type, source.timing, ids)
 
     def _answer(
         self,
@@ -290,13 +300,19 @@ class Dataflow:
         rows: torch.Tensor,
         row_type: RowType,
         timing: Timing,
+        ids: np.ndarray | None = None,
     ) -> None:
-        segment = row_segment(request.num_rows, request.width, row_type)
-        buffer = self.pool.acquire(segment.end)
-        write_rows(buffer, segment, rows)
+        """Answer with `rows`; `ids` says which rows of the request they are, None: all, in order."""
+        num_ids = 0 if ids is None else len(ids)
+        layout = answer_layout(len(rows), request.width, row_type, num_ids)
+        buffer = self.pool.acquire(layout.nbytes)
+        if len(rows):
+            write_rows(buffer, layout.rows, rows)
+        if ids is not None:
+            numbers(buffer, layout.ids, num_ids, np.int32)[:] = ids
         header = request.derive(
-            kind, target=self.node, num_rows=request.num_rows, payload_nbytes=segment.end
-        )
+            kind, target=self.node, num_rows=len(rows), num_pairs=num_ids, payload_nbytes=layout.nbytes
+        )  # fmt: skip
         header.queue_us, header.compute_us = timing.queue_us, timing.compute_us
         header.combine_us = timing.combine_us
         if kind is Kind.PARTIAL:

@@ -51,21 +51,26 @@ class FanOut:
     weights: Floats  # the same shape
 
 
-def split_by_node(experts: Int32s, weights: Floats, node_of_expert: Int32s) -> list[NodeShare]:
+def check_experts(experts: Int32s, num_experts: int) -> None:
+    """Raise WireError for an expert id that the model does not have."""
+    if experts.size and (int(experts.min()) < 0 or int(experts.max()) >= num_experts):
+        raise WireError(f"expert id outside 0..{num_experts - 1}")
+
+
+def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeShare]:
     """Divide a block by destination node, ascending; nodes that get nothing are absent.
 
-    `experts`, `weights` are [num_rows, top_k]; `node_of_expert` is [num_experts]. Raises WireError for an expert id
-    that the model does not have.
+    `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
     """
-    if experts.size and (int(experts.min()) < 0 or int(experts.max()) >= len(node_of_expert)):
-        raise WireError(f"expert id outside 0..{len(node_of_expert) - 1}")
     top_k = experts.shape[1]
     order = experts.argsort(axis=1, kind="stable")
     experts = np.take_along_axis(experts, order, axis=1).ravel()
     weights = np.take_along_axis(weights, order, axis=1).ravel()
-    nodes = node_of_expert[experts]
+    nodes = np.take_along_axis(nodes, order, axis=1).ravel()
     shares = []
     for node in sorted(set(nodes.tolist())):
+        if node < 0:
+            continue
         mine = nodes == node
         chosen = mine.nonzero()[0]
         wanted = mine.reshape(-1, top_k).any(axis=1)
@@ -81,19 +86,21 @@ def check_pairs(pair_rows: Int32s, experts: Int32s, *, num_rows: int, num_expert
         raise WireError("a RELAY without pairs")
     if int(pair_rows.min()) < 0 or int(pair_rows.max()) >= num_rows:
         raise WireError(f"pair row outside 0..{num_rows - 1}")
-    if int(experts.min()) < 0 or int(experts.max()) >= num_experts:
-        raise WireError(f"expert id outside 0..{num_experts - 1}")
+    check_experts(experts, num_experts)
     key = pair_rows.astype(np.int64) * num_experts + experts
     if (np.diff(key) < 0).any():
         raise WireError("pairs are not sorted by row and expert")
 
 
 def fan_out(
-    pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, worker_of_expert: Int32s
+    pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, workers: Int32s
 ) -> FanOut:
-    """Divide a node's pairs by expert worker. `worker_of_expert` is [num_experts], every row has at least one pair."""
-    num_experts = len(worker_of_expert)
-    key = worker_of_expert[experts].astype(np.int64) * num_experts + experts
+    """Divide a node's pairs by expert worker; every row has at least one pair.
+
+    `workers` [num_pairs] says who computes each pair: the rows of one expert may be divided among its replicas.
+    """
+    num_experts = int(experts.max()) + 1
+    key = workers.astype(np.int64) * num_experts + experts
     order = key.argsort(kind="stable")  # rows stay ascending within an expert
     sorted_key = key[order]
     starts = np.concatenate(([0], (sorted_key[1:] != sorted_key[:-1]).nonzero()[0] + 1))
@@ -102,8 +109,8 @@ def fan_out(
     table[:-1, 1] = starts[1:] - starts[:-1]
     table[-1, 1] = len(order) - starts[-1]
     slots, slot_weights = _slot_table(pair_rows, weights, order, num_rows)
-    workers = (sorted_key[starts] // num_experts).tolist()
-    shares = _worker_shares(workers, [*starts.tolist(), len(order)], table)
+    hit = (sorted_key[starts] // num_experts).tolist()
+    shares = _worker_shares(hit, [*starts.tolist(), len(order)], table)
     return FanOut(pair_rows[order].astype(np.int64), shares, slots, slot_weights)
 
 

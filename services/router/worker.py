@@ -10,7 +10,7 @@ import logging
 import os
 from typing import Any
 
-from common.config import ClusterConfig
+from common.config import ClusterConfig, ProcessSpec
 from common.errors import AuthError, LinkClosed
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
@@ -26,6 +26,7 @@ from common.transport.outbox import Outbox
 from common.waiting import poll_until
 from common.wire.header import Header
 from services.router.dataflow import Dataflow
+from services.router.routes import rail_between, rail_of_worker
 from services.router.status import StatusGather
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class RouterWorker:
     ) -> None:
         self.config = config
         self.spec = config.process(Role.ROUTER, index)
-        self.transport = transport or open_transport(config)
+        self.transport = transport or open_transport(config, net_device=self.spec.net_device)
         self.draining = False
         self.trace = open_recorder(config, self.spec)
         self._experts: dict[int, Link] = {}
@@ -58,13 +59,17 @@ class RouterWorker:
         )
         self.plan = cluster_plan(self.config, model)
         own = [w for w, node in enumerate(self.plan.nodes) if node == self.spec.node]
+        self.num_rails = len(self.config.routers_of(self.spec.node))
+        self.reported = [
+            w for w in own if rail_of_worker(w, self.plan.nodes, self.num_rails) == self.spec.rail
+        ]
         self.needed = [w for w in own if self.plan.residents(w)]
-        routers = {s.node: s for s in self.config.of_role(Role.ROUTER) if s.id != self.spec.id}
+        routers = self._counterparts()
         self.flow = Dataflow(
             self.spec.node, self.plan, model.num_experts, self.transport.pool,
             experts={w: Outbox(f"expert-{w}") for w in own},
             routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
-            trace=self.trace,
+            rail=self.spec.rail, num_rails=self.num_rails, trace=self.trace,
         )  # fmt: skip
         await self.transport.listen(self.spec.address, self._hello(), self)
         for spec in routers.values():
@@ -74,6 +79,16 @@ class RouterWorker:
                     name=f"link to {spec.id}",
                 )
         tasks.create_task(self._tick(), name="deadlines")
+
+    def _counterparts(self) -> dict[int, ProcessSpec]:
+        """By node: the router at the other end of this rail."""
+        found = {}
+        for node in range(len(self.config.nodes)):
+            theirs = self.config.routers_of(node)
+            ours = rail_between(self.spec.node, node, self.num_rails)
+            if node != self.spec.node and ours == self.spec.rail:
+                found[node] = theirs[rail_between(node, self.spec.node, len(theirs))]
+        return found
 
     async def drain(self) -> None:
         """Finish the blocks in flight."""
@@ -111,6 +126,8 @@ class RouterWorker:
         elif peer.role is Role.ROUTER:
             if link.peer.facts.get("plan") != self.plan.digest:
                 raise AuthError(f"{peer} has another plan than {self.spec.id} for the same epoch")
+            if link.peer.node not in self.flow.routers:
+                raise AuthError(f"{peer} is on another rail than {self.spec.id}")
             self.flow.routers[link.peer.node].opened(link)
         elif peer.role is Role.GATEWAY:
             self._gateways.add(link)
@@ -126,7 +143,7 @@ class RouterWorker:
             self.flow.experts[peer.index].closed(link)
             if self._experts.get(peer.index) is link:
                 del self._experts[peer.index]
-        elif peer.role is Role.ROUTER:
+        elif peer.role is Role.ROUTER and link.peer.node in self.flow.routers:
             self.flow.routers[link.peer.node].closed(link)
         self._gateways.discard(link)
         self.flow.origin_closed(link)
@@ -139,7 +156,8 @@ class RouterWorker:
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
         """Status questions from gateways, answers from experts."""
         if message.get("type") == "status_request":
-            self._status.ask(link, message.get("id"), list(self._experts.values()))
+            experts = [self._experts[w] for w in self.reported if w in self._experts]
+            self._status.ask(link, message.get("id"), experts)
         elif message.get("type") == "status" and link.peer.process.role is Role.EXPERT:
             (self._expert_status[link.peer.process.index],) = message["processes"]
             self._status.answered(link, message.get("id"))
@@ -183,9 +201,10 @@ class RouterWorker:
             counters={
                 **self.flow.counters.to_json(), "in_flight": self.flow.num_in_flight,
                 "resent": resent, "owed_by_expert": owed,
+                "links": self.transport.carriers(),
             },
         )  # fmt: skip
-        return [own.to_json(), *(self._expert_entry(w) for w in self.flow.experts)]
+        return [own.to_json(), *(self._expert_entry(w) for w in self.reported)]
 
     def _expert_entry(self, worker: int) -> dict[str, Any]:
         link = self._experts.get(worker)

@@ -93,16 +93,19 @@ def test_ten_killed_experts_cost_no_request_and_no_token(model):
 
         results = asyncio.run(scenario())
         resent = sum(counters["resent"] for counters in cluster.counters("router"))
+        links = [counters["links"] for counters in cluster.counters("router")]
+        assert [sum(name.startswith("expert") for name in peers) for peers in links] == [8, 8]
+        assert all(carriers == ["tcp/lo"] for peers in links for carriers in peers.values())
     assert resent >= 10, "no block was owed by a killed expert"
     for stream, (runs, wanted) in enumerate(zip(results, expected, strict=True)):
         assert runs, f"stream {stream} finished nothing"
         assert all(tokens == wanted for tokens in runs), f"stream {stream} changed its tokens"
 
 
-@pytest.mark.parametrize("role", ["router", "attention"])
-def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role):
+@pytest.mark.parametrize(("role", "rails"), [("router", 1), ("router", 2), ("attention", 1)])
+def test_a_killed_router_or_attention_worker_leaves_a_whole_service(model, role, rails):
     """Its requests may fail, with a sentence; then the service is whole again within seconds."""
-    with Cluster("--model", str(model), *ARGUMENTS) as cluster:
+    with Cluster("--model", str(model), *ARGUMENTS, "--routers", str(rails)) as cluster:
         expected = cluster.generate(prompts(), NUM_TOKENS)
         name = cluster.model
         victim = next(p["pid"] for p in cluster.processes if p["role"] == role)

@@ -32,10 +32,11 @@ class Layout:
     attention: int
     microbatches: int
     packed: bool  # the traditional layout: several experts per worker
+    rails: int
 
     def __str__(self) -> str:
         experts = "packed" if self.packed else "one-expert"
-        return f"{self.nodes}n-{self.attention}a-{self.microbatches}m-{experts}"
+        return f"{self.nodes}n-{self.attention}a-{self.microbatches}m-{experts}-{self.rails}r"
 
     def arguments(self, num_experts: int) -> list[str]:
         """Options of `atoll up`; packed means three workers, so that the last one is uneven."""
@@ -43,18 +44,25 @@ class Layout:
         return [
             "--nodes", str(self.nodes), "--attention", str(self.attention),
             "--microbatches", str(self.microbatches), "--experts-per-gpu", str(per_gpu),
+            "--routers", str(self.rails),
         ]  # fmt: skip
 
 
-CROSS = [Layout(*point) for point in itertools.product((1, 3), (1, 2), (1, 3), (False, True))]
+CROSS = [
+    Layout(
+        *point, rails=1 + index % 3
+    )  # 1 to 3 with every other factor, without tripling the cross
+    for index, point in enumerate(itertools.product((1, 3), (1, 2), (1, 3), (False, True)))
+]
 
 
 def pair_of(index: int) -> list[Layout]:
     """Two complementary layouts; over eight configurations every pair of factor levels occurs."""
     layout = CROSS[index % 8]
     opposite = Layout(
-        4 - layout.nodes, 3 - layout.attention, 4 - layout.microbatches, not layout.packed
-    )
+        4 - layout.nodes, 3 - layout.attention, 4 - layout.microbatches, not layout.packed,
+        4 - layout.rails,
+    )  # fmt: skip
     return [layout, opposite]
 
 

@@ -43,6 +43,23 @@ def test_no_bit_depends_on_the_order_of_arrival(model, expected, tmp_path, seed)
     assert torch.equal(asyncio.run(main()), expected)
 
 
+@pytest.mark.parametrize("routers", [2, 3, 8])
+def test_no_bit_depends_on_the_number_of_rails(model, expected, tmp_path, routers):
+    async def main() -> torch.Tensor:
+        async with inproc_cluster(model, tmp_path, **LAYOUT, routers=routers) as cluster:
+            logits = await cluster.logits(TOKENS)
+            for router in cluster.of(Role.ROUTER):
+                assert all(
+                    (router.spec.node + peer) % routers == router.spec.rail
+                    for peer in router.flow.counters.links
+                ), "a rail talked to a node that is another rail's"
+            used = [r for r in cluster.of(Role.ROUTER)[:routers] if r.flow.counters.rows_to_experts]
+            assert len(used) == min(routers, 6), "rails share their node's six experts"
+            return logits
+
+    assert torch.equal(asyncio.run(main()), expected)
+
+
 async def crash_while_it_owes(cluster: InprocCluster, victim: ProcessId, owes) -> torch.Tensor:
     """Run a forward pass, crash `victim` at the first moment when it owes something, start its successor."""
     step = asyncio.ensure_future(cluster.logits(TOKENS))
@@ -80,10 +97,27 @@ def test_a_crashed_router_costs_no_bit(model, expected, tmp_path, router):
         async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **LAYOUT) as cluster:
             (attention,) = cluster.of(Role.ATTENTION)
             source = cluster.of(Role.ROUTER)[0]
-            outbox = attention.moe.outbox if router == 0 else source.flow.routers[1]
+            outbox = attention.moe.routers[0] if router == 0 else source.flow.routers[1]
             return await crash_while_it_owes(
                 cluster, ProcessId(Role.ROUTER, router), lambda: len(outbox) > 0
             )
+
+    assert torch.equal(asyncio.run(main()), expected)
+
+
+@pytest.mark.parametrize("rail", [0, 1])
+def test_a_crashed_rail_costs_no_bit(model, expected, tmp_path, rail):
+    async def main() -> torch.Tensor:
+        layout = LAYOUT | {"routers": 2}
+        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **layout) as cluster:
+            (attention,) = cluster.of(Role.ATTENTION)
+            outbox, other = attention.moe.routers[rail], attention.moe.routers[1 - rail]
+            logits = await crash_while_it_owes(
+                cluster, ProcessId(Role.ROUTER, rail), lambda: len(outbox) > 0
+            )
+            assert outbox.num_resent >= 1
+            assert other.num_resent == 0, "only the lost rail's share is asked again"
+            return logits
 
     assert torch.equal(asyncio.run(main()), expected)
 

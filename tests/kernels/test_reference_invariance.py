@@ -7,7 +7,7 @@ import torch
 
 from kernels.reference.ffn import ffn, sigmoid, silu
 from kernels.reference.gate import gate_v2, gate_v3
-from kernels.reference.linear import linear, pad_out
+from kernels.reference.linear import linear, pad_out, resident
 from kernels.reference.norm import rms_norm
 from kernels.reference.rope import apply_rope, rope_frequencies, rope_tables
 
@@ -49,6 +49,31 @@ def test_linear(out: int, width: int) -> None:
     torch.testing.assert_close(
         linear(rows(width), weight, bias).double(), expected, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "width"), [(1024, 1024), (300, 2000), (20, 40_000)])
+def test_16_bit_weights_give_the_bits_of_wide_ones(
+    out: int, width: int, stored: torch.dtype
+) -> None:
+    weight, bias = torch.randn(out, width).to(stored), torch.randn(out)
+    narrow, padded_bias = resident(weight, torch.float32), pad_out(bias)
+    assert narrow.dtype is stored
+    wide = pad_out(weight.float())
+    for size in (1, 2, 3, 4, 5, 16, 33, 130):
+        x = rows(width)[:size]
+        assert torch.equal(
+            linear(x, narrow, padded_bias, out=out), linear(x, wide, padded_bias, out=out)
+        )
+    assert not torch.equal(linear(x, narrow + narrow, out=out), linear(x, wide, out=out))
+    check(lambda x: linear(x, narrow, out=out), rows(width))
+
+
+def test_small_or_wide_weights_are_kept_in_the_compute_dtype() -> None:
+    small = torch.randn(64, 64).bfloat16()
+    assert resident(small, torch.float32).dtype is torch.float32
+    assert resident(torch.randn(1024, 1024), torch.float32).dtype is torch.float32
+    assert resident(torch.randn(1024, 1024).bfloat16(), torch.bfloat16).dtype is torch.bfloat16
 
 
 def placed(x: torch.Tensor, offset: int) -> torch.Tensor:

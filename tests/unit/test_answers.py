@@ -167,7 +167,7 @@ def test_a_malformed_combined_leaves_the_micro_batch_waiting_for_the_next_link(p
     async def main() -> None:
         client = MoeClient(0, WIDTH, Wire.FP32, 1, pool, 30.0)
         link = RecordingLink(Role.ROUTER)
-        client.outbox.opened(link)
+        client.routers[0].opened(link)
         experts = torch.tensor([[0, 1]], dtype=torch.int32)
         future = client.dispatch(1, 0, torch.zeros(1, WIDTH), experts, torch.ones(1, 2))
         request = link.posted[0][0]
@@ -176,8 +176,8 @@ def test_a_malformed_combined_leaves_the_micro_batch_waiting_for_the_next_link(p
             client.on_message(link, bad, pool.acquire(3))
         assert not future.done()
         successor = RecordingLink(Role.ROUTER)
-        client.outbox.closed(link)
-        client.outbox.opened(successor)
+        client.routers[0].closed(link)
+        client.routers[0].opened(successor)
         assert successor.posted[0][0].attempt == 1
         segment = row_segment(1, WIDTH, RowType.FP32)
         buffer = pool.acquire(segment.end)

@@ -32,6 +32,7 @@ PURE = (
     "services.attention.sequence",
     "services.attention.pages",
     "services.router.plan",
+    "services.router.routes",
     "services.expert.batcher",
     "services.gateway.admission",
     "deploy.trace",

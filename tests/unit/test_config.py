@@ -1,7 +1,7 @@
 """The cluster TOML: what it means, and the sentence for each way to get it wrong."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from common.config import (
 )
 from common.errors import ConfigError
 from common.ids import Role
+from common.transport.environment import set_ucx_environment
 
 GOOD = """\
 # a comment
@@ -73,13 +74,28 @@ def test_processes_are_indexed_over_nodes_in_start_order(tmp_path):
         ("gateway-0", 0),
     ]
     assert config.process(Role.ROUTER, 1).address == "unix:/run/atoll/router-1.sock"
-    assert config.router_of(1).id.index == 1
+    assert config.routers_of(1)[0].id.index == 1
     with pytest.raises(ConfigError, match="no expert-3"):
         config.process(Role.EXPERT, 3)
 
 
 def test_relative_paths_start_at_the_file(tmp_path):
     assert cluster_config.load(write(tmp_path, GOOD)).model.path == tmp_path / "checkpoint"
+
+
+def test_every_rail_has_its_nic(tmp_path):
+    text = GOOD.replace("experts = 2", 'experts = 2\nrouters = 2\nrails = ["mlx5_0:1", "mlx5_1:1"]')
+    config = cluster_config.load(write(tmp_path, text))
+    assert [(str(r.id), r.node, r.rail, r.net_device) for r in config.of_role(Role.ROUTER)] == [
+        ("router-0", 0, 0, "mlx5_0:1"),
+        ("router-1", 0, 1, "mlx5_1:1"),
+        ("router-2", 1, 0, ""),
+    ]
+    environment = {"UCX_NET_DEVICES": "lo"}
+    set_ucx_environment(local=True, net_device="mlx5_1:1", environ=environment)
+    assert environment["UCX_NET_DEVICES"] == "mlx5_1:1"
+    set_ucx_environment(local=True, environ=environment)
+    assert environment["UCX_NET_DEVICES"] == "mlx5_1:1", "what is set already is left alone"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +107,9 @@ def test_relative_paths_start_at_the_file(tmp_path):
         ("[cluster]", "[clusters]", ":5: clusters is not a known key, did you mean 'cluster'?"),
         ("attention = 0", "attention = -1", ":14: nodes[1].attention must be 0 to 99, not -1"),
         ("attention = 0", "attention = true", ":14: nodes[1].attention must be a whole number"),
-        ("attention = 0", "routers = 2", ":14: nodes[1].routers must be 1 to 1, not 2"),
+        ("attention = 0", "routers = 9", ":14: nodes[1].routers must be 1 to 8, not 9"),
+        ("attention = 0", 'rails = ["a", "b"]', ":14: nodes[1].rails names 2 NICs for 1 routers"),
+        ("attention = 0", 'rails = "a"', ":14: nodes[1].rails must be a list of strings, not 'a'"),
         ('path = "checkpoint"', 'path = ""', ":3: model.path must be a path, not ''"),
         ('path = "checkpoint"', "", ":2: model needs a key 'path'"),
         ('[model]\npath = "checkpoint"', "", ": a [model] table is needed"),
@@ -200,12 +218,15 @@ def sections(kind, **fixed):
     return st.builds(kind, **values)
 
 
+NICS = st.lists(FREE[str].filter(bool), max_size=8).map(tuple)
 SHORT = st.just(Path("/run/atoll"))
 CONFIGS = st.builds(
     ClusterConfig,
     model=sections(ModelSection),
     nodes=st.lists(
-        sections(Node, host=st.just("local"), experts=st.integers(1, 9), attention=st.just(1)),
+        sections(
+            Node, host=st.just("local"), experts=st.integers(1, 9), attention=st.just(1), rails=NICS
+        ).map(lambda node: replace(node, routers=len(node.rails) or node.routers)),
         min_size=1,
         max_size=3,
     ).map(tuple),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import WireError
-from services.router.plan import check_pairs, fan_out, split_by_node
+from services.router.plan import check_experts, check_pairs, fan_out, split_by_node
 
 
 @st.composite
@@ -28,7 +28,7 @@ def test_every_pair_goes_to_one_node_in_order(block):
     experts, weights, worker_of, node_of_worker = block
     node_of_expert = node_of_worker[worker_of]
     seen = {}
-    for share in split_by_node(experts, weights, node_of_expert):
+    for share in split_by_node(experts, weights, node_of_expert[experts]):
         assert (np.diff(share.rows) > 0).all()
         assert set(share.pair_rows.tolist()) == set(
             range(len(share.rows))
@@ -53,8 +53,9 @@ def test_every_pair_goes_to_one_node_in_order(block):
 @given(blocks())
 def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
     experts, weights, worker_of, _ = block
-    (share,) = split_by_node(experts, weights, np.zeros(len(worker_of), np.int32))
-    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), worker_of)
+    (share,) = split_by_node(experts, weights, np.zeros_like(experts))
+    workers = worker_of[share.experts]
+    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
     stop = 0
     for work in plan.shares:
         assert work.start == stop
@@ -72,8 +73,9 @@ def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
 @given(blocks())
 def test_slots_hold_each_rows_pairs_in_ascending_expert_order(block):
     experts, weights, worker_of, _ = block
-    (share,) = split_by_node(experts, weights, np.zeros(len(worker_of), np.int32))
-    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), worker_of)
+    (share,) = split_by_node(experts, weights, np.zeros_like(experts))
+    workers = worker_of[share.experts]
+    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
     place_experts = np.concatenate([np.repeat(*work.segments.T) for work in plan.shares])
     for row in range(len(share.rows)):
         mine = share.pair_rows == row
@@ -104,4 +106,4 @@ def test_bad_pairs_are_refused(pair_rows, experts, sentence):
 
 def test_an_unknown_expert_is_refused():
     with pytest.raises(WireError, match=r"expert id outside 0\.\.3"):
-        split_by_node(np.array([[4]], np.int32), np.ones((1, 1), np.float32), np.zeros(4, np.int32))
+        check_experts(np.array([[4]], np.int32), 4)
