@@ -1,5 +1,5 @@
 """Views of payload buffers as numbers and rows: where `common.wire.blocks` meets torch. Nothing is copied here
-unless the name says so.
+unless the name says so. Offsets are those of the layouts, whether the rows lie in the buffer or in device memory.
 """
 
 from typing import Any
@@ -22,7 +22,20 @@ TORCH_DTYPES = {
 
 def numbers(buffer: Buffer, offset: int, count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """`count` numbers from byte `offset` of the payload on, a view."""
-    return np.frombuffer(buffer.array.data, dtype, count, offset)
+    return np.frombuffer(buffer.array.data, dtype, count, offset - buffer.rows_nbytes)
+
+
+def row_bytes(buffer: Buffer) -> torch.Tensor:
+    """The memory in which a payload's rows lie, uint8, from byte 0 of the payload on, a view."""
+    return torch.from_numpy(buffer.array) if buffer.rows is None else buffer.rows.tensor
+
+
+def check_rows_apart(what: str, payload: Buffer | None, segment: RowSegment) -> torch.Tensor:
+    """`row_bytes` of a payload that must have exactly this segment in device memory; raises WireError otherwise."""
+    if payload is None or payload.rows is None or payload.rows.nbytes != segment.end:
+        apart = 0 if payload is None else payload.rows_nbytes
+        raise WireError(f"{what} has {apart} bytes of rows in device memory, not {segment.end}")
+    return payload.rows.tensor
 
 
 def byte_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.uint8]:
@@ -41,7 +54,12 @@ def scale_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.float32]:
 
 def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     """The rows of a segment in their own dtype, [num_rows, width], a view."""
-    return torch.from_numpy(byte_rows(buffer, segment)).view(TORCH_DTYPES[segment.row_type])
+    if buffer.rows is None:
+        return torch.from_numpy(byte_rows(buffer, segment)).view(TORCH_DTYPES[segment.row_type])
+    dtype = TORCH_DTYPES[segment.row_type]
+    nbytes = segment.num_rows * segment.width * dtype.itemsize
+    rows = buffer.rows.tensor[segment.rows_offset : segment.rows_offset + nbytes]
+    return rows.view(dtype).view(segment.num_rows, segment.width)
 
 
 def read_rows(
@@ -49,9 +67,12 @@ def read_rows(
 ) -> torch.Tensor:
     """A payload that is one row segment and nothing else, a view. Raises WireError when its size is another."""
     segment = row_segment(num_rows, width, row_type)
-    check_payload(what, 0 if payload is None else payload.nbytes, segment.end)
+    declared = 0 if payload is None else payload.nbytes + payload.rows_nbytes
+    check_payload(what, declared, segment.end)
     if payload is None:
         raise WireError(f"{what} without payload")
+    if payload.rows is not None and payload.nbytes:
+        raise WireError(f"{what} has only {payload.rows_nbytes} of {segment.end} bytes as rows")
     return rows_of(payload, segment)
 
 

@@ -134,6 +134,11 @@ class BufferPool:
         """Device memory for rows that come apart. Raises WireError here: this process takes whole payloads."""
         raise WireError(f"{nbytes} bytes of rows apart, to a process without device buffers")
 
+    def acquire_landing(self, nbytes: int) -> "DeviceRows | None":
+        """Where the rows of an answer shall go, or None: here they come in the message."""
+        del nbytes
+        return None
+
     def acquire_text(self, sentence: str) -> Buffer:
         """A buffer that holds a sentence in UTF-8 (the payload of FAILED), cut at 4096 bytes."""
         text = np.frombuffer(sentence.encode()[:4096], np.uint8)

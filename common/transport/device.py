@@ -147,6 +147,10 @@ class DevicePool(BufferPool):
         """Device memory for a row segment, with one reference."""
         return DeviceRows(self.take(nbytes), 0, nbytes)
 
+    def acquire_landing(self, nbytes: int) -> DeviceRows | None:
+        """Where the rows of an answer shall go."""
+        return self.acquire_rows(nbytes)
+
     def acquire_with(self, rows: DeviceRows, tables_nbytes: int = 0) -> Buffer:
         """A buffer for these rows (taking over the caller's reference) and `tables_nbytes` of tables."""
         buffer = super().acquire(tables_nbytes)

@@ -35,6 +35,13 @@ _LOCAL = {
     "UCX_TCP_TX_SEG_SIZE": "256k",
     "UCX_TCP_RX_SEG_SIZE": "256k",
 }
+# One host with GPUs: rows go by cuda_ipc (cuda_copy where a process has no GPU), the rest as above. Tables of a
+# block of 128 tokens are 8 KiB and should go at once; a rendezvous for them costs a round trip.
+_LOCAL_CUDA = {
+    "UCX_TLS": "tcp,self,cuda_copy,cuda_ipc",
+    "UCX_NET_DEVICES": "lo",
+    "UCX_RNDV_THRESH": "16k",
+}
 # Across hosts UCX chooses (rc, cuda_ipc, tcp ...), but never that shared queue.
 _REMOTE = {"UCX_TLS": "^sm"}
 # Whoever chooses shared memory all the same: UCX_MM_FIFO_SIZE must be equal in every process of a host, since a sender
@@ -42,15 +49,20 @@ _REMOTE = {"UCX_TLS": "^sm"}
 
 
 def set_ucx_environment(
-    *, local: bool, net_device: str = "", environ: MutableMapping[str, str] | None = None
+    *,
+    local: bool,
+    device: str = "cpu",
+    net_device: str = "",
+    environ: MutableMapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Set what the user left unset; returns the UCX variables in force, sorted.
 
-    `local`: every process of the cluster runs on this host and no payload lies in GPU memory. `net_device`: the NIC of
-    a rail, which wins over what a parent process set.
+    `local`: every process of the cluster runs on this host. `device`: where rows lie, "cpu" or "cuda". `net_device`:
+    the NIC of a rail, which wins over what a parent process set.
     """
     target = os.environ if environ is None else environ
-    wanted = {**_ALWAYS, **(_LOCAL if local else _REMOTE)}
+    here = _LOCAL if device == "cpu" else _LOCAL_CUDA
+    wanted = {**_ALWAYS, **(here if local else _REMOTE)}
     for name, value in wanted.items():
         target.setdefault(name, value)
     if net_device:

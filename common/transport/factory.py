@@ -5,32 +5,43 @@ from functools import partial
 from common.config import LOCAL, ClusterConfig
 from common.errors import ConfigError
 from common.transport.base import Hello, Transport
+from common.transport.buffers import BufferPool
 from common.transport.carriers import LinkClass, expected_class, has_rdma_devices
 from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
+from common.transport.seam import Seam
 from common.transport.ucx import UcxTransport
 
+_DEVICE_SPIN_US = 1000  # longer than a layer takes, so that a block finds everybody awake
 
-def open_transport(config: ClusterConfig, *, net_device: str = "") -> Transport:
+
+def open_transport(config: ClusterConfig, *, data: bool = True, net_device: str = "") -> Transport:
     """UCX with the cluster's secret and limits, bound to one NIC if `net_device` names it.
 
+    Rows lie in device memory where the cluster computes there. `data` False: control links only, no device is touched.
     Raises ConfigError when the secret cannot be read.
     """
     try:
         secret = config.secret_path.read_bytes().strip()
     except OSError as exc:
         raise ConfigError(f"cluster secret {config.secret_path}: {exc.strerror}") from exc
-    set_ucx_environment(
-        local=config.cluster.device == "cpu" and all(node.host == LOCAL for node in config.nodes),
-        net_device=net_device,
-    )
-    limits = config.limits
+    cluster, limits = config.cluster, config.limits
+    local = all(node.host == LOCAL for node in config.nodes)
+    on_device = cluster.device != "cpu" and data
+    set_ucx_environment(local=local, device=cluster.device, net_device=net_device)
+    spin_us = cluster.spin_us
+    if spin_us < 0:
+        spin_us = _DEVICE_SPIN_US if on_device else 0
+    pool, seam = _device_buffers(cluster.device) if on_device else (BufferPool(), Seam())
     return UcxTransport(
         secret,
         link_limits=LinkLimits(
             window=limits.link_window, max_payload_nbytes=limits.max_payload_mb << 20
         ),
         expected_class=partial(_expected_class, config, has_rdma_devices()),
+        spin_us=spin_us,
+        pool=pool,
+        seam=seam,
     )
 
 
@@ -39,3 +50,10 @@ def _expected_class(config: ClusterConfig, has_rdma: bool, mine: Hello, peer: He
     hosts = [config.nodes[hello.node].host for hello in (mine, peer)]
     same_host = hosts[0] == hosts[1]
     return expected_class(same_host=same_host, device=config.cluster.device, has_rdma=has_rdma)
+
+
+def _device_buffers(device: str) -> tuple[BufferPool, Seam]:
+    # loaded here: gateways and CPU clusters need no torch for their messages
+    from common.transport.device import DevicePool, open_seam
+
+    return DevicePool(device), open_seam(device)

@@ -1,7 +1,8 @@
 """Layouts of the payloads: where rows, scales, expert ids and weights lie in one contiguous buffer. Pure arithmetic.
 
 A *row segment* holds `num_rows` rows of `width` elements in a row type. For FP8 the e4m3 bytes come first, then one
-fp32 scale per 1x128 block of columns (the last block may be short), starting at the next multiple of 16 bytes.
+fp32 scale per 1x128 block of columns (the last block may be short), starting at the next multiple of 16 bytes. Every
+payload begins with its row segment, which alone lies in device memory where rows do; the tables stay in host memory.
 
     DISPATCH   rows | expert ids int32 [num_rows, top_k] | gate weights fp32 [num_rows, top_k]
     RELAY      rows | pairs: row index int32 [num_pairs] | expert ids int32 [num_pairs] | weights fp32 [num_pairs]
@@ -37,6 +38,11 @@ DISPATCH_ROWS = {Wire.FP8: RowType.FP8, Wire.BF16: RowType.BF16, Wire.FP32: RowT
 EXPERT_OUT_ROWS = {Wire.FP8: RowType.BF16, Wire.BF16: RowType.BF16, Wire.FP32: RowType.FP32}
 # float64 because regrouping fp32 terms by node changes the last bit of more than half of the results
 PARTIAL_ROWS = {Wire.FP8: RowType.BF16, Wire.BF16: RowType.BF16, Wire.FP32: RowType.FP64}
+
+
+def combined_rows(wire: Wire, device: str) -> RowType:
+    """Row type of COMBINED: the compute dtype of the attention workers' device."""
+    return RowType.FP32 if device == "cpu" or wire is Wire.FP32 else RowType.BF16
 
 
 def align(offset: int) -> int:

@@ -42,17 +42,18 @@ class Forker:
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, run_dir: Path, *, temporary: bool, local: bool) -> None:
+    def start(self, run_dir: Path, *, temporary: bool, local: bool, device: str) -> None:
         """Start the zygote in a session of its own: what is sent to our process group must not reach the workers.
 
-        `local`: no payload lies in GPU memory, so UCX needs loopback only.
+        `local` (every process is on this host) and `device` (where rows lie) decide UCX's transports.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
         kept = "temporary" if temporary else "kept"
         environ = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": path}
-        set_ucx_environment(local=local, environ=environ)  # importing ucxx would fix some of it
+        # importing ucxx would fix some of it
+        set_ucx_environment(local=local, device=device, environ=environ)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.local.zygote", str(theirs.fileno()), run_dir, kept],

@@ -87,8 +87,8 @@ class Supervisor:
             self._forker.start(
                 self._run_dir.path,
                 temporary=self._run_dir.temporary,
-                local=self._config.cluster.device == "cpu"
-                and all(node.host == LOCAL for node in self._config.nodes),
+                local=all(node.host == LOCAL for node in self._config.nodes),
+                device=self._config.cluster.device,
             )
             self._notify = NotifySocket(self._run_dir.path / "notify.sock", self._on_ready)
             async with asyncio.TaskGroup() as tasks:

@@ -119,10 +119,15 @@ def environment_of(
     config: ClusterConfig, spec: ProcessSpec, *, shares_gpus: bool
 ) -> dict[str, str]:
     """What a supervisor sets for a process, which leaves what is set as it is. MPS's pipe is in `run_dir`."""
-    local = config.cluster.device == "cpu" and all(node.host == LOCAL for node in config.nodes)
+    local = all(node.host == LOCAL for node in config.nodes)
     environment = {"OMP_NUM_THREADS": "1"}
     if spec.id.role is not Role.GATEWAY:  # it has control links only
-        set_ucx_environment(local=local, net_device=spec.net_device, environ=environment)
+        set_ucx_environment(
+            local=local,
+            device=config.cluster.device,
+            net_device=spec.net_device,
+            environ=environment,
+        )
     gpu = gpu_of(config, spec)
     if gpu is not None:
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of nvidia-smi

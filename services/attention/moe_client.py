@@ -10,17 +10,26 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from common.errors import AtollError, DeadlineExceeded, Retryable, WireError
 from common.obs.trace import Recorder
-from common.tensors import numbers, read_rows, rows_of
+from common.tensors import TORCH_DTYPES, numbers, read_rows, row_bytes, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
+from common.transport.device import DeviceRows
 from common.transport.outbox import Outbox
-from common.wire.blocks import RowType, answer_layout, check_payload, dispatch_layout
+from common.transport.seam import Seam
+from common.wire.blocks import (
+    RowType,
+    answer_layout,
+    check_payload,
+    dispatch_layout,
+    row_segment,
+)
 from common.wire.header import Header, Kind, Wire
 from kernels import ops
 
@@ -58,6 +67,8 @@ class MoeClient:
     epoch: int
     pool: BufferPool
     deadline_s: float
+    combined: RowType = RowType.FP32
+    seam: Seam = field(default_factory=Seam)
     trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
     times: HopTimes = field(default_factory=HopTimes)
@@ -80,21 +91,27 @@ class MoeClient:
     ) -> "asyncio.Future[Tensor]":
         """Post a block: rows [n, width], experts int32 [n, k], weights fp32 [n, k]; never waits.
 
-        The future gets the combined rows, fp32 [n, width], or DeadlineExceeded / the sentence of whoever failed.
+        The future gets the combined rows, [n, width] in the row type `combined` on the device of `rows`, or
+        DeadlineExceeded / the sentence of whoever failed. On a GPU the block is posted when the current stream has
+        written it; the ids and weights, which routers need, go straight into the message's pinned memory.
         """
         num_rows, top_k = experts.shape
         layout = dispatch_layout(num_rows, self.width, top_k, self.wire)
-        buffer = self.pool.acquire(layout.nbytes)
+        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
         if self.wire is Wire.FP8:
             ops.quantise_rows(
-                rows, torch.from_numpy(buffer.array),
+                rows, row_bytes(buffer),
                 rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset,
             )  # fmt: skip
         else:
             rows_of(buffer, layout.rows).copy_(rows)
         count = num_rows * top_k
-        numbers(buffer, layout.experts, count, np.int32)[:] = experts.numpy().ravel()
-        numbers(buffer, layout.weights, count, np.float32)[:] = weights.numpy().ravel()
+        for table, offset, dtype in (
+            (experts, layout.experts, np.int32),
+            (weights, layout.weights, np.float32),
+        ):
+            target = torch.from_numpy(numbers(buffer, offset, count, dtype))
+            target.copy_(table.reshape(-1), non_blocking=True)
         block = self._next_block
         self._next_block += 1
         header = Header(
@@ -103,16 +120,29 @@ class MoeClient:
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        self._pending[block] = _Pending(future, num_rows, now_ns)
+        landing = None
+        if len(self.routers) == 1:  # how many rows each of several rails answers is not known yet
+            nbytes = row_segment(num_rows, self.width, self.combined).end
+            landing = self.pool.acquire_landing(nbytes)
+        self.seam.fence().then(partial(self._post, header, buffer, landing, now_ns))
+        return future
+
+    def _post(
+        self, header: Header, buffer: Buffer, landing: DeviceRows | None, now_ns: int
+    ) -> None:
+        """The device has written the block: send it. A full queue fails the block like any other refusal."""
         try:
-            for outbox in self.routers.values():
-                outbox.send(replace(header), buffer.retain(), now_ns)
-        except AtollError:
-            self._settle(block)  # all routers or none
-            raise
+            if header.block in self._pending:  # else its deadline is over
+                for outbox in self.routers.values():
+                    place = None if landing is None else landing.retain()
+                    outbox.send(replace(header), buffer.retain(), now_ns, landing=place)
+        except AtollError as exc:
+            self._fail(header.block, exc)  # all routers or none
         finally:
             buffer.release()
-        self._pending[block] = _Pending(future, num_rows, now_ns)
-        return future
+            if landing is not None:
+                landing.release()
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Take an answer; one that nobody waits for is dropped."""
@@ -134,21 +164,21 @@ class MoeClient:
                 sentence = text.decode("utf-8", "replace")
                 self._fail(header.block, Retryable(f"{link.peer.process}: {sentence}"))
         finally:
-            if payload is not None:
-                payload.release()
+            if payload is not None:  # behind the copy above, which the device has yet to make
+                self.seam.fence().then(payload.release)
 
     def _read(
         self, header: Header, payload: Buffer | None, pending: _Pending
     ) -> tuple[Tensor, Tensor | None]:
         """One router's answer: its rows, and their ids int64 [n] in the block (None: all of them, in order)."""
         if len(self.routers) == 1:
-            rows = read_rows(payload, pending.num_rows, self.width, RowType.FP32, "COMBINED")
+            rows = read_rows(payload, pending.num_rows, self.width, self.combined, "COMBINED")
             return rows.clone(), None
         if header.num_rows == 0:
             return torch.empty((0, self.width)), torch.empty(0, dtype=torch.int64)
-        row_type = RowType.FP64 if self.wire is Wire.FP32 else RowType.FP32
+        row_type = RowType.FP64 if self.wire is Wire.FP32 else self.combined
         layout = answer_layout(header.num_rows, self.width, row_type, header.num_rows)
-        check_payload("COMBINED", 0 if payload is None else payload.nbytes, layout.nbytes)
+        check_payload("COMBINED", header.payload_nbytes, layout.nbytes)
         if payload is None:
             raise WireError("COMBINED without payload")
         ids = numbers(payload, layout.ids, header.num_rows, np.int32).astype(np.int64)
@@ -163,9 +193,14 @@ class MoeClient:
         if len(self.routers) == 1:
             ((rows, _),) = pending.partials.values()
             return rows
-        out = torch.empty((pending.num_rows, self.width))
         answers = [pending.partials[router] for router in self.routers]
-        ops.sum_partials([rows for rows, _ in answers], [ids for _, ids in answers], out)
+        answers = [answer for answer in answers if len(answer[0])]
+        like = answers[0][0]
+        out = torch.empty(
+            (pending.num_rows, self.width), dtype=TORCH_DTYPES[self.combined], device=like.device
+        )
+        indices = [None if ids is None else ids.to(out.device) for _, ids in answers]
+        ops.sum_partials([rows for rows, _ in answers], indices, out)
         return out
 
     def expire(self) -> None:

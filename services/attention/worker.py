@@ -23,6 +23,7 @@ from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
 from common.waiting import poll_until
+from common.wire.blocks import combined_rows
 from common.wire.header import Header, Kind, Wire
 from services.attention.lane import Lane, StepTimes
 from services.attention.moe_client import MoeClient
@@ -53,10 +54,11 @@ class AttentionWorker:
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load the weights, listen for gateways, dial the routers, start the lanes."""
         self.resident = Resident.load(self.config)
+        wire = Wire.parse(self.config.cluster.wire)
         self.moe = MoeClient(
-            self.spec.id.index, self.resident.config.hidden_size, Wire.parse(self.config.cluster.wire),
+            self.spec.id.index, self.resident.config.hidden_size, wire,
             self.config.cluster.epoch, self.transport.pool, self.config.limits.block_deadline_s + _PATIENCE_S,
-            trace=self.trace,
+            combined_rows(wire, self.config.cluster.device), self.transport.seam, self.trace,
             routers={r.id.index: Outbox(str(r.id)) for r in self.config.routers_of(self.spec.node)},
         )  # fmt: skip
         self.requests = Requests(

@@ -28,7 +28,7 @@ class ClusterDialler:
             wire=config.cluster.wire,
             data=False,
         )
-        self._transport = transport or open_transport(config)
+        self._transport = transport or open_transport(config, data=False)
 
     async def keep(self, address: str, handler: Handler) -> None:
         """Keep one link open for ever; ends only by cancellation."""

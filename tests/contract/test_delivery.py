@@ -258,3 +258,4 @@ def test_the_environment_respects_what_is_set():
     assert force["UCX_MM_ERROR_HANDLING"] == "y"
     assert "HOME" not in force
     assert set_ucx_environment(local=False, environ={})["UCX_TLS"] == "^sm"
+    assert "cuda_ipc" in set_ucx_environment(local=True, device="cuda", environ={})["UCX_TLS"]
