@@ -99,7 +99,7 @@ class GatewayService:
         if self._runner is not None:
             await self._runner.cleanup()
         if self.port:
-            self._url_file.unlink(missing_ok=True)
+            await asyncio.to_thread(self._url_file.unlink, missing_ok=True)
         await self._dialler.close()
 
     async def _listen(self, runner: web.AppRunner) -> None:
