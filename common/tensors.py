@@ -62,6 +62,14 @@ def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     return rows.view(dtype).view(segment.num_rows, segment.width)
 
 
+def scales_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
+    """The scales of an FP8 segment, fp32 [num_rows, ceil(width / 128)], a view."""
+    count = num_scales(segment.width)
+    start = segment.scales_offset
+    flat = row_bytes(buffer)[start : start + segment.num_rows * count * 4]
+    return flat.view(torch.float32).view(segment.num_rows, count)
+
+
 def read_rows(
     payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
 ) -> torch.Tensor:

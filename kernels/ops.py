@@ -34,6 +34,7 @@ TRITON = {
     "pack": "pack",
     "unpack": "pack",
     "pack_blocks": "pack",
+    "gather_pieces": "pack",
     "route": "pack",
     "combine": "combine",
     "combine_fp8": "combine",
@@ -77,6 +78,7 @@ dequantise_rows = _choose(_quant.dequantise_rows)
 pack = _choose(_pack.pack)
 unpack = _choose(_pack.unpack)
 pack_blocks = _choose(_pack.pack_blocks)
+gather_pieces = _choose(_pack.gather_pieces)
 route = _choose(_pack.route)
 combine = _choose(_combine.combine)
 combine_fp8 = _choose(_combine.combine_fp8)

@@ -218,3 +218,51 @@ def pack_blocks(
         block_nbytes // unit, align // unit, scale_size > 0, triton.next_power_of_2(size),
         triton.next_power_of_2(max(1, scale_size)), num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _copy_pieces(
+    SOURCE, OUT, SOURCE_SCALES, INDEX, PIECES, size, scale_size, UNIT: tl.constexpr,
+    SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    piece = PIECES + tl.program_id(1) * 4
+    if i < tl.load(piece + 1):
+        j = tl.load(INDEX + tl.load(piece) + i).to(tl.int64)
+        one = tl.zeros((1,), tl.int64)
+        ok = one == 0
+        out = OUT + tl.load(piece + 2) // UNIT
+        _move(SOURCE, out, one + j, one + i, ok, size, C)
+        if SCALED:
+            scales = OUT + tl.load(piece + 3) // UNIT
+            _move(SOURCE_SCALES, scales, one + j, one + i, ok, scale_size, CS)
+
+
+def gather_pieces(
+    source: Tensor,
+    out: Tensor,
+    index: Tensor,
+    pieces: Tensor,
+    *,
+    max_rows: int,
+    row_nbytes: int,
+    source_offset: int,
+    scale_nbytes: int = 0,
+    source_scales: int = 0,
+) -> None:
+    """Gather rows into several blocks of one buffer, in one launch.
+
+    index [n]; pieces int64 [num_pieces, 4]: first place in `index`, number of rows (at most `max_rows`), byte offset of
+    the rows in `out`, byte offset of their scales. Offsets are multiples of 16. Pieces are not checked: they stay on
+    the device.
+    """
+    unit = _unit(
+        row_nbytes, source_offset, scale_nbytes, source_scales, source.data_ptr(), out.data_ptr()
+    )
+    size, scale_size = row_nbytes // unit, scale_nbytes // unit
+    _copy_pieces[(max_rows, pieces.shape[0])](
+        _view(source, source_offset, unit), _view(out, 0, unit),
+        _view(source, source_scales, unit), index, pieces, size, scale_size, unit,
+        scale_size > 0, triton.next_power_of_2(size), triton.next_power_of_2(max(1, scale_size)),
+        num_warps=4,
+    )  # fmt: skip

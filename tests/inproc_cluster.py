@@ -16,6 +16,7 @@ import torch
 from common.config import ClusterConfig, local_cluster
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
+from common.transport.buffers import BufferPool
 from common.transport.inproc import InprocFabric, Script
 from services.attention.worker import AttentionWorker
 from services.expert.worker import ExpertWorker
@@ -32,16 +33,23 @@ class InprocCluster:
     """Running services by name; `config` is what `atoll up` would have made."""
 
     def __init__(
-        self, config: ClusterConfig, fabric: InprocFabric, tasks: asyncio.TaskGroup
+        self,
+        config: ClusterConfig,
+        fabric: InprocFabric,
+        tasks: asyncio.TaskGroup,
+        new_pool: Callable[[], BufferPool] = BufferPool,
     ) -> None:
         self.config = config
+        self.new_pool = new_pool
         self.fabric = fabric
         self.tasks = tasks
         self.services: dict[ProcessId, Any] = {}
 
     async def start(self, process: ProcessId) -> Any:
         """Start one service, or its successor after `crash`."""
-        service = WORKERS[process.role](self.config, process.index, self.fabric.transport())
+        service = WORKERS[process.role](
+            self.config, process.index, self.fabric.transport(pool=self.new_pool())
+        )
         self.services[process] = service
         await service.start(self.tasks)
         return service
@@ -93,6 +101,7 @@ async def inproc_cluster(
     script: Script | None = None,
     block_deadline_s: float = 30.0,
     trace_events: int = 0,
+    new_pool: Callable[[], BufferPool] = BufferPool,
     **layout: Any,
 ) -> AsyncIterator[InprocCluster]:
     """Start every service of a local cluster (`layout` as for `common.config.local_cluster`) and wait until ready."""
@@ -109,7 +118,7 @@ async def inproc_cluster(
     fabric = InprocFabric(seed, script=script)
     try:
         async with asyncio.TaskGroup() as tasks:
-            cluster = InprocCluster(config, fabric, tasks)
+            cluster = InprocCluster(config, fabric, tasks, new_pool)
             for spec in config.processes():
                 if spec.id.role in WORKERS:
                     await cluster.start(spec.id)

@@ -115,3 +115,34 @@ def pack_blocks(
             source_scales=source_scales,
             out_scales=start + scales,
         )
+
+
+def gather_pieces(
+    source: Tensor,
+    out: Tensor,
+    index: Tensor,
+    pieces: Tensor,
+    *,
+    max_rows: int,
+    row_nbytes: int,
+    source_offset: int,
+    scale_nbytes: int = 0,
+    source_scales: int = 0,
+) -> None:
+    """Gather rows into several blocks of one buffer: `pack` for each of the pieces, whose numbers lie on the device.
+
+    index [n]; pieces int64 [num_pieces, 4]: first place in `index`, number of rows (at most `max_rows`), byte offset of
+    the rows in `out`, byte offset of their scales. Offsets are multiples of 16.
+    """
+    for start, count, rows_at, scales_at in pieces.tolist():
+        pack(
+            source,
+            out,
+            index[start : start + count],
+            row_nbytes=row_nbytes,
+            source_offset=source_offset,
+            out_offset=rows_at,
+            scale_nbytes=scale_nbytes,
+            source_scales=source_scales,
+            out_scales=scales_at,
+        )

@@ -43,11 +43,14 @@ class Bank:
             model.hidden_size, manifest.model_hash, weights, hashes, dict.fromkeys(places, 0)
         )
 
-    def __contains__(self, place: Place) -> bool:
+    def __contains__(self, place: object) -> bool:
         return place in self.weights
 
-    def ffn(self, layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    def ffn(
+        self, layer: int, expert: int, rows: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """SwiGLU network of one expert: fp32 [num_rows, width] -> fp32 [num_rows, width]."""
+        assert scales is None, "rows are dequantised before they come here"
         self.rows[layer, expert] += len(rows)
         w = self.weights[layer, expert]
         return ffn(rows, w.gate_up, w.down)

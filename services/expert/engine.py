@@ -1,10 +1,12 @@
 """The arithmetic of an expert worker: rows of several calls in, one output row per row, in the same order."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from common.errors import WireError
-from common.tensors import numbers, rows_of
+from common.tensors import numbers, row_bytes, rows_of, scales_of
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
     RowType,
@@ -18,10 +20,17 @@ from services.expert.bank import Bank
 Tensor = torch.Tensor
 
 
-def parse(
-    header: Header, payload: Buffer | None, bank: Bank
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Rows fp32 [num_rows, width] of an EXPERT_IN, and its (expert, number of rows) segments.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows)."""
+
+    rows: Tensor
+    scales: Tensor | None
+    segments: list[tuple[int, int]]
+
+
+def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
+    """Rows of an EXPERT_IN, on a GPU as they came, on CPU in fp32, and its segments.
 
     Raises WireError when the payload does not fit the header, or asks for an expert that is not resident.
     """
@@ -42,37 +51,60 @@ def parse(
     for expert, _ in segments:
         if (header.layer, expert) not in bank:
             raise WireError(f"expert {expert} of layer {header.layer} is not resident here")
-    if layout.rows.row_type is RowType.FP8:
+    pairs = [(expert, count) for expert, count in segments]
+    is_fp8, source = layout.rows.row_type is RowType.FP8, row_bytes(payload)
+    if source.is_cuda:
+        rows = rows_of(payload, layout.rows)
+        return Call(rows, scales_of(payload, layout.rows) if is_fp8 else None, pairs)
+    if is_fp8:
         rows = ops.dequantise_rows(
-            torch.from_numpy(payload.array), num_rows=header.num_rows, width=header.width,
+            source, num_rows=header.num_rows, width=header.width,
             rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset, dtype=torch.float32,
         )  # fmt: skip
     else:
         rows = rows_of(payload, layout.rows).to(torch.float32)
-    return rows, [(expert, count) for expert, count in segments]
+    return Call(rows, None, pairs)
 
 
-def compute(
-    bank: Bank, layer: int, calls: list[tuple[Tensor, list[tuple[int, int]]]]
-) -> list[Tensor]:
-    """Outputs of several calls of one layer, each [num_rows, width] fp32; calls for the same expert share one pass."""
-    if len(calls) == 1 and len(calls[0][1]) == 1:  # one block for one expert: nothing to regroup
-        rows, ((expert, _),) = calls[0]
-        return [bank.ffn(layer, expert, rows)]
-    by_expert: dict[
-        int, list[tuple[int, int, int]]
-    ] = {}  # expert -> (call, first row, last row + 1)
-    for index, (_, segments) in enumerate(calls):
+def compute(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
+    """Outputs of several calls of one layer, each [num_rows, width]; calls for the same expert share one pass."""
+    if len(calls) == 1 and len(calls[0].segments) == 1:  # one block for one expert: no regrouping
+        ((expert, _),) = calls[0].segments
+        return [bank.ffn(layer, expert, calls[0].rows, calls[0].scales)]
+    by_expert: dict[int, list[tuple[int, slice]]] = {}  # expert -> (call, its rows)
+    for index, call in enumerate(calls):
         start = 0
-        for expert, count in segments:
-            by_expert.setdefault(expert, []).append((index, start, start + count))
+        for expert, count in call.segments:
+            by_expert.setdefault(expert, []).append((index, slice(start, start + count)))
             start += count
-    outputs = [torch.empty_like(rows) for rows, _ in calls]
+    outputs: list[Tensor | None] = [None] * len(calls)
     for expert, parts in by_expert.items():
-        pieces = [calls[index][0][start:end] for index, start, end in parts]
-        result = bank.ffn(layer, expert, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-        for (index, start, end), piece in zip(
-            parts, torch.split(result, [len(p) for p in pieces]), strict=True
-        ):
-            outputs[index][start:end] = piece
-    return outputs
+        rows = _joined([calls[index].rows[part] for index, part in parts])
+        scales = None
+        if calls[0].scales is not None:
+            scales = _joined([_scales(calls[index])[part] for index, part in parts])
+        result = bank.ffn(layer, expert, rows, scales)
+        pieces = torch.split(result, [part.stop - part.start for _, part in parts])
+        for (index, part), piece in zip(parts, pieces, strict=True):
+            if len(calls[index].segments) == 1:
+                outputs[index] = piece
+                continue
+            if outputs[index] is None:
+                outputs[index] = piece.new_empty(calls[index].rows.shape)
+            outputs[index][part] = piece  # type: ignore[index]
+    return [output for output in outputs if output is not None]
+
+
+def _scales(call: Call) -> Tensor:
+    assert call.scales is not None, "calls with and without scales in one batch"
+    return call.scales
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Pieces one behind the other; e4m3 as bytes, which is all that libraries can join."""
+    dtype = pieces[0].dtype
+    if len(pieces) == 1:
+        return pieces[0]
+    if dtype is torch.float8_e4m3fn:
+        return torch.cat([piece.view(torch.uint8) for piece in pieces]).view(dtype)
+    return torch.cat(pieces)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +18,21 @@ from common.errors import AtollError, LinkClosed, WireError
 from common.ids import Role
 from common.obs.trace import open_recorder
 from common.status import ProcessStatus, State, status_frame
-from common.tensors import write_rows
+from common.tensors import TORCH_DTYPES, write_rows
 from common.transport.base import Hello, Link, Transport
 from common.transport.buffers import Buffer
+from common.transport.device import DevicePool
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.waiting import poll_until
-from common.wire.blocks import EXPERT_OUT_ROWS, row_segment
+from common.wire.blocks import EXPERT_OUT_ROWS, RowSegment, row_segment
 from common.wire.header import Header, Kind
-from services.expert.bank import Bank
 from services.expert.batcher import Batcher, Waiting
+from services.expert.device_bank import load_bank
 from services.expert.engine import compute, parse
 
 MAX_BATCH_ROWS = 4096
+MAX_BATCHES = 2  # launched at a time: the device goes on without waiting, later blocks gather in the batcher meanwhile
 Call = Waiting[tuple[Link, Header, Buffer]]
 log = logging.getLogger(__name__)
 
@@ -55,10 +58,11 @@ class ExpertWorker:
         }
         self.batcher: Batcher[tuple[Link, Header, Buffer]] = Batcher(MAX_BATCH_ROWS)
         self._scheduled = False
+        self._in_flight = 0  # batches that the device computes
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load the resident experts, then keep dialling the routers of its node."""
-        self.bank = Bank.load(self.config, self.spec.id.index)
+        self.bank = load_bank(self.config, self.spec.id.index)
         self.loop = asyncio.get_running_loop()
         for router in self.config.routers_of(self.spec.node):
             tasks.create_task(
@@ -70,7 +74,7 @@ class ExpertWorker:
     async def drain(self) -> None:
         """Answer what waits."""
         self.state = State.DRAINING
-        await poll_until(lambda: not len(self.batcher))
+        await poll_until(lambda: not len(self.batcher) and not self._in_flight)
 
     async def stop(self) -> None:
         """Close the links."""
@@ -123,7 +127,7 @@ class ExpertWorker:
         self._schedule()
 
     def _schedule(self) -> None:
-        if not self._scheduled and len(self.batcher):
+        if not self._scheduled and self._in_flight < MAX_BATCHES and len(self.batcher):
             self._scheduled = True
             self.loop.call_soon(self._run)
 
@@ -139,14 +143,24 @@ class ExpertWorker:
                 calls.append(call)
             except AtollError as exc:
                 self._fail(link, header, str(exc))
+        self._in_flight += 1
         try:
             outputs = compute(self.bank, layer, parsed)
         except Exception as exc:  # whatever it was, the routers wait for an answer
             log.exception("layer %d could not be computed", layer)
             for call in calls:
                 self._fail(call.item[0], call.item[1], f"{self.spec.id}: {exc}")
-        else:
-            self._answer_all(calls, outputs, started)
+            calls, outputs = [], []
+        self.transport.seam.fence().then(partial(self._computed, batch, calls, outputs, started))
+        self._schedule()
+
+    def _computed(
+        self, batch: list[Call], calls: list[Call], outputs: list[torch.Tensor], started_ns: int
+    ) -> None:
+        """The device has computed a batch: answer, and give the rows that came back to their pool."""
+        self._in_flight -= 1
+        if calls:
+            self._answer_all(calls, outputs, started_ns)
         for call in batch:
             call.item[2].release()
         self._schedule()
@@ -172,8 +186,7 @@ class ExpertWorker:
         self.counters["rows"] += request.num_rows
         self.counters["queue_us"] += queue_us
         segment = row_segment(request.num_rows, request.width, EXPERT_OUT_ROWS[request.wire])
-        buffer = self.transport.pool.acquire(segment.end)
-        write_rows(buffer, segment, rows)
+        buffer = self._buffer(segment, rows)
         header = request.derive(
             Kind.EXPERT_OUT,
             target=request.target,
@@ -182,6 +195,25 @@ class ExpertWorker:
         )
         header.queue_us, header.compute_us = queue_us, compute_us
         self._post(link, header, buffer)
+
+    def _buffer(self, segment: RowSegment, rows: torch.Tensor) -> Buffer:
+        """A payload of computed rows: in device memory they are sent from where they lie, if their type is right."""
+        pool = self.transport.pool
+        if not isinstance(pool, DevicePool):
+            buffer = pool.acquire(segment.end)
+            write_rows(buffer, segment, rows)
+            return buffer
+        if (
+            rows.dtype is TORCH_DTYPES[segment.row_type]
+            and rows.is_contiguous()
+            and rows.nbytes == segment.end
+        ):
+            return pool.acquire_with(pool.adopt(rows))
+        buffer = pool.acquire(segment.end, rows_nbytes=segment.end)
+        write_rows(buffer, segment, rows)
+        assert buffer.rows is not None, "rows in device memory"
+        buffer.rows.fence = self.transport.seam.fence()
+        return buffer
 
     def _fail(self, link: Link, request: Header, sentence: str) -> None:
         self.counters["failed"] += 1

@@ -16,6 +16,7 @@ from common.transport.base import Link
 from common.wire.header import Header
 from kernels import ops
 from services.router.plan import NodeShare, WorkerShare
+from services.router.rows import Outputs, Rows
 
 Tensor = torch.Tensor
 Int32s = npt.NDArray[np.int32]
@@ -47,24 +48,31 @@ class NodeWork:
     request: Header  # the DISPATCH or RELAY that brought the rows
     origin: Link  # who sent it and gets the answer
     num_rows: int
-    slots: Tensor  # int32 [num_rows, most pairs of a row]: places, by ascending expert id
-    weights: Tensor  # fp32, the same shape
-    outputs: Tensor  # [num_pairs, width], in places of the fan-out
+    outputs: Outputs  # in places of the fan-out
     waiting: dict[int, WorkerShare] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
 
-    def arrived(self, worker: int, header: Header, rows: Tensor) -> bool:
-        """Take the outputs of one worker, [num_rows, width]. True when it was the last one missing."""
+    def arrived(self, worker: int, header: Header, rows: Tensor | None) -> bool:
+        """Take the outputs of one worker, [num_rows, width], None: they are in place. True when it was the last one."""
         share = self.waiting.pop(worker)
-        self.outputs[share.start : share.stop].copy_(rows)
+        if rows is not None:
+            self.outputs.rows[share.start : share.stop].copy_(rows)
         self.timing.include(header)
         return not self.waiting
 
+    def sum_into(self, out: Tensor) -> None:
+        """The weighted sum per row, [num_rows, width]: products and sums in float64 when `out` is, else in fp32."""
+        ops.combine(self.outputs.rows, self.outputs.slots, self.outputs.weights, out)
+
     def partial(self, *, exact: bool) -> Tensor:
         """The weighted sum per row: float64 [num_rows, width] when exact, else fp32."""
-        dtype = torch.float64 if exact else torch.float32
-        out = torch.empty((self.num_rows, self.outputs.shape[1]), dtype=dtype)
-        ops.combine(self.outputs, self.slots, self.weights, out)
+        rows = self.outputs.rows
+        out = torch.empty(
+            (self.num_rows, rows.shape[1]),
+            dtype=torch.float64 if exact else torch.float32,
+            device=rows.device,
+        )
+        self.sum_into(out)
         return out
 
 
@@ -83,16 +91,16 @@ class SourceWork:
         self.partials[node] = partial
         return len(self.partials) == len(self.shares)
 
-    def combined(self) -> Tensor:
+    def combined(self, memory: Rows) -> Tensor:
         """Sum of the node partials in ascending node order: fp32 [num_rows, width], rounded once when exact."""
         nodes = sorted(self.partials)
-        out = torch.empty((self.request.num_rows, self.request.width))
         partials = [self.partials[node] for node in nodes]
-        rows = [torch.from_numpy(self.shares[node].rows) for node in nodes]
+        out = torch.empty((self.request.num_rows, self.request.width), device=partials[0].device)
+        rows = [memory.upload(self.shares[node].rows) for node in nodes]
         ops.sum_partials(partials, rows, out)
         return out
 
-    def partial(self, *, exact: bool) -> tuple[Tensor, Int32s]:
+    def partial(self, memory: Rows, *, exact: bool) -> tuple[Tensor, Int32s]:
         """What this rail knows of the block: sums of its nodes' partials, ascending, and the ids of their rows.
 
         float64 when exact, so that the attention worker rounds once; no row where no pair was this rail's.
@@ -100,8 +108,10 @@ class SourceWork:
         nodes = sorted(self.partials)
         ids = np.unique(np.concatenate([NO_ROWS, *(self.shares[node].rows for node in nodes)]))
         out = torch.empty(
-            (len(ids), self.request.width), dtype=torch.float64 if exact else torch.float32
+            (len(ids), self.request.width),
+            dtype=torch.float64 if exact else torch.float32,
+            device=self.partials[nodes[0]].device if nodes else None,
         )
-        rows = [torch.from_numpy(ids.searchsorted(self.shares[node].rows)) for node in nodes]
+        rows = [memory.upload(ids.searchsorted(self.shares[node].rows)) for node in nodes]
         ops.sum_partials([self.partials[node] for node in nodes], rows, out)
         return out, ids.astype(np.int32)

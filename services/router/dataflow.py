@@ -16,10 +16,12 @@ from common.errors import AtollError, DeadlineExceeded, LinkClosed, WireError
 from common.ids import Role
 from common.obs.trace import Recorder
 from common.placement.plan import Plan
-from common.tensors import TORCH_DTYPES, RowPick, numbers, read_rows, write_rows
+from common.tensors import numbers, read_rows, rows_of, write_rows
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
+from common.transport.device import DeviceRows, release_behind
 from common.transport.outbox import Outbox
+from common.transport.seam import Seam
 from common.wire.blocks import (
     EXPERT_OUT_ROWS,
     PARTIAL_ROWS,
@@ -28,14 +30,15 @@ from common.wire.blocks import (
     answer_layout,
     check_payload,
     dispatch_layout,
-    expert_in_layout,
     relay_layout,
+    row_segment,
 )
 from common.wire.header import Header, Kind, Wire
 from services.router.block import NodeWork, SourceWork, Timing
 from services.router.counters import Counters
 from services.router.plan import NodeShare, check_experts, check_pairs, fan_out, split_by_node
 from services.router.routes import Routes
+from services.router.rows import Piece, Rows, expert_pieces, open_rows
 
 # More for another router, which watches its own experts and knows better who owes what.
 _PATIENCE_S = 0.5
@@ -59,10 +62,13 @@ class Dataflow:
     counters: Counters = field(default_factory=Counters)
     _sources: dict[int, SourceWork] = field(default_factory=dict)
     _works: dict[int, NodeWork] = field(default_factory=dict)
+    seam: Seam = field(default_factory=Seam)
     _routes: Routes = field(init=False)
+    _rows: Rows = field(init=False)
 
     def __post_init__(self) -> None:
         self._routes = Routes(self.plan, self.node, rail=self.rail, num_rails=self.num_rails)
+        self._rows = open_rows(self.pool, self.seam)
 
     def __repr__(self) -> str:
         owed = sum(len(outbox) for outbox in self.experts.values())
@@ -156,21 +162,19 @@ class Dataflow:
         request = source.request
         num_pairs = len(share.pair_rows)
         layout = relay_layout(len(share.rows), request.width, num_pairs, request.wire)
-        buffer = self.pool.acquire(layout.nbytes)
-        picked = RowPick(payload, rows, share.rows)
-        picked.copy_to(buffer, layout.rows, 0, len(share.rows))
+        piece = Piece(0, len(share.rows), layout.rows, layout.nbytes)
+        (buffer,) = self._rows.gather(payload, rows, share.rows, [piece])
         numbers(buffer, layout.pair_rows, num_pairs, np.int32)[:] = share.pair_rows
         numbers(buffer, layout.experts, num_pairs, np.int32)[:] = share.experts
         numbers(buffer, layout.weights, num_pairs, np.float32)[:] = share.weights
         header = request.derive(
-            Kind.RELAY,
-            target=share.node,
-            num_rows=len(share.rows),
-            num_pairs=num_pairs,
+            Kind.RELAY, target=share.node, num_rows=len(share.rows), num_pairs=num_pairs,
             payload_nbytes=layout.nbytes,
-        )
+        )  # fmt: skip
         self.counters.crossed(share.node, header, num_pairs, inward=False)
-        self._send(self.routers[share.node], header, buffer)
+        answer = row_segment(len(share.rows), request.width, PARTIAL_ROWS[request.wire])
+        landing = self.pool.acquire_landing(answer.end)
+        self._send(self.routers[share.node], header, buffer, landing)
 
     def _on_relay(self, link: Link, header: Header, payload: Buffer) -> None:
         started = self.clock_ns()
@@ -188,41 +192,27 @@ class Dataflow:
         self.counters.split_us += (self.clock_ns() - started) // 1000
 
     def _start_work(
-        self,
-        link: Link,
-        request: Header,
-        payload: Buffer,
-        segment: RowSegment,
-        rows: np.ndarray,
-        pair_rows: np.ndarray,
-        experts: np.ndarray,
-        weights: np.ndarray,
-    ) -> None:
+        self, link: Link, request: Header, payload: Buffer, segment: RowSegment, rows: np.ndarray,
+        pair_rows: np.ndarray, experts: np.ndarray, weights: np.ndarray,
+    ) -> None:  # fmt: skip
         """Fan a node's share out to its workers; `rows` index the segment, `pair_rows` index `rows`."""
         workers = self._routes.workers(request.layer, experts)
         plan = fan_out(pair_rows, experts, weights, len(rows), workers)
-        out_type = EXPERT_OUT_ROWS[request.wire]
-        work = NodeWork(
-            request, link, len(rows), torch.from_numpy(plan.slots), torch.from_numpy(plan.weights),
-            torch.empty((len(plan.rows), request.width), dtype=TORCH_DTYPES[out_type]),
-            {share.worker: share for share in plan.shares},
-        )  # fmt: skip
-        self._works[request.block] = work
-        picked = RowPick(payload, segment, rows[plan.rows])
-        for share in plan.shares:
-            num_rows, num_segments = share.stop - share.start, len(share.segments)
-            layout = expert_in_layout(num_rows, request.width, num_segments, request.wire)
-            buffer = self.pool.acquire(layout.nbytes)
-            picked.copy_to(buffer, layout.rows, share.start, share.stop)
-            numbers(buffer, layout.segments, num_segments * 2, np.int32)[:] = share.segments.ravel()
+        pieces = expert_pieces(plan, request.width, request.wire)
+        buffers, outputs = self._rows.fan_out(
+            payload, segment, rows[plan.rows], pieces, plan, EXPERT_OUT_ROWS[request.wire]
+        )
+        waiting = {share.worker: share for share in plan.shares}
+        self._works[request.block] = NodeWork(request, link, len(rows), outputs, waiting)
+        sends = zip(plan.shares, pieces, buffers, outputs.landings, strict=True)
+        for share, piece, buffer, landing in sends:
+            segments = share.segments
+            numbers(buffer, piece.segment.end, segments.size, np.int32)[:] = segments.ravel()
             header = request.derive(
-                Kind.EXPERT_IN,
-                target=share.worker,
-                num_rows=num_rows,
-                num_pairs=num_segments,
-                payload_nbytes=layout.nbytes,
-            )
-            self._send(self.experts[share.worker], header, buffer)
+                Kind.EXPERT_IN, target=share.worker, num_rows=share.stop - share.start,
+                num_pairs=len(segments), payload_nbytes=piece.nbytes,
+            )  # fmt: skip
+            self._send(self.experts[share.worker], header, buffer, landing)
         self.counters.rows_to_experts += len(plan.rows)
 
     # ---- answers -------------------------------------------------------------------------------
@@ -236,8 +226,9 @@ class Dataflow:
             return
         row_type = EXPERT_OUT_ROWS[work.request.wire]
         rows = read_rows(payload, owed.header.num_rows, work.request.width, row_type, "EXPERT_OUT")
+        in_place = payload is not None and payload.rows is not None and payload.rows is owed.landing
         outbox.settle(header.block)
-        if work.arrived(worker, header, rows):
+        if work.arrived(worker, header, None if in_place else rows):
             del self._works[header.block]
             self._finish_work(work)
 
@@ -245,18 +236,36 @@ class Dataflow:
         started = self.clock_ns()
         request = work.request
         exact = request.wire is Wire.FP32
-        partial = work.partial(exact=exact)
-        elapsed_us = (self.clock_ns() - started) // 1000
-        work.timing.combine_us += elapsed_us
-        self.counters.combine_us += elapsed_us
-        if request.kind is Kind.DISPATCH:
-            source = self._sources[request.block]
+        source = self._sources.get(request.block) if request.kind is Kind.DISPATCH else None
+        if source is None:
+            self._answer_sum(work, Kind.PARTIAL, PARTIAL_ROWS[request.wire], work.timing, started)
+        elif len(source.shares) == 1 and self.num_rails == 1 and not exact:
+            del self._sources[request.block]  # the node's sum is the answer, rounded once as well
+            source.timing.include(work.timing)
+            self._answer_sum(work, Kind.COMBINED, self.answer_rows, source.timing, started)
+        else:
+            partial = work.partial(exact=exact)
+            self._rows.release(work.outputs)
+            self._count_combine(work.timing, started)
             source.timing.include(work.timing)
             self._take_partial(source, self.node, partial)
-        else:
-            self._answer(
-                work.origin, request, Kind.PARTIAL, partial, PARTIAL_ROWS[request.wire], work.timing
-            )
+
+    def _answer_sum(
+        self, work: NodeWork, kind: Kind, row_type: RowType, timing: Timing, started_ns: int
+    ) -> None:
+        """Answer with a node's sum, which goes straight into its message."""
+        layout = answer_layout(work.num_rows, work.request.width, row_type)
+        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+        work.sum_into(rows_of(buffer, layout.rows))
+        self._rows.written(buffer)
+        self._rows.release(work.outputs)
+        self._count_combine(timing, started_ns)
+        self._answer(work.origin, work.request, kind, buffer, timing, work.num_rows)
+
+    def _count_combine(self, timing: Timing, started_ns: int) -> None:
+        elapsed_us = (self.clock_ns() - started_ns) // 1000
+        timing.combine_us += elapsed_us
+        self.counters.combine_us += elapsed_us
 
     def _on_partial(self, node: int, header: Header, payload: Buffer | None) -> None:
         outbox = self.routers[node]
@@ -271,48 +280,45 @@ class Dataflow:
         outbox.settle(header.block)
         source.timing.include(header)
         self._take_partial(source, node, rows.clone())  # the buffer goes back to the pool
+        if payload is not None:
+            release_behind(self.seam, payload.retain())
 
     def _take_partial(self, source: SourceWork, node: int, partial: torch.Tensor) -> None:
-        if not source.arrived(node, partial):
-            return
-        del self._sources[source.request.block]
-        self._answer_combined(source)
+        if source.arrived(node, partial):
+            del self._sources[source.request.block]
+            self._answer_combined(source)
 
     def _answer_combined(self, source: SourceWork) -> None:
         """One rail's sum is the answer; of several, each answers its rows and the attention worker adds."""
         started = self.clock_ns()
         request = source.request
         if self.num_rails == 1:
-            rows, row_type, ids = source.combined(), self.answer_rows, None
+            rows, row_type, ids = source.combined(self._rows), self.answer_rows, None
         else:
             row_type = RowType.FP64 if request.wire is Wire.FP32 else self.answer_rows
-            rows, ids = source.partial(exact=row_type is RowType.FP64)
-        elapsed_us = (self.clock_ns() - started) // 1000
-        source.timing.combine_us += elapsed_us
-        self.counters.combine_us += elapsed_us
-        self._answer(source.origin, request, Kind.COMBINED, rows, row_type, source.timing, ids)
-
-    def _answer(
-        self,
-        link: Link,
-        request: Header,
-        kind: Kind,
-        rows: torch.Tensor,
-        row_type: RowType,
-        timing: Timing,
-        ids: np.ndarray | None = None,
-    ) -> None:
-        """Answer with `rows`; `ids` says which rows of the request they are, None: all, in order."""
+            rows, ids = source.partial(self._rows, exact=row_type is RowType.FP64)
         num_ids = 0 if ids is None else len(ids)
         layout = answer_layout(len(rows), request.width, row_type, num_ids)
-        buffer = self.pool.acquire(layout.nbytes)
+        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
         if len(rows):
             write_rows(buffer, layout.rows, rows)
+            self._rows.written(buffer)
         if ids is not None:
             numbers(buffer, layout.ids, num_ids, np.int32)[:] = ids
+        self._count_combine(source.timing, started)
+        self._answer(
+            source.origin, request, Kind.COMBINED, buffer, source.timing, len(rows), num_ids
+        )
+
+    def _answer(
+        self, link: Link, request: Header, kind: Kind, buffer: Buffer, timing: Timing,
+        num_rows: int, num_ids: int = 0,
+    ) -> None:  # fmt: skip
+        """Answer with the rows in `buffer`; `num_ids` of them are named, 0: all rows of the request, in order."""
+        nbytes = buffer.nbytes + buffer.rows_nbytes
         header = request.derive(
-            kind, target=self.node, num_rows=len(rows), num_pairs=num_ids, payload_nbytes=layout.nbytes
-        )  # fmt: skip
+            kind, target=self.node, num_rows=num_rows, num_pairs=num_ids, payload_nbytes=nbytes
+        )
         header.queue_us, header.compute_us = timing.queue_us, timing.compute_us
         header.combine_us = timing.combine_us
         if kind is Kind.PARTIAL:
@@ -364,15 +370,19 @@ class Dataflow:
 
     def _forget(self, block: int) -> None:
         self._sources.pop(block, None)
-        self._works.pop(block, None)
+        work = self._works.pop(block, None)
+        if work is not None:
+            self._rows.release(work.outputs)
         for outbox in (*self.experts.values(), *self.routers.values()):
             outbox.drop(block)
 
     # ---- sending -------------------------------------------------------------------------------
 
-    def _send(self, outbox: Outbox, header: Header, buffer: Buffer) -> None:
+    def _send(
+        self, outbox: Outbox, header: Header, buffer: Buffer, landing: DeviceRows | None
+    ) -> None:
         self.counters.posted(header)
-        outbox.send(header, buffer, self.clock_ns())
+        outbox.send(header, buffer, self.clock_ns(), landing=landing)
 
     def _post(self, link: Link, header: Header, buffer: Buffer) -> None:
         """Post an answer; an origin that is gone will ask again, so a closed link loses nothing."""

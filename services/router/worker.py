@@ -24,7 +24,8 @@ from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
 from common.waiting import poll_until
-from common.wire.header import Header
+from common.wire.blocks import combined_rows
+from common.wire.header import Header, Wire
 from services.router.dataflow import Dataflow
 from services.router.routes import rail_between, rail_of_worker
 from services.router.status import StatusGather
@@ -69,7 +70,9 @@ class RouterWorker:
             self.spec.node, self.plan, model.num_experts, self.transport.pool,
             experts={w: Outbox(f"expert-{w}") for w in own},
             routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
-            rail=self.spec.rail, num_rails=self.num_rails, trace=self.trace,
+            rail=self.spec.rail, num_rails=self.num_rails,
+            answer_rows=combined_rows(Wire.parse(self.config.cluster.wire), self.config.cluster.device),
+            trace=self.trace, seam=self.transport.seam,
         )  # fmt: skip
         await self.transport.listen(self.spec.address, self._hello(), self)
         for spec in routers.values():

@@ -8,6 +8,8 @@ import torch
 
 from common.errors import AtollError
 from common.ids import ProcessId, Role
+from common.transport.buffers import BufferPool
+from common.transport.device import DevicePool
 from tests.inproc_cluster import InprocCluster, inproc_cluster
 from tests.oracle.configs import CONFIGS
 from tests.oracle.reference import build_checkpoint
@@ -60,6 +62,30 @@ def test_no_bit_depends_on_the_number_of_rails(model, expected, tmp_path, router
     assert torch.equal(asyncio.run(main()), expected)
 
 
+def rows_apart() -> DevicePool:
+    return DevicePool("cpu")
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"nodes": 1}, {"routers": 2}, {"ep": 6, "experts_per_gpu": 3}]
+)
+def test_rows_apart_from_their_messages_give_the_same_bits(model, tmp_path, wire, layout):
+    async def main(**how) -> torch.Tensor:
+        async with inproc_cluster(
+            model, tmp_path, **(LAYOUT | layout | {"wire": wire}), **how
+        ) as c:
+            logits = await c.logits(TOKENS)
+            for service in c.services.values():
+                pool = service.transport.pool
+                assert pool.outstanding == 0, service.spec.id
+                assert getattr(pool, "rows_outstanding", 0) == 0, service.spec.id
+            return logits
+
+    apart = asyncio.run(main(new_pool=rows_apart))
+    assert torch.equal(asyncio.run(main()), apart)
+
+
 async def crash_while_it_owes(cluster: InprocCluster, victim: ProcessId, owes) -> torch.Tensor:
     """Run a forward pass, crash `victim` at the first moment when it owes something, start its successor."""
     step = asyncio.ensure_future(cluster.logits(TOKENS))
@@ -73,10 +99,13 @@ async def crash_while_it_owes(cluster: InprocCluster, victim: ProcessId, owes) -
     return await asyncio.wait_for(step, 20)
 
 
+@pytest.mark.parametrize("new_pool", [BufferPool, rows_apart])
 @pytest.mark.parametrize("expert", [0, 5, 15])
-def test_a_crashed_expert_costs_no_bit(model, expected, tmp_path, expert):
+def test_a_crashed_expert_costs_no_bit(model, expected, tmp_path, expert, new_pool):
     async def main() -> tuple[torch.Tensor, int]:
-        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **LAYOUT) as cluster:
+        async with inproc_cluster(
+            model, tmp_path, script=lambda *_: 50, new_pool=new_pool, **LAYOUT
+        ) as cluster:
             outboxes = [r.flow.experts.get(expert) for r in cluster.of(Role.ROUTER)]
             (outbox,) = [box for box in outboxes if box is not None]
             logits = await crash_while_it_owes(
@@ -89,12 +118,15 @@ def test_a_crashed_expert_costs_no_bit(model, expected, tmp_path, expert):
     assert num_resent >= 1
 
 
+@pytest.mark.parametrize("new_pool", [BufferPool, rows_apart])
 @pytest.mark.parametrize("router", [0, 1])
-def test_a_crashed_router_costs_no_bit(model, expected, tmp_path, router):
+def test_a_crashed_router_costs_no_bit(model, expected, tmp_path, router, new_pool):
     """Router 0 serves the attention worker, router 1 another node; whoever asked them asks their successors again."""
 
     async def main() -> torch.Tensor:
-        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **LAYOUT) as cluster:
+        async with inproc_cluster(
+            model, tmp_path, script=lambda *_: 50, new_pool=new_pool, **LAYOUT
+        ) as cluster:
             (attention,) = cluster.of(Role.ATTENTION)
             source = cluster.of(Role.ROUTER)[0]
             outbox = attention.moe.routers[0] if router == 0 else source.flow.routers[1]
@@ -105,11 +137,14 @@ def test_a_crashed_router_costs_no_bit(model, expected, tmp_path, router):
     assert torch.equal(asyncio.run(main()), expected)
 
 
+@pytest.mark.parametrize("new_pool", [BufferPool, rows_apart])
 @pytest.mark.parametrize("rail", [0, 1])
-def test_a_crashed_rail_costs_no_bit(model, expected, tmp_path, rail):
+def test_a_crashed_rail_costs_no_bit(model, expected, tmp_path, rail, new_pool):
     async def main() -> torch.Tensor:
         layout = LAYOUT | {"routers": 2}
-        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **layout) as cluster:
+        async with inproc_cluster(
+            model, tmp_path, script=lambda *_: 50, new_pool=new_pool, **layout
+        ) as cluster:
             (attention,) = cluster.of(Role.ATTENTION)
             outbox, other = attention.moe.routers[rail], attention.moe.routers[1 - rail]
             logits = await crash_while_it_owes(

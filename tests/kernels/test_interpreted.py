@@ -45,6 +45,12 @@ got, expected = (torch.zeros(5 * 4096, dtype=torch.uint8) for _ in range(2))
 pack.pack_blocks(source, got, listed, counts, **place, block_nbytes=4096)
 ref_pack.pack_blocks(source, expected, wanted, wanted_counts, **place, block_nbytes=4096)
 assert torch.equal(got, expected), "pack_blocks"
+got, expected = (torch.zeros(3000, dtype=torch.uint8) for _ in range(2))
+index = torch.tensor([7, 0, 3, 4, 8, 3]).int()
+pieces = torch.tensor([[0, 1, 16, 240], [1, 3, 256, 864], [4, 2, 1024, 1424]])
+for module, out in ((pack, got), (ref_pack, expected)):
+    module.gather_pieces(source, out, index, pieces, max_rows=3, **place)
+assert torch.equal(got, expected) and expected.count_nonzero() > 900, "gather_pieces"
 for name in ("pack", "unpack"):
     got, expected = (torch.zeros(3000, dtype=torch.uint8) for _ in range(2))
     for module, out in ((pack, got), (ref_pack, expected)):

@@ -1,0 +1,254 @@
+"""Rows of blocks in a router's memory: gathered into messages on the way out, and where outputs lie on the way back.
+
+In host memory rows are copied at once. In device memory one kernel gathers the rows of every message of a block into
+one stretch, of which each message has its piece; the pieces leave when the kernel is done, and outputs land side by
+side, where the weighted sum reads them. The tables of both kernels go to the device in one copy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart
+from common.transport.buffers import Buffer, BufferPool
+from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
+from common.transport.seam import Seam
+from common.wire.blocks import RowSegment, RowType, expert_in_layout, num_scales
+from common.wire.header import Wire
+from kernels import ops
+from services.router.plan import FanOut
+
+Tensor = torch.Tensor
+Array = npt.NDArray[Any]
+_ALIGN = 256  # of pieces in device memory, so that copies are as wide as they can be
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One message: the rows of places `start` to `stop`, laid out as `segment`, in a payload of `nbytes`."""
+
+    start: int
+    stop: int
+    segment: RowSegment
+    nbytes: int
+
+
+def expert_pieces(plan: FanOut, width: int, wire: Wire) -> list[Piece]:
+    """The EXPERT_IN of each share."""
+    pieces = []
+    for share in plan.shares:
+        layout = expert_in_layout(share.stop - share.start, width, len(share.segments), wire)
+        pieces.append(Piece(share.start, share.stop, layout.rows, layout.nbytes))
+    return pieces
+
+
+@dataclass(slots=True)
+class Outputs:
+    """Where a node share's expert outputs come together, and the order of their sum.
+
+    rows [num_places, width]; slots int32 and weights fp32 [num_rows, most pairs of a row]. `landings` are the places of
+    each message's answer, None where answers are copied.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    weights: Tensor
+    landings: Sequence[DeviceRows | None]
+    held: list[DeviceBlock] = field(default_factory=list)
+
+
+class Rows(Protocol):
+    """The memory of one kind."""
+
+    def gather(
+        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
+    ) -> list[Buffer]:
+        """Payloads with row index[place] of `segment` at each place; their tables are still to be written."""
+        ...
+
+    def fan_out(
+        self,
+        payload: Buffer,
+        segment: RowSegment,
+        index: Array,
+        pieces: Sequence[Piece],
+        plan: FanOut,
+        row_type: RowType,
+    ) -> tuple[list[Buffer], Outputs]:
+        """`gather`, and room for the answers of all pieces in `row_type`."""
+        ...
+
+    def upload(self, array: Array) -> Tensor:
+        """The same numbers where the kernels of this memory read them."""
+        ...
+
+    def written(self, buffer: Buffer) -> None:
+        """What was launched so far writes the rows of `buffer`, which leave when it is done."""
+        ...
+
+    def release(self, outputs: Outputs) -> None:
+        """The sum over these outputs was launched, or is not wanted any more."""
+        ...
+
+
+class HostRows:
+    """Rows in host memory: they travel inside their messages."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        self._pool = pool
+
+    def gather(
+        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
+    ) -> list[Buffer]:
+        picked = RowPick(payload, segment, index)
+        buffers = []
+        for piece in pieces:
+            buffer = self._pool.acquire(piece.nbytes)
+            picked.copy_to(buffer, piece.segment, piece.start, piece.stop)
+            buffers.append(buffer)
+        return buffers
+
+    def fan_out(
+        self,
+        payload: Buffer,
+        segment: RowSegment,
+        index: Array,
+        pieces: Sequence[Piece],
+        plan: FanOut,
+        row_type: RowType,
+    ) -> tuple[list[Buffer], Outputs]:
+        rows = torch.empty((len(plan.rows), segment.width), dtype=TORCH_DTYPES[row_type])
+        slots, weights = torch.from_numpy(plan.slots), torch.from_numpy(plan.weights)
+        outputs = Outputs(rows, slots, weights, [None] * len(pieces))
+        return self.gather(payload, segment, index, pieces), outputs
+
+    def upload(self, array: Array) -> Tensor:
+        return torch.from_numpy(array)
+
+    def written(self, buffer: Buffer) -> None:
+        pass
+
+    def release(self, outputs: Outputs) -> None:
+        pass
+
+
+class RowsApart:
+    """Rows in the memory of a device: each message's travel apart from it."""
+
+    def __init__(self, pool: DevicePool, seam: Seam) -> None:
+        self._pool = pool
+        self._seam = seam
+
+    def gather(
+        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
+    ) -> list[Buffer]:
+        table, places, nbytes = _layout(pieces)
+        (index_there, table_there), block = self._copy(index.astype(np.int32), table)
+        buffers = self._gather(payload, segment, index_there, table_there, pieces, places, nbytes)
+        release_behind(self._seam, block)
+        return buffers
+
+    def fan_out(
+        self,
+        payload: Buffer,
+        segment: RowSegment,
+        index: Array,
+        pieces: Sequence[Piece],
+        plan: FanOut,
+        row_type: RowType,
+    ) -> tuple[list[Buffer], Outputs]:
+        table, places, nbytes = _layout(pieces)
+        (index_there, table_there, slots, weights), tables = self._copy(
+            index.astype(np.int32), table, plan.slots, plan.weights
+        )
+        buffers = self._gather(payload, segment, index_there, table_there, pieces, places, nbytes)
+        row_nbytes = segment.width * int(row_type)
+        num_places = len(plan.rows)
+        block = self._pool.take(num_places * row_nbytes)
+        rows = block.tensor[: num_places * row_nbytes].view(TORCH_DTYPES[row_type])
+        landings: list[DeviceRows | None] = [None] * len(pieces)
+        if row_nbytes % 16 == 0:  # else an answer is longer than its rows
+            landings = [
+                block.rows(p.start * row_nbytes, (p.stop - p.start) * row_nbytes) for p in pieces
+            ]
+        rows = rows.view(num_places, segment.width)
+        return buffers, Outputs(rows, slots, weights, landings, [block, tables])
+
+    def _gather(
+        self, payload: Buffer, segment: RowSegment, index: Tensor, table: Tensor,
+        pieces: Sequence[Piece], places: list[int], nbytes: int,
+    ) -> list[Buffer]:  # fmt: skip
+        source = check_rows_apart("a block", payload, segment)
+        block = self._pool.take(nbytes)
+        is_fp8 = segment.row_type is RowType.FP8
+        ops.gather_pieces(
+            source, block.tensor, index, table, max_rows=max(p.stop - p.start for p in pieces),
+            row_nbytes=segment.width * int(segment.row_type), source_offset=segment.rows_offset,
+            scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
+            source_scales=segment.scales_offset,
+        )  # fmt: skip
+        fence = self._seam.fence()
+        fence.then(payload.retain().release)
+        buffers = []
+        for piece, place in zip(pieces, places, strict=True):
+            rows = block.rows(place, piece.segment.end)
+            rows.fence = fence
+            buffers.append(self._pool.acquire_with(rows, piece.nbytes - piece.segment.end))
+        block.release()
+        return buffers
+
+    def _copy(self, *arrays: Array) -> tuple[list[Tensor], DeviceBlock]:
+        """Arrays on the device, in one block that the caller releases."""
+        places, end = [], 0
+        for array in arrays:
+            places.append(end)
+            end += -(-array.nbytes // _ALIGN) * _ALIGN
+        staging = self._pool.acquire(end)
+        for array, place in zip(arrays, places, strict=True):
+            staging.array[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
+        block = self._pool.take(end)
+        there = block.tensor[:end]
+        there.copy_(torch.from_numpy(staging.array), non_blocking=True)
+        release_behind(self._seam, staging)
+        tensors = [
+            there[place : place + array.nbytes].view(_DTYPES[array.dtype.char]).view(array.shape)
+            for array, place in zip(arrays, places, strict=True)
+        ]
+        return tensors, block
+
+    def upload(self, array: Array) -> Tensor:
+        (tensor,), block = self._copy(np.ascontiguousarray(array))
+        release_behind(self._seam, block)
+        return tensor.clone()
+
+    def written(self, buffer: Buffer) -> None:
+        assert buffer.rows is not None, "an answer without rows apart"
+        buffer.rows.fence = self._seam.fence()
+
+    def release(self, outputs: Outputs) -> None:
+        held, outputs.held = outputs.held, []
+        release_behind(self._seam, *held)
+
+
+_DTYPES = {"i": torch.int32, "l": torch.int64, "f": torch.float32}
+
+
+def _layout(pieces: Sequence[Piece]) -> tuple[Array, list[int], int]:
+    """Pieces one behind the other: the kernel's table int64 [pieces, 4], the byte where each begins, bytes in all."""
+    table, places, end = [], [], 0
+    for piece in pieces:
+        segment = piece.segment
+        rows, scales = end + segment.rows_offset, end + segment.scales_offset
+        table.append((piece.start, piece.stop - piece.start, rows, scales))
+        places.append(end)
+        end += -(-segment.end // _ALIGN) * _ALIGN
+    return np.array(table, np.int64), places, end
+
+
+def open_rows(pool: BufferPool, seam: Seam) -> Rows:
+    """The memory that a process's buffers are in."""
+    return RowsApart(pool, seam) if isinstance(pool, DevicePool) else HostRows(pool)
