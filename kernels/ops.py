@@ -17,6 +17,7 @@ from kernels.reference import gate as _gate
 from kernels.reference import norm as _norm
 from kernels.reference import pack as _pack
 from kernels.reference import paged as _paged
+from kernels.reference import projection as _projection
 from kernels.reference import quant as _quant
 
 P = ParamSpec("P")
@@ -46,6 +47,8 @@ TRITON = {
     "rms_norm": "norm_rope",
     "norm_rope": "norm_rope",
     "cache_write": "norm_rope",
+    "fp8_linear": "projection",
+    "rope_queries": "projection",
     "mla_decode_paged": "mla_decode",
     "mla_prefill_rows": "mla_prefill",
 }
@@ -90,5 +93,7 @@ gate_v2 = _choose(_gate.gate_v2)
 rms_norm = _choose(_norm.rms_norm)
 norm_rope = _choose(_paged.norm_rope)
 cache_write = _choose(_paged.cache_write)
+fp8_linear = _choose(_projection.fp8_linear)
+rope_queries = _choose(_projection.rope_queries)
 mla_decode_paged = _choose(_paged.mla_decode_paged)
 mla_prefill_rows = _choose(_paged.mla_prefill_rows)

@@ -59,9 +59,10 @@ class AttentionModel:
             None if layer.gate is None else GateWeights(pad_out(layer.gate.weight), layer.gate.bias)
             for layer in weights.layers
         ]
-        frequencies = _frequencies(config).to(weights.embedding.device)
-        cos, sin = rope_tables(frequencies, self.max_context, config.rope.attention_factor)
-        self._rope = cos.to(dtype), sin.to(dtype)
+        table = frequencies(config)
+        cos, sin = rope_tables(table, self.max_context, config.rope.attention_factor)
+        device = weights.embedding.device
+        self._rope = cos.to(device, dtype), sin.to(device, dtype)
 
     @classmethod
     def load(
@@ -180,7 +181,8 @@ def _ffn(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:
     )
 
 
-def _frequencies(config: ModelConfig) -> torch.Tensor:
+def frequencies(config: ModelConfig) -> torch.Tensor:
+    """Rotary frequencies of a model: fp32 [rope / 2]."""
     rope, dim = config.rope, config.qk_rope_head_dim
     if not rope.yarn:
         return rope_frequencies(dim, rope.theta)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 SCRIPT = """
 import torch
-from kernels import combine, gate, norm_rope, pack
+from kernels import combine, gate, norm_rope, pack, projection
 from kernels.reference import combine as ref_combine, gate as ref_gate
-from kernels.reference import pack as ref_pack, paged as ref_paged
+from kernels.reference import pack as ref_pack, paged as ref_paged, projection as ref_projection
 
 n, k, width = 9, 4, 200
 source = torch.randn(n * k + 3, width)
@@ -86,6 +86,13 @@ got, expected = torch.zeros(2, 8, 144), torch.zeros(2, 8, 144)
 for module, cache in ((norm_rope, got), (ref_paged, expected)):
     module.cache_write(x, cache, torch.tensor([3, -1, 0, 15, 8]), latent=128)
 assert torch.equal(got, expected), "cache_write"
+for interleaved in (False, True):
+    query, angle = torch.randn(5, 3, 56), torch.randn(5, 8)
+    got, expected = torch.full((5, 3, 40), 7.0), torch.full((5, 3, 40), 7.0)
+    for module, out in ((projection, got), (ref_projection, expected)):
+        module.rope_queries(query, angle.cos(), angle.sin(), out, nope=40, interleaved=interleaved)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), "rope_queries"
+    assert (got[..., :24] == 7).all(), "rope_queries: the latent part stays"
 """
 
 

@@ -10,6 +10,7 @@ from kernels.reference import combine as ref_combine
 from kernels.reference import gate as ref_gate
 from kernels.reference import pack as ref_pack
 from kernels.reference import paged as ref_paged
+from kernels.reference import projection as ref_projection
 from kernels.reference import quant as ref_quant
 
 ROWS = (1, 3, 127, 129, 1000)
@@ -275,3 +276,34 @@ def test_prefill_of_ragged_sequences(width, value):
     expected = ref_paged.mla_prefill_rows(*args, scale=width**-0.5, max_rows=200)
     got = ops.mla_prefill_rows(*(a.cuda() for a in args), scale=width**-0.5, max_rows=200)
     assert error(got.cpu(), expected.double()) < BF16
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [1, 3, 64, 65, 129, 512])
+@pytest.mark.parametrize(("n", "k"), [(2064, 7168), (7168, 1536), (7168, 7168), (24576, 1536)])
+def test_fp8_linear(m, n, k):
+    q, scales = rows(m, k)
+    weight, weight_scales = expert(k, n)[2:]  # down of an expert: [k, n]
+    weight, weight_scales = weight.t().contiguous(), weight_scales.t().contiguous()
+    wide = ref_projection.dequantise_weight(weight, weight_scales).double()
+    expected = ref_projection.dequantise(q, scales, torch.float64) @ wide.t()
+    args = (q, scales, weight, weight_scales)
+    got = ops.fp8_linear(*(a.cuda() for a in args))
+    assert got.shape == (m, n)
+    assert error(got.cpu(), expected) < BF16
+    assert error(ref_projection.fp8_linear(*args), expected) < BF16
+
+
+@on_gpu
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "nope", "rope"), [(128, 40, 16), (128, 128, 64), (4, 32, 16)])
+def test_rope_queries(heads, nope, rope, interleaved):
+    query = torch.randn(129, heads, nope + rope).bfloat16()
+    angle = torch.randn(129, rope // 2)
+    expected, got = (torch.full((129, heads, 512 + rope), 7.0).bfloat16() for _ in range(2))
+    place = {"nope": nope, "interleaved": interleaved}
+    ref_projection.rope_queries(query, angle.cos(), angle.sin(), expected, **place)
+    got = got.cuda()
+    ops.rope_queries(query.cuda(), angle.cos().cuda(), angle.sin().cuda(), got, **place)
+    assert (got[..., :512] == 7).all()
+    assert error(got.cpu(), expected.double()) < 1e-3
