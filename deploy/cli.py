@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from common.errors import AtollError, Rejected
 
-COMMANDS = ("up", "run", "render", "slurm", "demo", "trace")
+COMMANDS = ("up", "run", "render", "slurm", "doctor", "demo", "trace")
 
 
 class Parser(argparse.ArgumentParser):

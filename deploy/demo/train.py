@@ -9,6 +9,7 @@ Formulas: DeepSeek-V3 technical report (arXiv 2412.19437), sections 2.1 and 3.3;
 """
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -314,7 +315,10 @@ def export(model: Model, shape: Shape, folder: Path) -> None:
                 for part in ("gate_proj", "up_proj", "down_proj"):
                     put(f"{name}.experts.{i}.{part}", getattr(module, part)[i])
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  {weights.name}\n")  # atoll doctor compares
     config = json.loads(Path(__file__).with_name("config.base.json").read_text()) | asdict(shape)
     config["num_key_value_heads"] = shape.num_attention_heads
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -38,6 +38,13 @@ PURE = (
     "deploy.trace",
     "deploy.slurm.allocation",
     "deploy.render.description",
+    "deploy.doctor.finding",
+    "deploy.doctor.facts",
+    "deploy.doctor.pci",
+    "deploy.doctor.need",
+    "deploy.doctor.judge_host",
+    "deploy.doctor.judge_devices",
+    "deploy.doctor.judge_cluster",
     "loadgen.stats",
 )
 IMPURE = {"asyncio", "time", "random", "os", "socket", "aiohttp", "ucxx", "torch", "logging"}
