@@ -7,11 +7,23 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+import shtab
 
 from common.errors import AtollError, Rejected
 
 COMMANDS = ("up", "run", "render", "slurm", "doctor", "demo", "trace")
+
+_EXAMPLES = """\
+examples:
+  atoll demo
+  atoll up --model /models/deepseek --port 8000
+  atoll --print-completion bash > /etc/bash_completion.d/atoll
+
+Every command has --help with examples of its own.
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,9 +37,15 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(
-        prog="atoll", description="Serve Mixture-of-Experts models, one expert per GPU."
+        prog="atoll",
+        description="Serve Mixture-of-Experts models, one expert per GPU.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shtab.add_argument_to(parser, "--print-completion", "print completion for a shell")
+    subparsers = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="one of:"
+    )
     for name in COMMANDS:
         module = importlib.import_module(f"deploy.{name}_command")
         subparser = subparsers.add_parser(
@@ -38,7 +56,16 @@ def build_parser() -> Parser:
         )
         module.configure(subparser)
         subparser.set_defaults(run=module.run)
+        _complete_paths(subparser)
     return parser
+
+
+def _complete_paths(parser: argparse.ArgumentParser) -> None:
+    """Tell the shells which options take a file or a directory."""
+    for action in parser._actions:
+        if action.type is Path:
+            directory = action.metavar in ("D", "DIR")
+            action.complete = shtab.DIRECTORY if directory else shtab.FILE  # type: ignore[attr-defined]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

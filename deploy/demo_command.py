@@ -50,8 +50,10 @@ class Stream:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT")
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="what the model continues"
+    )
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="how far (64)")
 
 
 def run(arguments: argparse.Namespace) -> int:

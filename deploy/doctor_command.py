@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("model", "device"):
         if getattr(arguments, name) is not None and arguments.cluster is not None:
             raise ConfigError(f"--{name} cannot be combined with --cluster, set it in the file")
+    if arguments.model is not None and not arguments.model.is_dir():
+        raise ConfigError(f"--model {arguments.model}: no such directory")
     if arguments.host is not None and arguments.cluster is None:
         raise ConfigError("--host needs --cluster")
     if arguments.cluster is None:

@@ -21,7 +21,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("role", type=Role, choices=list(Role), metavar="ROLE", help=", ".join(Role))
     parser.add_argument("--cluster", type=Path, required=True, metavar="F", help="cluster TOML")
     parser.add_argument("--index", type=int, required=True, metavar="I", help="which of its role")
-    parser.add_argument("--log-level", choices=LEVELS, default="info", metavar="LEVEL")
+    parser.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        default="info",
+        metavar="LEVEL",
+        help=f"{', '.join(LEVELS)} (info)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

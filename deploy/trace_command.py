@@ -63,8 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("steps", "events"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
-    if not arguments.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {arguments.out}: no such directory")
+    for option in ("out", "report"):
+        path = getattr(arguments, option)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{option} {path}: no such directory")
     if arguments.read:
         found = align([p for directory in arguments.read for p in read(directory)])
         _show(found, arguments)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import aiohttp
+import shtab
 
 from loadgen.report import complaints, table, to_json
 from loadgen.runner import Plan, Target, run_load
@@ -62,6 +63,7 @@ def _parser() -> _Parser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    shtab.add_argument_to(parser, "--print-completion", "print completion for a shell")
     add = parser.add_argument
     add("url", help="the server, with or without /v1")
     add("--model", help="default: the first the server lists")
@@ -81,6 +83,9 @@ def _parser() -> _Parser:
     add("--api-key-file", type=Path, metavar="F", help="its first line is sent as the API key")
     add("--json", type=Path, metavar="F", help="write a report")
     add("--fail-on-error", action="store_true", help="exit 1 when a request failed, too")
+    for action in parser._actions:
+        if action.type is Path:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
     return parser
 
 
@@ -97,6 +102,10 @@ def _settings(arguments: argparse.Namespace) -> tuple[Workload, Target, Plan]:
     for name in ("requests", "duration"):
         value = getattr(arguments, name)
         _need(value >= 0, f"--{name} must not be negative, not {value}")
+    report = arguments.json
+    _need(
+        report is None or report.absolute().parent.is_dir(), f"--json {report}: no such directory"
+    )
     _need(not arguments.chat or arguments.prompt_file, "--chat needs --prompt-file")
     low, _, high = arguments.token_range.partition("-")
     _need(
