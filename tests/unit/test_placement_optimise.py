@@ -261,5 +261,5 @@ def test_the_topology_of_a_cluster_file():
     assert (topology.uplink, topology.nic_latency_s) == (1e11, 3e-6)
     assert topology.worker_nodes == (0, 0, 0, 0, 1, 1)
     document["nodes"][1]["gpu"] = "A1000"
-    with pytest.raises(ConfigError, match="nodes\\[1\\].gpu 'A1000' is not one of H100, H200"):
+    with pytest.raises(ConfigError, match=r"nodes\[1\].gpu 'A1000' is not one of H100, H200"):
         cluster_topology(parse(document, source="test"))
