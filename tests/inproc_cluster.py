@@ -16,6 +16,8 @@ import torch
 from common.config import ClusterConfig, local_cluster
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
+from common.placement.plan import Plan
+from common.plan_file import write_plan
 from common.transport.buffers import BufferPool
 from common.transport.inproc import InprocFabric, Script
 from services.attention.worker import AttentionWorker
@@ -102,6 +104,7 @@ async def inproc_cluster(
     block_deadline_s: float = 30.0,
     trace_events: int = 0,
     new_pool: Callable[[], BufferPool] = BufferPool,
+    plan: Plan | None = None,
     **layout: Any,
 ) -> AsyncIterator[InprocCluster]:
     """Start every service of a local cluster (`layout` as for `common.config.local_cluster`) and wait until ready."""
@@ -115,6 +118,9 @@ async def inproc_cluster(
         config, limits=replace(config.limits, block_deadline_s=block_deadline_s),
         cluster=replace(config.cluster, trace_events=trace_events),
     )  # fmt: skip
+    if plan is not None:
+        write_plan(run_dir / "plan.json", plan)
+        config = replace(config, placement=replace(config.placement, plan=run_dir / "plan.json"))
     fabric = InprocFabric(seed, script=script)
     try:
         async with asyncio.TaskGroup() as tasks:

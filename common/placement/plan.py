@@ -9,7 +9,7 @@ As JSON (one file, written by `atoll plan`, read by every service):
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,13 @@ class Plan:
             for expert, workers in enumerate(holders)
             if worker in workers
         ]
+
+    def covered(self, worker: int, alive: Sequence[bool]) -> bool:
+        """Whether somebody alive holds each expert that `worker` holds; `alive` is by worker."""
+        return all(
+            any(alive[w] for w in self.holders[layer][expert])
+            for layer, expert in self.residents(worker)
+        )
 
     @property
     def spares(self) -> tuple[int, ...]:

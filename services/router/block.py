@@ -13,9 +13,12 @@ import numpy.typing as npt
 import torch
 
 from common.transport.base import Link
+from common.transport.buffers import Buffer
+from common.wire.blocks import RowSegment
 from common.wire.header import Header
 from kernels import ops
 from services.router.plan import NodeShare, WorkerShare
+from services.router.routes import Routes
 from services.router.rows import Outputs, Rows
 
 Tensor = torch.Tensor
@@ -45,16 +48,18 @@ class NodeWork:
     `outputs` is filled at each EXPERT_OUT; the sum waits for the last one, so the order of arrival cannot matter.
     """
 
+    key: int  # the RELAY's question, or our own about our share of a DISPATCH
     request: Header  # the DISPATCH or RELAY that brought the rows
     origin: Link  # who sent it and gets the answer
+    routes: Routes  # of the request's epoch
     num_rows: int
     outputs: Outputs  # in places of the fan-out
-    waiting: dict[int, WorkerShare] = field(default_factory=dict)
+    waiting: dict[int, WorkerShare] = field(default_factory=dict)  # by question
     timing: Timing = field(default_factory=Timing)
 
-    def arrived(self, worker: int, header: Header, rows: Tensor | None) -> bool:
-        """Take the outputs of one worker, [num_rows, width], None: they are in place. True when it was the last one."""
-        share = self.waiting.pop(worker)
+    def arrived(self, call: int, header: Header, rows: Tensor | None) -> bool:
+        """Take the answer to a question, [num_rows, width], None: it is in place. True when it was the last one."""
+        share = self.waiting.pop(call)
         if rows is not None:
             self.outputs.rows[share.start : share.stop].copy_(rows)
         self.timing.include(header)
@@ -78,25 +83,32 @@ class NodeWork:
 
 @dataclass(slots=True)
 class SourceWork:
-    """A block at the router of its attention worker: which nodes still owe their partial."""
+    """A block at the router of its attention worker: which nodes still owe their partial.
+
+    `shares` and `partials` are by question (a node may be asked twice). `payload` is kept where a share may have to be
+    asked of others, else None.
+    """
 
     request: Header
     origin: Link
-    shares: dict[int, NodeShare]
+    routes: Routes
+    rows: RowSegment  # where the rows lie in the payload
+    payload: Buffer | None = None
+    shares: dict[int, NodeShare] = field(default_factory=dict)
     partials: dict[int, Tensor] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
 
-    def arrived(self, node: int, partial: Tensor) -> bool:
-        """Take one node's partial. True when it was the last one missing."""
-        self.partials[node] = partial
+    def arrived(self, call: int, partial: Tensor) -> bool:
+        """Take one partial. True when it was the last one missing."""
+        self.partials[call] = partial
         return len(self.partials) == len(self.shares)
 
     def combined(self, memory: Rows) -> Tensor:
         """Sum of the node partials in ascending node order: fp32 [num_rows, width], rounded once when exact."""
-        nodes = sorted(self.partials)
-        partials = [self.partials[node] for node in nodes]
+        calls = self._in_order()
+        partials = [self.partials[call] for call in calls]
         out = torch.empty((self.request.num_rows, self.request.width), device=partials[0].device)
-        rows = [memory.upload(self.shares[node].rows) for node in nodes]
+        rows = [memory.upload(self.shares[call].rows) for call in calls]
         ops.sum_partials(partials, rows, out)
         return out
 
@@ -105,13 +117,19 @@ class SourceWork:
 
         float64 when exact, so that the attention worker rounds once; no row where no pair was this rail's.
         """
-        nodes = sorted(self.partials)
-        ids = np.unique(np.concatenate([NO_ROWS, *(self.shares[node].rows for node in nodes)]))
+        calls = self._in_order()
+        ids = np.unique(np.concatenate([NO_ROWS, *(self.shares[call].rows for call in calls)]))
         out = torch.empty(
             (len(ids), self.request.width),
             dtype=torch.float64 if exact else torch.float32,
-            device=self.partials[nodes[0]].device if nodes else None,
+            device=self.partials[calls[0]].device if calls else None,
         )
-        rows = [memory.upload(ids.searchsorted(self.shares[node].rows)) for node in nodes]
-        ops.sum_partials([self.partials[node] for node in nodes], rows, out)
+        rows = [memory.upload(ids.searchsorted(self.shares[call].rows)) for call in calls]
+        ops.sum_partials([self.partials[call] for call in calls], rows, out)
         return out, ids.astype(np.int32)
+
+    def _in_order(self) -> list[int]:
+        return sorted(self.partials, key=lambda call: (self.shares[call].node, call))
+
+
+Work = NodeWork | SourceWork

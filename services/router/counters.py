@@ -38,6 +38,7 @@ class Counters:
     messages_in: int = 0
     bytes_out: int = 0
     bytes_in: int = 0
+    rerouted: int = 0  # questions taken from a lost worker or node and put to a replica
     late: int = 0  # answers nobody waited for any more
     failed: int = 0
     split_us: int = 0

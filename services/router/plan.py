@@ -62,21 +62,36 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
 
     `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
     """
-    top_k = experts.shape[1]
+    num_rows, top_k = experts.shape
     order = experts.argsort(axis=1, kind="stable")
     experts = np.take_along_axis(experts, order, axis=1).ravel()
     weights = np.take_along_axis(weights, order, axis=1).ravel()
     nodes = np.take_along_axis(nodes, order, axis=1).ravel()
+    every_row = np.arange(num_rows)
+    return split_pairs(every_row, every_row.repeat(top_k), experts, weights, nodes)
+
+
+def split_share(share: NodeShare, nodes: Int32s) -> list[NodeShare]:
+    """Divide one node's share anew; `nodes` [num_pairs] says who computes each of its pairs now."""
+    return split_pairs(share.rows, share.pair_rows, share.experts, share.weights, nodes)
+
+
+def split_pairs(
+    rows: Ints, pair_rows: Ints | Int32s, experts: Int32s, weights: Floats, nodes: Int32s
+) -> list[NodeShare]:
+    """Divide sorted pairs by node, ascending; `pair_rows` index `rows`. Pairs of a negative node are left out."""
     shares = []
     for node in sorted(set(nodes.tolist())):
         if node < 0:
             continue
-        mine = nodes == node
-        chosen = mine.nonzero()[0]
-        wanted = mine.reshape(-1, top_k).any(axis=1)
-        pair_rows = (wanted.cumsum() - 1)[chosen // top_k].astype(np.int32)
-        rows = wanted.nonzero()[0]
-        shares.append(NodeShare(node, rows, pair_rows, experts[chosen], weights[chosen]))
+        chosen = (nodes == node).nonzero()[0]
+        of_pairs = pair_rows[chosen]
+        wanted = np.zeros(len(rows), np.bool_)
+        wanted[of_pairs] = True
+        new_index = (wanted.cumsum() - 1).astype(np.int32)
+        shares.append(
+            NodeShare(node, rows[wanted], new_index[of_pairs], experts[chosen], weights[chosen])
+        )
     return shares
 
 
@@ -122,6 +137,13 @@ def _worker_shares(workers: list[int], bounds: list[int], table: Int32s) -> list
             shares.append(WorkerShare(worker, bounds[first], bounds[i + 1], table[first : i + 1]))
             first = i + 1
     return shares
+
+
+def divide_share(share: WorkerShare, workers: Int32s) -> list[WorkerShare]:
+    """Divide one worker's share anew, segment by segment; `workers` [num_segments] says who computes each now."""
+    counts = share.segments[:, 1]
+    starts = share.start + counts.cumsum() - counts
+    return _worker_shares(workers.tolist(), [*starts.tolist(), share.stop], share.segments)
 
 
 def _slot_table(

@@ -20,7 +20,7 @@ from common.transport.seam import Seam
 from common.wire.blocks import RowSegment, RowType, expert_in_layout, num_scales
 from common.wire.header import Wire
 from kernels import ops
-from services.router.plan import FanOut
+from services.router.plan import FanOut, WorkerShare
 
 Tensor = torch.Tensor
 Array = npt.NDArray[Any]
@@ -37,12 +37,14 @@ class Piece:
     nbytes: int
 
 
-def expert_pieces(plan: FanOut, width: int, wire: Wire) -> list[Piece]:
-    """The EXPERT_IN of each share."""
+def expert_pieces(
+    shares: Sequence[WorkerShare], width: int, wire: Wire, *, first: int = 0
+) -> list[Piece]:
+    """The EXPERT_IN of each share; `first` is the place that the first of the rows at hand belongs to."""
     pieces = []
-    for share in plan.shares:
+    for share in shares:
         layout = expert_in_layout(share.stop - share.start, width, len(share.segments), wire)
-        pieces.append(Piece(share.start, share.stop, layout.rows, layout.nbytes))
+        pieces.append(Piece(share.start - first, share.stop - first, layout.rows, layout.nbytes))
     return pieces
 
 
@@ -50,14 +52,12 @@ def expert_pieces(plan: FanOut, width: int, wire: Wire) -> list[Piece]:
 class Outputs:
     """Where a node share's expert outputs come together, and the order of their sum.
 
-    rows [num_places, width]; slots int32 and weights fp32 [num_rows, most pairs of a row]. `landings` are the places of
-    each message's answer, None where answers are copied.
+    rows [num_places, width]; slots int32 and weights fp32 [num_rows, most pairs of a row].
     """
 
     rows: Tensor
     slots: Tensor
     weights: Tensor
-    landings: Sequence[DeviceRows | None]
     held: list[DeviceBlock] = field(default_factory=list)
 
 
@@ -80,6 +80,10 @@ class Rows(Protocol):
         row_type: RowType,
     ) -> tuple[list[Buffer], Outputs]:
         """`gather`, and room for the answers of all pieces in `row_type`."""
+        ...
+
+    def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
+        """Where the answers to these shares go (a reference each), None where they are copied."""
         ...
 
     def upload(self, array: Array) -> Tensor:
@@ -123,8 +127,11 @@ class HostRows:
     ) -> tuple[list[Buffer], Outputs]:
         rows = torch.empty((len(plan.rows), segment.width), dtype=TORCH_DTYPES[row_type])
         slots, weights = torch.from_numpy(plan.slots), torch.from_numpy(plan.weights)
-        outputs = Outputs(rows, slots, weights, [None] * len(pieces))
+        outputs = Outputs(rows, slots, weights)
         return self.gather(payload, segment, index, pieces), outputs
+
+    def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
+        return [None] * len(shares)
 
     def upload(self, array: Array) -> Tensor:
         return torch.from_numpy(array)
@@ -170,13 +177,15 @@ class RowsApart:
         num_places = len(plan.rows)
         block = self._pool.take(num_places * row_nbytes)
         rows = block.tensor[: num_places * row_nbytes].view(TORCH_DTYPES[row_type])
-        landings: list[DeviceRows | None] = [None] * len(pieces)
-        if row_nbytes % 16 == 0:  # else an answer is longer than its rows
-            landings = [
-                block.rows(p.start * row_nbytes, (p.stop - p.start) * row_nbytes) for p in pieces
-            ]
         rows = rows.view(num_places, segment.width)
-        return buffers, Outputs(rows, slots, weights, landings, [block, tables])
+        return buffers, Outputs(rows, slots, weights, [block, tables])
+
+    def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
+        nbytes = outputs.rows.shape[1] * outputs.rows.itemsize
+        if nbytes % 16:  # an answer is longer than its rows
+            return [None] * len(shares)
+        block = outputs.held[0]
+        return [block.rows(s.start * nbytes, (s.stop - s.start) * nbytes) for s in shares]
 
     def _gather(
         self, payload: Buffer, segment: RowSegment, index: Tensor, table: Tensor,

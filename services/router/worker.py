@@ -8,6 +8,7 @@ wrong expert are refused at the door.
 import asyncio
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from common.config import ClusterConfig, ProcessSpec
@@ -65,12 +66,13 @@ class RouterWorker:
             w for w in own if rail_of_worker(w, self.plan.nodes, self.num_rails) == self.spec.rail
         ]
         self.needed = [w for w in own if self.plan.residents(w)]
+        self.has_replicas = any(map(self.plan.has_replicas, self.plan.holders))
         routers = self._counterparts()
         self.flow = Dataflow(
             self.spec.node, self.plan, model.num_experts, self.transport.pool,
             experts={w: Outbox(f"expert-{w}") for w in own},
             routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
-            rail=self.spec.rail, num_rails=self.num_rails,
+            index=self.spec.id.index, rail=self.spec.rail, num_rails=self.num_rails,
             answer_rows=combined_rows(Wire.parse(self.config.cluster.wire), self.config.cluster.device),
             trace=self.trace, seam=self.transport.seam,
         )  # fmt: skip
@@ -132,11 +134,12 @@ class RouterWorker:
             if link.peer.node not in self.flow.routers:
                 raise AuthError(f"{peer} is on another rail than {self.spec.id}")
             self.flow.routers[link.peer.node].opened(link)
+            self._tell_lost([link])
         elif peer.role is Role.GATEWAY:
             self._gateways.add(link)
             link.send_control(status_frame(None, self._entries()))
         log.info("%s is connected", peer)
-        self._push_state()
+        self._look(peer.role)
 
     def on_close(self, link: Link, error: LinkClosed) -> None:
         """What the peer owes stays in its outbox; what it asked for is dropped."""
@@ -150,20 +153,42 @@ class RouterWorker:
             self.flow.routers[link.peer.node].closed(link)
         self._gateways.discard(link)
         self.flow.origin_closed(link)
-        self._push_state()
+        self._look(peer.role)
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Every data message is the dataflow's."""
         self.flow.on_message(link, header, payload)
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
-        """Status questions from gateways, answers from experts."""
+        """Status questions from gateways, answers from experts, what other routers lost or want no more."""
         if message.get("type") == "status_request":
             experts = [self._experts[w] for w in self.reported if w in self._experts]
             self._status.ask(link, message.get("id"), experts)
+        elif message.get("type") == "lost" and link.peer.process.role is Role.ROUTER:
+            if self.flow.calls.lost_at(link.peer.node, message["workers"]):
+                self.flow.membership_changed()
+                self._push_state()
+        elif message.get("type") == "cancel":
+            self.flow.cancelled(link, message["block"])
         elif message.get("type") == "status" and link.peer.process.role is Role.EXPERT:
             (self._expert_status[link.peer.process.index],) = message["processes"]
             self._status.answered(link, message.get("id"))
+
+    def _look(self, role: Role) -> None:
+        """Somebody of this role came or went: what the lost owe goes to replicas, and whoever asks us is told."""
+        if self.flow.calls.look():
+            if role is Role.EXPERT:
+                self._tell_lost(o.link for o in self.flow.routers.values() if o.link is not None)
+            self.flow.membership_changed()
+        self._push_state()
+
+    def _tell_lost(self, links: Iterable[Link]) -> None:
+        """Routers that could use replicas elsewhere must know which workers of this node cannot answer."""
+        if self.has_replicas:
+            tell(
+                links,
+                {"type": "lost", "workers": [w for w in self.needed if w not in self._experts]},
+            )
 
     def _check_weights(self, link: Link) -> None:
         """Raise AuthError unless the worker holds what the plan gives it, with the manifest's content hashes."""
@@ -182,7 +207,12 @@ class RouterWorker:
     # ---- status --------------------------------------------------------------------------------
 
     def _state(self) -> tuple[State, str]:
-        absent = [f"expert-{w}" for w in self.needed if w not in self._experts]
+        living = self.flow.calls.fleet.alive.tolist()
+        absent = [
+            f"expert-{w}"
+            for w in self.needed
+            if not living[w] and not (self.has_replicas and self.plan.covered(w, living))
+        ]
         absent += [outbox.name for outbox in self.flow.routers.values() if outbox.link is None]
         if self.draining:
             return State.DRAINING, ""

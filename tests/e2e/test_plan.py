@@ -52,6 +52,13 @@ def test_a_shuffled_plan_gives_the_same_tokens_and_is_where_the_rows_go(cluster_
     for worker, counters in enumerate(experts):
         held = {f"{layer}:{expert}" for layer, expert in plan.residents(worker)}
         assert set(counters["rows_by_expert"]) == held, f"expert-{worker} loaded something else"
+    second = [
+        experts[holders[1]]["rows_by_expert"][f"{layer}:{expert}"]
+        for layer, layer_holders in plan.holders.items()
+        for expert, holders in enumerate(layer_holders)
+        if len(holders) > 1
+    ]
+    assert sum(second) > 0, "no replica but the first was ever asked"
 
 
 def test_a_plan_for_another_cluster_is_one_sentence_and_exit_code_2(cluster_toml):

@@ -33,6 +33,7 @@ PURE = (
     "services.attention.pages",
     "services.router.plan",
     "services.router.routes",
+    "services.router.failover",
     "services.expert.batcher",
     "services.gateway.admission",
     "deploy.trace",

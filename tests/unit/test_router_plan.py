@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import WireError
-from services.router.plan import check_experts, check_pairs, fan_out, split_by_node
+from services.router.plan import (
+    WorkerShare,
+    check_experts,
+    check_pairs,
+    divide_share,
+    fan_out,
+    split_by_node,
+    split_share,
+)
 
 
 @st.composite
@@ -107,3 +115,36 @@ def test_bad_pairs_are_refused(pair_rows, experts, sentence):
 def test_an_unknown_expert_is_refused():
     with pytest.raises(WireError, match=r"expert id outside 0\.\.3"):
         check_experts(np.array([[4]], np.int32), 4)
+
+
+@given(blocks(), st.data())
+def test_a_share_divided_anew_keeps_its_rows_and_pairs(block, data):
+    experts, weights, _, _ = block
+    (share,) = split_by_node(experts, weights, np.zeros_like(experts))
+    num_pairs = len(share.experts)
+    nodes = np.array(data.draw(st.lists(st.integers(0, 3), min_size=num_pairs, max_size=num_pairs)))
+    parts = split_share(share, nodes)
+    assert [part.node for part in parts] == sorted(set(nodes.tolist()))
+
+    def pairs(part):
+        rows = part.rows[part.pair_rows]
+        return list(zip(rows.tolist(), part.experts.tolist(), part.weights.tolist(), strict=True))
+
+    for part in parts:
+        mine = (nodes == part.node).nonzero()[0]
+        assert pairs(part) == [pairs(share)[i] for i in mine]
+        assert set(part.pair_rows.tolist()) == set(range(len(part.rows))), "no row without a pair"
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=8))
+def test_a_worker_share_divided_anew_covers_the_same_places(segments):
+    table = np.array([(expert, count) for expert, (count, _) in enumerate(segments)], np.int32)
+    workers = np.array([worker for _, worker in segments])
+    old = WorkerShare(7, 100, 100 + int(table[:, 1].sum()), table)
+    stop = old.start
+    for part in divide_share(old, workers):
+        assert part.start == stop
+        stop = part.start + int(part.segments[:, 1].sum())
+        assert part.stop == stop
+        assert {workers[expert] for expert in part.segments[:, 0]} == {part.worker}
+    assert stop == old.stop

@@ -1,0 +1,109 @@
+"""A router's sums and the answers that carry them: a node's share as PARTIAL, a block as COMBINED.
+
+Of one rail the sum is the answer; of several each answers the rows that it knows of, and the attention worker adds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.tensors import numbers, rows_of, write_rows
+from common.transport.buffers import Buffer, BufferPool
+from common.wire.blocks import PARTIAL_ROWS, RowType, answer_layout
+from common.wire.header import Header, Kind, Wire
+from services.router.block import Int32s, NodeWork, SourceWork, Tensor, Work
+from services.router.counters import Counters
+from services.router.rows import Rows
+
+Answer = tuple[Header, Buffer]
+
+
+@dataclass(slots=True)
+class Answers:
+    """What `node` answers, from buffers of `pool`; sums are counted and timed."""
+
+    node: int
+    num_rails: int
+    pool: BufferPool
+    memory: Rows
+    answer_rows: RowType  # of a COMBINED
+    counters: Counters
+    clock_ns: Callable[[], int]
+
+    def partial(self, work: NodeWork) -> Answer:
+        """PARTIAL: the node's sum, rounded to what travels between nodes."""
+        header, buffer = self._node_sum(work, work, Kind.PARTIAL, PARTIAL_ROWS[work.request.wire])
+        node, num_pairs = work.origin.peer.node, work.request.num_pairs
+        self.counters.crossed(node, header, num_pairs, inward=False)
+        return header, buffer
+
+    def is_whole(self, source: SourceWork) -> bool:
+        """Whether a block's only share is its answer; exact sums are rounded once, from float64."""
+        return (
+            len(source.shares) == 1
+            and self.num_rails == 1
+            and source.request.wire is not Wire.FP32
+        )  # fmt: skip
+
+    def whole(self, source: SourceWork, work: NodeWork) -> Answer:
+        """COMBINED: the only share of a block, rounded once."""
+        return self._node_sum(source, work, Kind.COMBINED, self.answer_rows)
+
+    def share(self, work: NodeWork) -> Tensor:
+        """The sum of our own share of a block, which is added to those of other nodes."""
+        started = self.clock_ns()
+        partial = work.partial(exact=work.request.wire is Wire.FP32)
+        self.memory.release(work.outputs)
+        self._spent(work, started)
+        return partial
+
+    def combined(self, source: SourceWork) -> Answer:
+        """COMBINED: the sum over nodes."""
+        started = self.clock_ns()
+        ids: Int32s | None = None
+        if self.num_rails == 1:
+            rows, row_type = source.combined(self.memory), self.answer_rows
+        else:
+            exact = source.request.wire is Wire.FP32
+            row_type = RowType.FP64 if exact else self.answer_rows
+            rows, ids = source.partial(self.memory, exact=exact)
+        num_ids = 0 if ids is None else len(ids)
+        layout = answer_layout(len(rows), source.request.width, row_type, num_ids)
+        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+        if len(rows):
+            write_rows(buffer, layout.rows, rows)
+            self.memory.written(buffer)
+        if ids is not None:
+            numbers(buffer, layout.ids, num_ids, np.int32)[:] = ids
+        self._spent(source, started)
+        return self._header(source, Kind.COMBINED, buffer, len(rows), num_ids), buffer
+
+    def _node_sum(self, item: Work, work: NodeWork, kind: Kind, row_type: RowType) -> Answer:
+        """A node's sum goes straight into its message."""
+        started = self.clock_ns()
+        layout = answer_layout(work.num_rows, work.request.width, row_type)
+        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+        work.sum_into(rows_of(buffer, layout.rows))
+        self.memory.written(buffer)
+        self.memory.release(work.outputs)
+        self._spent(item, started)
+        return self._header(item, kind, buffer, work.num_rows), buffer
+
+    def _header(
+        self, item: Work, kind: Kind, buffer: Buffer, num_rows: int, num_ids: int = 0
+    ) -> Header:
+        """`num_ids` of the rows are named, 0: they are all rows of the request, in order."""
+        header = item.request.derive(
+            kind, target=self.node, num_rows=num_rows, num_pairs=num_ids,
+            payload_nbytes=buffer.nbytes + buffer.rows_nbytes,
+        )  # fmt: skip
+        timing = item.timing
+        header.queue_us, header.compute_us = timing.queue_us, timing.compute_us
+        header.combine_us = timing.combine_us
+        return header
+
+    def _spent(self, item: Work, started_ns: int) -> None:
+        elapsed_us = (self.clock_ns() - started_ns) // 1000
+        item.timing.combine_us += elapsed_us
+        self.counters.combine_us += elapsed_us
