@@ -49,6 +49,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory")
     parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="a well-known shape with random weights: reference-61l-256e or deepseek-v3",
+    )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="with --preset: the first N layers (all)"
+    )
+    parser.add_argument(
+        "--distinct-experts", type=int, metavar="N",
+        help="with --preset: experts of a layer with weights of their own, which play the others (8)",
+    )  # fmt: skip
+    parser.add_argument(
         "--ep", type=int, metavar="N", help="expert workers (experts / experts per GPU)"
     )
     parser.add_argument(
@@ -132,7 +144,7 @@ def on_this_machine(config: ClusterConfig, run_dir: Path) -> ClusterConfig:
 
 def _from_file(arguments: argparse.Namespace) -> ClusterConfig:
     own = {"model", "port"} if arguments.local else set()
-    for name in ("model", "ep", "experts_per_gpu", "api_key_file", *_DEFAULTS):
+    for name in ("model", "preset", "ep", "experts_per_gpu", "api_key_file", *_DEFAULTS):
         if name not in own and getattr(arguments, name) is not None:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} cannot be combined with --cluster, set it in the file")
@@ -148,13 +160,26 @@ def _from_file(arguments: argparse.Namespace) -> ClusterConfig:
     return config
 
 
+def _preset(arguments: argparse.Namespace) -> Path | None:
+    if arguments.preset is None:
+        for name in ("layers", "distinct_experts"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} needs --preset")
+        return None
+    if arguments.model is not None:
+        raise ConfigError("--preset and --model are two models, give one")
+    return models.preset(arguments.preset, arguments.layers, arguments.distinct_experts)
+
+
 def _from_options(arguments: argparse.Namespace, run_dir: RunDir) -> ClusterConfig:
     values: dict[str, Any] = {
         name: default if getattr(arguments, name) is None else getattr(arguments, name)
         for name, default in _DEFAULTS.items()
     }
     model, ep, experts_per_gpu = models.choose(
-        arguments.model, ep=arguments.ep, experts_per_gpu=arguments.experts_per_gpu
+        _preset(arguments) or arguments.model,
+        ep=arguments.ep,
+        experts_per_gpu=arguments.experts_per_gpu,
     )
     key_file = arguments.api_key_file
     config = local_cluster(

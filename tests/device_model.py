@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import open_checkpoint
 from common.model.hf_config import load_config
 from common.model.loader import load_expert
 from kernels.reference.ffn import ffn
@@ -22,7 +22,7 @@ class LocalDeviceModel:
         num_pages: int = 64, max_rows: int = 256, capture: bool = True,
     ) -> None:  # fmt: skip
         self.config = load_config(directory)
-        with Checkpoint(directory) as checkpoint:
+        with open_checkpoint(directory) as checkpoint:
             weights = load_device_weights(checkpoint, self.config, device=device, dtype=dtype)
             self.experts = {
                 (layer, expert): load_expert(checkpoint, self.config, layer, expert, device=device)

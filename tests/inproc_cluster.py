@@ -89,7 +89,8 @@ class InprocCluster:
         sequence.pages = pages.acquire(sequence, len(tokens))
         try:
             lane = attention._lanes[0]
-            return await lane.forward([Slice(sequence, 0, len(tokens))], all_rows=True)
+            logits, _ = await lane.forward([Slice(sequence, 0, len(tokens))], all_rows=True)
+            return logits
         finally:
             pages.release(sequence)
 

@@ -7,6 +7,8 @@ import torch
 
 from common.errors import ModelError
 from common.model.hf_config import read_json
+from common.model.presets import RANDOM_FILE
+from common.model.random_weights import RandomWeights
 from common.model.safetensors_file import SafetensorsFile, TensorEntry
 
 SINGLE = "model.safetensors"
@@ -64,9 +66,17 @@ class Checkpoint:
         """Raw bytes of a tensor. Raises ModelError naming file and tensor."""
         return self._holder(name).read_bytes(name)
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor as stored. Raises ModelError naming file and tensor."""
-        return self._holder(name).read(name)
+    def content(self, name: str) -> bytearray:
+        """What a tensor's hash covers besides dtype and shape: its bytes."""
+        return self.read_bytes(name)
+
+    def stands_for(self, layer: int, expert: int) -> tuple[int, int]:
+        """The expert whose weights these are: itself (see `common.model.random_weights`)."""
+        return layer, expert
+
+    def read(self, name: str, device: str = "cpu") -> torch.Tensor:
+        """A tensor as stored, on a device. Raises ModelError naming file and tensor."""
+        return self._holder(name).read(name).to(device)
 
     def close(self) -> None:
         """Close every open file; idempotent."""
@@ -96,3 +106,13 @@ class Checkpoint:
             if not isinstance(file, str) or "/" in file or file in ("", ".", ".."):
                 raise ModelError(f"{path}: tensor {name} is said to be in {file!r}, no file name")
         return weight_map
+
+
+Source = Checkpoint | RandomWeights
+
+
+def open_checkpoint(directory: Path) -> Source:
+    """The tensors of a directory, from its files or made as its random.json says. Raises ModelError."""
+    if (directory / RANDOM_FILE).exists():
+        return RandomWeights(directory)
+    return Checkpoint(directory)

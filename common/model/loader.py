@@ -10,7 +10,7 @@ import torch
 
 from common.errors import ModelError
 from common.model import names
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Source
 from common.model.hf_config import GateKind, ModelConfig
 
 _STORED_16_BIT = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,7 +74,7 @@ class AttentionWeights:
 
 
 def load_attention_weights(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     config: ModelConfig,
     *,
     dtype: torch.dtype = torch.float32,
@@ -98,7 +98,7 @@ def load_attention_weights(
 
 
 def load_expert(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     config: ModelConfig,
     layer: int,
     expert: int,
@@ -116,7 +116,7 @@ def load_expert(
     return _ffn(reader, prefix, config.moe_intermediate_size, bias=False)
 
 
-def expert_tensor_names(checkpoint: Checkpoint, layer: int, expert: int) -> list[str]:
+def expert_tensor_names(checkpoint: Source, layer: int, expert: int) -> list[str]:
     """Tensors of one routed expert, scales included, in a fixed order. Raises ModelError on a missing weight."""
     found: list[str] = []
     for name in names.ffn_weights(names.layer(layer, names.expert(expert))):
@@ -138,7 +138,7 @@ class _Reader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Source,
         config: ModelConfig,
         dtype: torch.dtype,
         device: str,

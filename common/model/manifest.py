@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ModelError
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Source, open_checkpoint
 from common.model.hf_config import load_config, read_json
 from common.model.loader import expert_tensor_names
 
@@ -27,21 +27,21 @@ class Manifest:
     expert_hashes: dict[tuple[int, int], str]
 
 
-def hash_expert(checkpoint: Checkpoint, layer: int, expert: int) -> str:
+def hash_expert(checkpoint: Source, layer: int, expert: int) -> str:
     """Hash of one expert's tensors. Raises ModelError when one is missing or truncated."""
     digest = hashlib.blake2b(digest_size=HASH_NBYTES)
     for name in expert_tensor_names(checkpoint, layer, expert):
         entry = checkpoint.entry(name)
         # the name without its layer and expert: equal weights have equal hashes wherever they lie
         digest.update(f"{name.split('.', 6)[-1]} {entry.dtype} {entry.shape}\n".encode())
-        digest.update(checkpoint.read_bytes(name))
+        digest.update(checkpoint.content(name))
     return digest.hexdigest()
 
 
 def build_manifest(directory: Path, *, cache_dir: Path | None = None) -> Manifest:
     """Hash a whole checkpoint, or take the cached result when no file changed. Raises ModelError."""
     config = load_config(directory)
-    with Checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory) as checkpoint:
         key = _file_key(directory, checkpoint)
         cached = _load(cache_dir, key)
         if cached is not None:
@@ -62,7 +62,7 @@ def build_manifest(directory: Path, *, cache_dir: Path | None = None) -> Manifes
     return manifest
 
 
-def _file_key(directory: Path, checkpoint: Checkpoint) -> str:
+def _file_key(directory: Path, checkpoint: Source) -> str:
     digest = hashlib.blake2b(digest_size=HASH_NBYTES)
     for path in [directory / "config.json", *checkpoint.files]:
         try:

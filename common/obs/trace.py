@@ -4,7 +4,8 @@ Off by default (`cluster.trace_events` 0): then a service holds None and each pl
 is (name, block, layer, micro-batch, start, end, count); its times are nanoseconds of the monotonic clock, which all
 processes of a host share. What spans of several processes mean together is `deploy.trace`.
 
-    attention  begin attention pack shared add head sample   count: rows; `answer` is an instant
+    attention  begin attention pack shared add head sample   count: rows; `answer` is an instant; on a GPU attention,
+               shared and head are the device's times, and `post` instead of `pack` goes from its end to the posting
     router     dispatch relay   from arrival until all is posted, count: the node
                expert_out partial  likewise, the last one with the sum and the answer; count: expert worker or node
     expert     queue compute    count: calls that were computed together

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from common.errors import ConfigError, Fatal, ModelError
+from common.model.presets import preset_config, write_random_source
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 DEFAULT_EXPERTS = 16
@@ -86,6 +87,16 @@ def random_model(experts: int) -> Path:
     if made.returncode != 0:
         raise Fatal(f"the model with {experts} experts could not be made in {directory}")
     return directory
+
+
+def preset(name: str, layers: int | None, distinct_experts: int | None) -> Path:
+    """A preset's directory, whose weights are made where they are read. Raises ConfigError."""
+    distinct = 8 if distinct_experts is None else distinct_experts
+    if distinct < 1:
+        raise ConfigError(f"--distinct-experts must be at least 1, not {distinct}")
+    config = preset_config(name, layers=0 if layers is None else layers)
+    directory = _cache() / f"{name}-l{config['num_hidden_layers']}-d{distinct}"
+    return write_random_source(directory, config, distinct_experts=distinct)
 
 
 def _cache() -> Path:

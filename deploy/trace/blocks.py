@@ -5,6 +5,8 @@ From posting a block to its answer every nanosecond belongs to one part:
     pack ──► wire out ──► split (source router, and the expert's router) ──► wire out ──► queue ──► compute
          ──► wire back ──► combine (the expert's router, and the source router) ──► wire back ──► answer
 
+On a GPU the device packs, and `pack` is the time until the process has seen it and posted (span "post").
+
 The critical expert is found backwards: the message after which the source router answered, and on another node the
 one after which that router did. Wires include whatever a message waited for in a busy process.
 """
@@ -88,7 +90,8 @@ def _join(
     routers: dict[int, dict[int, list[Span]]],
     calls: list[Call],
 ) -> Block | None:
-    if not {"attention", "pack", "answer"} <= mine.keys():
+    pack = mine.get("pack", mine.get("post"))
+    if pack is None or not {"attention", "answer"} <= mine.keys():
         return None
     split = [s for s in source if s.name == "dispatch"]
     arrivals = [s for s in source if s.name in ("expert_out", "partial")]
@@ -97,7 +100,7 @@ def _join(
     last = max(arrivals, key=lambda s: s.end)
     splits, combines = split[0].end - split[0].start, last.end - last.start
     if last.name == "partial":
-        there = routers.get(last.count, {}).get(mine["pack"].block, [])
+        there = routers.get(last.count, {}).get(pack.block, [])
         relay = [s for s in there if s.name == "relay"]
         outs = [s for s in there if s.name == "expert_out"]
         if not relay or not outs:
@@ -108,7 +111,7 @@ def _join(
     critical = next((c for c in calls if c.worker == last.count), None)
     if critical is None:
         return None
-    pack, answer = mine["pack"], mine["answer"]
+    answer = mine["answer"]
     shared = mine.get("shared")
     parts = {
         "attention": mine["attention"].end - mine["attention"].start,

@@ -79,6 +79,18 @@ class LaneState:
         """One of token_ids, positions, slots (int64 [bucket]), context (int32 [bucket]), table (int32)."""
         return self._inputs[name][: self.bucket]
 
+    def last_row_index(self) -> Tensor | None:
+        """Last row of each span, int64 on the device; None: every row is one."""
+        if len(self.last_rows) == self.num_rows:
+            return None
+        return self._on_device(self.last_rows, torch.int64)
+
+    def _on_device(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> Tensor:
+        there = torch.as_tensor(np.asarray(values), dtype=dtype)
+        if self.device.type == "cuda":  # from pageable memory the copy would wait for the stream
+            there = there.pin_memory()
+        return there.to(self.device, non_blocking=True)
+
     @property
     def graph_key(self) -> tuple[int, int] | None:
         """Steps with equal keys launch the same work; None: launch it one by one."""
@@ -144,9 +156,7 @@ class LaneState:
                 max_rows = max(max_rows, prompts)
             first += count
 
-        def on_device(values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(np.asarray(values), dtype=dtype).to(self.device)
-
+        on_device = self._on_device
         every = len(prompt_rows) == self.num_rows
         part = PromptPart(
             None if every else on_device(prompt_rows, torch.int64), on_device(starts_q, torch.int32),

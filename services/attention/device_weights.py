@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from common.errors import ModelError
 from common.model import names
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Source
 from common.model.hf_config import GateKind, ModelConfig
 from common.model.loader import dequantise
 from kernels import ops
@@ -97,7 +97,7 @@ class DeviceWeights:
 
 
 def load_device_weights(
-    checkpoint: Checkpoint, config: ModelConfig, *, device: str, dtype: torch.dtype
+    checkpoint: Source, config: ModelConfig, *, device: str, dtype: torch.dtype
 ) -> DeviceWeights:
     """Read everything but the routed experts. Raises ModelError naming what is missing or cannot run on a GPU."""
     latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
@@ -119,7 +119,7 @@ class Reader:
     """Tensors of a checkpoint as they stay on the device."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, device: str, dtype: torch.dtype
+        self, checkpoint: Source, config: ModelConfig, device: str, dtype: torch.dtype
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
@@ -128,7 +128,7 @@ class Reader:
 
     def vector(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Anything that is no FP8 matrix."""
-        return self.checkpoint.read(name).to(self.device, dtype or self.dtype)
+        return self.checkpoint.read(name, self.device).to(dtype or self.dtype)
 
     def matrix(self, name: str, rows: int, columns: int, bias: str = "") -> Matrix:
         """A projection. Raises ModelError when its shape is another."""
@@ -138,18 +138,18 @@ class Reader:
                 f"{self.checkpoint.directory}: tensor {name} has shape {list(entry.shape)}, "
                 f"config.json means {[rows, columns]}"
             )
-        weight = self.checkpoint.read(name)
+        weight = self.checkpoint.read(name, self.device)
         held_bias = self.vector(bias) if bias else None
         if entry.dtype != "F8_E4M3":
-            return Matrix(weight.to(self.device, self.dtype), None, held_bias)
+            return Matrix(weight.to(self.dtype), None, held_bias)
         block = self.config.fp8_block
-        scales = self.checkpoint.read(name + names.SCALE_SUFFIX).float()
+        scales = self.checkpoint.read(name + names.SCALE_SUFFIX, self.device).float()
         if block is None:
             raise ModelError(f"{name} is FP8 and config.json has no quantization_config")
         if block == (BLOCK, BLOCK) and columns % BLOCK == 0 and rows % 16 == 0:
-            return Matrix(weight.to(self.device), scales.to(self.device).contiguous(), held_bias)
+            return Matrix(weight, scales.contiguous(), held_bias)
         wide = dequantise(weight, scales, block)
-        return Matrix(wide.to(self.device, self.dtype), None, held_bias)
+        return Matrix(wide.to(self.dtype), None, held_bias)
 
     def network(self, prefix: str, inner: int, *, biased: bool) -> Network:
         """A SwiGLU network."""

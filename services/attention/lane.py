@@ -44,18 +44,22 @@ class Lane:
     trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
 
-    async def forward(self, slices: list[Slice], *, all_rows: bool = False) -> Tensor:
+    async def forward(
+        self, slices: list[Slice], *, all_rows: bool = False
+    ) -> tuple[Tensor, list[int]]:
         """Run the tokens of a step; their latents are in the cache afterwards.
 
-        Returns fp32 logits: one row per slice (of its last token), or one per token when `all_rows`. Raises AtollError
-        when a block got no answer; the cache then holds a partial step, so the slices' sequences must end.
+        Returns fp32 logits and the best token of each row: one row per slice (of its last token), or one per token when
+        `all_rows`. Raises AtollError when a block got no answer; the cache then holds a partial step, so the slices'
+        sequences must end.
         """
         started = self.clock_ns()
-        batch = self.model.batch([_span(piece) for piece in slices], self.cache)
+        batch = self.model.batch([span_of(piece) for piece in slices], self.cache)
         hidden = await self._forward(batch)
         rows = torch.arange(batch.num_rows) if all_rows else batch.last_rows
         before_head = self.clock_ns()
         logits = self.model.logits(hidden, rows)
+        best: list[int] = logits.argmax(dim=-1).tolist()
         ended = self.clock_ns()
         self.times.steps += 1
         self.times.tokens += batch.num_rows
@@ -64,7 +68,7 @@ class Lane:
             num_prompt = sum(piece.count for piece in slices if piece.sequence.in_prefill)
             self._span("step", 0, num_prompt, started, ended, batch.num_rows)
             self._span("head", 0, 0, before_head, ended, batch.num_rows)
-        return logits
+        return logits, best
 
     def _span(self, name: str, block: int, layer: int, start: int, end: int, count: int) -> None:
         if self.trace is not None:
@@ -87,7 +91,7 @@ class Lane:
             experts, weights = model.gate(layer, x)
             block = self.moe.next_block
             t1 = clock()
-            answer = self.moe.dispatch(layer, lane, x[:n], experts[:n], weights[:n])
+            answer = self.moe.dispatch(layer, lane, x[:n], experts[:n], weights[:n], since=t1)
             t2 = clock()
             shared = model.shared_expert(layer, x)
             t3 = clock()
@@ -96,7 +100,6 @@ class Lane:
             times.shared_us += (t3 - t2) // 1000
             if trace is not None:
                 trace.span("attention", block, layer, lane, t0, t1, n)
-                trace.span("pack", block, layer, lane, t1, t2, n)
                 trace.span("shared", block, layer, lane, t2, t3, n)
             routed = await answer
             t4 = clock()
@@ -106,7 +109,8 @@ class Lane:
         return hidden
 
 
-def _span(piece: Slice) -> Span:
+def span_of(piece: Slice) -> Span:
+    """The tokens of a slice, and where they go."""
     sequence = piece.sequence
     tokens = sequence.token_ids[piece.start : piece.start + piece.count]
     return Span(tokens, piece.start, sequence.num_prompt, sequence.pages)

@@ -53,4 +53,7 @@ class LatentCache:
 
     def clear(self, pages: Sequence[int]) -> None:
         """Zero pages in every layer, so that no value of a former holder, NaN included, can be met again."""
-        self._data[:, list(pages)] = 0
+        index = torch.tensor(list(pages), dtype=torch.int64)
+        if self._data.is_cuda:  # from pageable memory the copy would wait for the stream
+            index = index.pin_memory().to(self._data.device, non_blocking=True)
+        self._data.index_fill_(1, index, 0)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import open_checkpoint
 from common.model.hf_config import GateKind, ModelConfig, load_config
 from common.model.loader import AttentionWeights, FfnWeights, GateWeights, load_attention_weights
 from kernels.reference.ffn import ffn
@@ -75,7 +75,7 @@ class AttentionModel:
     ) -> "AttentionModel":
         """Read all non-expert weights of a checkpoint. Raises ModelError."""
         config = load_config(directory)
-        with Checkpoint(directory) as checkpoint:
+        with open_checkpoint(directory) as checkpoint:
             weights = load_attention_weights(
                 checkpoint, config, dtype=dtype, device=device, keep_16_bit=True
             )

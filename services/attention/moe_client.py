@@ -17,13 +17,15 @@ import torch
 
 from common.errors import AtollError, DeadlineExceeded, Retryable, WireError
 from common.obs.trace import Recorder
-from common.tensors import TORCH_DTYPES, numbers, read_rows, row_bytes, rows_of
+from common.tensors import TORCH_DTYPES, numbers, read_rows, row_bytes, rows_of, scales_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceRows
 from common.transport.outbox import Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import (
+    DispatchLayout,
+    RowSegment,
     RowType,
     answer_layout,
     check_payload,
@@ -34,6 +36,7 @@ from common.wire.header import Header, Kind, Wire
 from kernels import ops
 
 Tensor = torch.Tensor
+Rows = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(slots=True)
@@ -54,6 +57,7 @@ class _Pending:
     future: "asyncio.Future[Tensor]"
     num_rows: int
     posted_ns: int
+    out: Tensor | None
     partials: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by router
 
 
@@ -70,6 +74,7 @@ class MoeClient:
     combined: RowType = RowType.FP32
     seam: Seam = field(default_factory=Seam)
     trace: Recorder | None = None
+    packing: str = "pack"  # in traces; "post" where a device packs and this process only waits
     clock_ns: Callable[[], int] = time.monotonic_ns
     times: HopTimes = field(default_factory=HopTimes)
     routers: dict[int, Outbox] = field(default_factory=lambda: {0: Outbox("router-0")})  # by index
@@ -87,31 +92,23 @@ class MoeClient:
         return self._next_block
 
     def dispatch(
-        self, layer: int, microbatch: int, rows: Tensor, experts: Tensor, weights: Tensor
-    ) -> "asyncio.Future[Tensor]":
+        self, layer: int, microbatch: int, rows: Rows, experts: Tensor, weights: Tensor, *,
+        out: Tensor | None = None, since: object = 0,
+    ) -> "asyncio.Future[Tensor]":  # fmt: skip
         """Post a block: rows [n, width], experts int32 [n, k], weights fp32 [n, k]; never waits.
 
+        `rows` may be quantised already: e4m3 and their scales fp32 [n, ceil(width / 128)]. Experts and weights are in
+        host memory. On a GPU the block is posted when the current stream has written all of them.
+
         The future gets the combined rows, [n, width] in the row type `combined` on the device of `rows`, or
-        DeadlineExceeded / the sentence of whoever failed. On a GPU the block is posted when the current stream has
-        written it; the ids and weights, which routers need, go straight into the message's pinned memory.
+        DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. `since` is when packing
+        began, for the trace.
         """
         num_rows, top_k = experts.shape
         layout = dispatch_layout(num_rows, self.width, top_k, self.wire)
         buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
-        if self.wire is Wire.FP8:
-            ops.quantise_rows(
-                rows, row_bytes(buffer),
-                rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset,
-            )  # fmt: skip
-        else:
-            rows_of(buffer, layout.rows).copy_(rows)
+        self._write_rows(rows, buffer, layout.rows)
         count = num_rows * top_k
-        for table, offset, dtype in (
-            (experts, layout.experts, np.int32),
-            (weights, layout.weights, np.float32),
-        ):
-            target = torch.from_numpy(numbers(buffer, offset, count, dtype))
-            target.copy_(table.reshape(-1), non_blocking=True)
         block = self._next_block
         self._next_block += 1
         header = Header(
@@ -120,20 +117,44 @@ class MoeClient:
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self._pending[block] = _Pending(future, num_rows, now_ns)
+        self._pending[block] = _Pending(future, num_rows, now_ns, out)
         landing = None
         if len(self.routers) == 1:  # how many rows each of several rails answers is not known yet
             nbytes = row_segment(num_rows, self.width, self.combined).end
             landing = self.pool.acquire_landing(nbytes)
-        self.seam.fence().then(partial(self._post, header, buffer, landing, now_ns))
+        tables = (layout, experts, weights)
+        self.seam.fence().then(partial(self._post, header, buffer, tables, landing, now_ns, since))
         return future
 
+    def _write_rows(self, rows: Rows, buffer: Buffer, segment: RowSegment) -> None:
+        if not isinstance(rows, Tensor):
+            values, scales = rows
+            rows_of(buffer, segment).view(torch.uint8).copy_(values.view(torch.uint8))
+            scales_of(buffer, segment).copy_(scales)
+        elif self.wire is Wire.FP8:
+            ops.quantise_rows(
+                rows, row_bytes(buffer),
+                rows_offset=segment.rows_offset, scales_offset=segment.scales_offset,
+            )  # fmt: skip
+        else:
+            rows_of(buffer, segment).copy_(rows)
+
     def _post(
-        self, header: Header, buffer: Buffer, landing: DeviceRows | None, now_ns: int
-    ) -> None:
+        self, header: Header, buffer: Buffer, tables: tuple[DispatchLayout, Tensor, Tensor],
+        landing: DeviceRows | None, now_ns: int, since: object,
+    ) -> None:  # fmt: skip
         """The device has written the block: send it. A full queue fails the block like any other refusal."""
         try:
             if header.block in self._pending:  # else its deadline is over
+                layout, experts, weights = tables
+                count = header.num_pairs
+                numbers(buffer, layout.experts, count, np.int32)[:] = experts.numpy().reshape(-1)
+                numbers(buffer, layout.weights, count, np.float32)[:] = weights.numpy().reshape(-1)
+                if self.trace is not None:
+                    self.trace.span(
+                        self.packing, header.block, header.layer, header.microbatch, since,
+                        self.clock_ns(), header.num_rows,
+                    )  # fmt: skip
                 for outbox in self.routers.values():
                     place = None if landing is None else landing.retain()
                     outbox.send(replace(header), buffer.retain(), now_ns, landing=place)
@@ -173,7 +194,7 @@ class MoeClient:
         """One router's answer: its rows, and their ids int64 [n] in the block (None: all of them, in order)."""
         if len(self.routers) == 1:
             rows = read_rows(payload, pending.num_rows, self.width, self.combined, "COMBINED")
-            return rows.clone(), None
+            return (rows.clone() if pending.out is None else pending.out.copy_(rows)), None
         if header.num_rows == 0:
             return torch.empty((0, self.width)), torch.empty(0, dtype=torch.int64)
         row_type = RowType.FP64 if self.wire is Wire.FP32 else self.combined
@@ -196,9 +217,10 @@ class MoeClient:
         answers = [pending.partials[router] for router in self.routers]
         answers = [answer for answer in answers if len(answer[0])]
         like = answers[0][0]
-        out = torch.empty(
-            (pending.num_rows, self.width), dtype=TORCH_DTYPES[self.combined], device=like.device
-        )
+        out = pending.out
+        if out is None:
+            shape = (pending.num_rows, self.width)
+            out = torch.empty(shape, dtype=TORCH_DTYPES[self.combined], device=like.device)
         indices = [None if ids is None else ids.to(out.device) for _, ids in answers]
         ops.sum_partials([rows for rows, _ in answers], indices, out)
         return out

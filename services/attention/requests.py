@@ -4,6 +4,7 @@ Every method returns the events to send; a request that ended is forgotten here 
 lane holds it in a step: then it is only marked and goes when the step is over.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -60,22 +61,30 @@ class Requests:
         """True when a slice's request wants the log-probabilities of its prompt."""
         return any(s.sequence.request.echo_logprobs and s.sequence.in_prefill for s in slices)
 
-    def advance(self, slices: list[Slice], logits: torch.Tensor, *, all_rows: bool) -> list[Event]:
-        """A step is over: logits fp32 [num slices or num tokens, vocab]. Returns one event per token made."""
-        counts = torch.tensor([s.count for s in slices])
-        last = counts.cumsum(0) - 1 if all_rows else torch.arange(len(slices))
+    def advance(
+        self, slices: list[Slice], logits: torch.Tensor, best: list[int], *, all_rows: bool
+    ) -> list[Event]:
+        """A step is over: logits fp32 [num slices or num tokens, vocab] and their best tokens.
+
+        Returns one event per token made.
+        """
+        ends = (
+            itertools.accumulate(s.count for s in slices) if all_rows else range(1, len(slices) + 1)
+        )
+        last = [end - 1 for end in ends]
         due = []
         for i, piece in enumerate(slices):
             sequence = piece.sequence
             if all_rows and sequence.request.echo_logprobs and sequence.in_prefill:
-                end = int(last[i]) + 1
+                end = last[i] + 1
                 self._note_prompt_logprobs(piece, logits[end - piece.count : end])
             sequence.num_computed += piece.count
             if not sequence.in_prefill and sequence.finish is None:
                 due.append(i)
-        rows = logits[last[due]]
         tokens = sample(
-            rows,
+            logits,
+            best,
+            [last[i] for i in due],
             [slices[i].sequence.request.sampling for i in due],
             [len(slices[i].sequence.token_ids) for i in due],
         )

@@ -23,16 +23,20 @@ class Sampled:
 
 
 def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+    logits: torch.Tensor,
+    best: Sequence[int],
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
 ) -> list[Sampled]:
-    """One token per row of logits fp32 [rows, vocab]; `positions[i]` is where row i's token will stand.
+    """A token for each of `rows` of logits fp32 [all rows, vocab]; `best` are the largest logits of all rows.
 
-    Log-probabilities are those of the model, before temperature and cuts.
+    `positions[i]` is where the token of rows[i] will stand. Log-probabilities are those of the model, before
+    temperature and cuts. Greedy tokens do not touch the logits, which may lie on a device.
     """
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
     result: list[Sampled] = []
-    for row, (choice, position) in enumerate(zip(params, positions, strict=True)):
-        token = greedy[row]
+    for row, choice, position in zip(rows, params, positions, strict=True):
+        token = best[row]
         if choice.temperature > 0:
             token = _draw(logits[row], choice, uniform(choice.seed, position))
         if choice.logprobs is None:

@@ -25,10 +25,10 @@ from common.transport.outbox import Outbox
 from common.waiting import poll_until
 from common.wire.blocks import combined_rows
 from common.wire.header import Header, Kind, Wire
-from services.attention.lane import Lane, StepTimes
+from services.attention.lane import StepTimes
 from services.attention.moe_client import MoeClient
 from services.attention.requests import Requests
-from services.attention.resident import Resident
+from services.attention.resident import Forward, Resident
 
 log = logging.getLogger(__name__)
 _TICK_S = 0.25
@@ -47,7 +47,7 @@ class AttentionWorker:
         self.draining = False
         self.trace = open_recorder(config, self.spec)
         self.times = StepTimes()
-        self._lanes: list[Lane] = []
+        self._lanes: list[Forward] = []
         self._work: list[asyncio.Event] = []
         self._gateways: set[Link] = set()
 
@@ -67,11 +67,7 @@ class AttentionWorker:
             self.resident.config.vocab_size,
         )
         for lane in range(self.config.attention.microbatches):
-            self._lanes.append(
-                Lane(
-                    lane, self.resident.model, self.resident.cache, self.moe, self.times, self.trace
-                )
-            )
+            self._lanes.append(self.resident.new_lane(lane, self.moe, self.times, self.trace))
             self._work.append(asyncio.Event())
             tasks.create_task(self._run_lane(lane), name=f"lane {lane}")
         await self.transport.listen(self.spec.address, self._hello(), self)
@@ -107,12 +103,12 @@ class AttentionWorker:
             self.requests.begin(slices)
             all_rows = self.requests.want_all_rows(slices)
             try:
-                logits = await lane.forward(slices, all_rows=all_rows)
+                logits, best = await lane.forward(slices, all_rows=all_rows)
             except AtollError as exc:
                 self._send(self.requests.failed(slices, str(exc)))
             else:
                 started = time.monotonic_ns()
-                self._send(self.requests.advance(slices, logits, all_rows=all_rows))
+                self._send(self.requests.advance(slices, logits, best, all_rows=all_rows))
                 if self.trace is not None:
                     self.trace.span(
                         "sample", 0, 0, index, started, time.monotonic_ns(), len(slices)

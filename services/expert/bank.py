@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from common.config import ClusterConfig
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import open_checkpoint
 from common.model.hf_config import load_config
 from common.model.loader import FfnWeights, load_expert
 from common.model.manifest import build_manifest, hash_expert
@@ -33,7 +33,7 @@ class Bank:
         model = load_config(config.model.path)
         manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
         places = cluster_plan(config, model).residents(worker)
-        with Checkpoint(config.model.path) as checkpoint:
+        with open_checkpoint(config.model.path) as checkpoint:
             weights = {
                 place: _resident(load_expert(checkpoint, model, *place, keep_16_bit=True))
                 for place in places

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from common.config import ClusterConfig
 from common.errors import ModelError
 from common.model import names
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Source, open_checkpoint
 from common.model.hf_config import ModelConfig, load_config
 from common.model.loader import load_expert
 from common.model.manifest import build_manifest, hash_expert
@@ -73,15 +73,20 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
     model, wire = load_config(config.model.path), Wire.parse(config.cluster.wire)
     manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
     places = cluster_plan(config, model).residents(worker)
-    with Checkpoint(config.model.path) as checkpoint:
-        experts = {p: load_device_expert(checkpoint, model, p, wire, device) for p in places}
+    with open_checkpoint(config.model.path) as checkpoint:
+        distinct = {place: checkpoint.stands_for(*place) for place in places}  # each held once
+        held = {
+            place: load_device_expert(checkpoint, model, place, wire, device)
+            for place in set(distinct.values())
+        }
+        experts = {place: held[same] for place, same in distinct.items()}
         hashes = {place: hash_expert(checkpoint, *place) for place in places}
     counts = dict.fromkeys(places, 0)
     return DeviceBank(model.hidden_size, manifest.model_hash, {}, hashes, counts, experts)
 
 
 def load_device_expert(
-    checkpoint: Checkpoint, config: ModelConfig, place: Place, wire: Wire, device: str
+    checkpoint: Source, config: ModelConfig, place: Place, wire: Wire, device: str
 ) -> DeviceExpert:
     """One routed expert. Raises ModelError naming the tensor that is missing or has a wrong shape."""
     width, hidden = config.hidden_size, config.moe_intermediate_size
@@ -103,10 +108,8 @@ def load_device_expert(
                     f"{checkpoint.directory}: tensor {tensor} has shape {list(entry.shape)}, "
                     f"config.json means {list(wanted)}"
                 )
-        weights.append(checkpoint.read(name).view(torch.uint8))
-        scales.append(checkpoint.read(name + names.SCALE_SUFFIX).float())
-    gate_up = torch.cat(weights[:2]).to(device).view(torch.float8_e4m3fn)
-    down = weights[2].to(device).view(torch.float8_e4m3fn)
-    return DeviceExpert(
-        gate_up, down, torch.cat(scales[:2]).to(device), scales[2].contiguous().to(device)
-    )
+        weights.append(checkpoint.read(name, device).view(torch.uint8))
+        scales.append(checkpoint.read(name + names.SCALE_SUFFIX, device).float())
+    gate_up = torch.cat(weights[:2]).view(torch.float8_e4m3fn)
+    down = weights[2].view(torch.float8_e4m3fn)
+    return DeviceExpert(gate_up, down, torch.cat(scales[:2]), scales[2].contiguous())

@@ -38,7 +38,7 @@ def logits(*tokens):
 def step(book, *tokens, all_rows=False):
     slices = book.scheduler.schedule(0)
     book.begin(slices)
-    return book.advance(slices, logits(*tokens), all_rows=all_rows)
+    return book.advance(slices, logits(*tokens), list(tokens), all_rows=all_rows)
 
 
 def test_tokens_come_one_per_step_until_the_length():
@@ -74,7 +74,7 @@ def test_a_request_cancelled_inside_a_step_goes_when_the_step_is_over():
     book.cancel(link, "a")
     assert book.num_open == 0
     assert book.scheduler.num_running == 1  # its pages are being written
-    assert book.advance(slices, logits(4), all_rows=False) == []
+    assert book.advance(slices, logits(4), [4], all_rows=False) == []
     assert book.scheduler.num_running == 0
     assert book.scheduler.pages.num_free == 8
 

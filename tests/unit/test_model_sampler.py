@@ -5,7 +5,13 @@ import math
 import torch
 
 from common.request import SamplingParams
-from services.attention.sampler import sample, uniform
+from services.attention import sampler
+from services.attention.sampler import uniform
+
+
+def sample(logits, params, positions):
+    return sampler.sample(logits, logits.argmax(-1).tolist(), range(len(logits)), params, positions)
+
 
 LOGITS = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)) * 2
 

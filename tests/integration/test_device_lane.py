@@ -1,0 +1,74 @@
+"""The lane of a GPU, run on the CPU's reference kernels with rows apart: the whole way of a block, and its answer."""
+
+import asyncio
+
+import torch
+
+from common.ids import Role
+from common.model.small import small_config
+from common.model.writer import write_random
+from common.request import Request, SamplingParams
+from common.transport.device import DevicePool
+from common.wire.blocks import RowType
+from services.attention.device_lane import DeviceLane
+from services.attention.device_model import DeviceModel
+from services.attention.device_weights import load_device_weights
+from services.attention.lane import StepTimes
+from services.attention.latent_cache import LatentCache
+from services.attention.scheduler import Slice
+from services.attention.sequence import Sequence
+from tests.inproc_cluster import inproc_cluster
+
+PROMPT, STEPS = list(range(3, 40)), 4
+KL = 0.02  # nats: bf16 against fp32 on the way through the attention side
+
+
+def device_lane(cluster, attention):
+    """A second lane for the same attention worker, in bf16 on graphs' buffers."""
+    model_config = attention.resident.config
+    from common.model.checkpoint import open_checkpoint
+
+    with open_checkpoint(cluster.config.model.path) as checkpoint:
+        weights = load_device_weights(checkpoint, model_config, device="cpu", dtype=torch.bfloat16)
+    cache = LatentCache(model_config, 16, dtype=torch.bfloat16)
+    model = DeviceModel(model_config, weights, cache, max_context=1024)
+    attention.moe.combined = RowType.FP32
+    return DeviceLane(0, model, model.state(64), attention.moe, StepTimes())
+
+
+async def decode(lane, pages):
+    """Logits and best tokens of a prompt and of STEPS tokens after it."""
+    sequence = Sequence(Request("s", tuple(PROMPT), SamplingParams()), list(PROMPT), 0, len(PROMPT))
+    sequence.pages = pages
+    found = [await lane.forward([Slice(sequence, 0, len(PROMPT))])]
+    sequence.num_computed = len(PROMPT)
+    for step in range(STEPS):
+        sequence.token_ids.append(50 + step)
+        found.append(await lane.forward([Slice(sequence, len(PROMPT) + step, 1)]))
+        sequence.num_computed += 1
+    return found
+
+
+def test_a_device_lane_says_what_the_cpu_lane_says(tmp_path):
+    write_random(tmp_path / "model", small_config(), seed=3)
+
+    async def run(wire):
+        pool = lambda: DevicePool("cpu")  # noqa: E731
+        async with inproc_cluster(
+            tmp_path / "model", tmp_path / wire, wire=wire, new_pool=pool
+        ) as cluster:
+            (attention,) = cluster.of(Role.ATTENTION)
+            sequence = Sequence(Request("p", (1,), SamplingParams()), [1], 0, 1)
+            pages = attention.requests.scheduler.pages.acquire(sequence, 64)
+            with torch.inference_mode():
+                expected = await decode(attention._lanes[0], pages)
+                got = await decode(device_lane(cluster, attention), range(2))
+            assert all(s.transport.pool.outstanding == 0 for s in cluster.services.values())
+            return expected, got
+
+    for wire in ("fp8", "bf16"):
+        expected, got = asyncio.run(run(wire))
+        for (theirs, _), (ours, best) in zip(expected, got, strict=True):
+            p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+            assert float((p.exp() * (p - q)).sum(-1).mean()) < KL
+            assert best == ours.argmax(-1).tolist()
