@@ -3,7 +3,8 @@
 Frames (JSON objects, `type` says which):
 
     gateway -> attention   {"type": "submit", ...Request}    {"type": "cancel", "id": ...}
-    attention -> gateway   {"type": "tokens", ...TokenEvent}  one per request and step; the last has `finish_reason`
+    attention -> gateway   {"type": "tokens", "events": [TokenEvent, ...]}  one frame per step, one event per request;
+                           its last one has `finish_reason`
     anyone -> anyone       {"type": "status_request", "id": n}  ->  {"type": "status", "id": n, "processes": [...]}
                            {"type": "status", "id": null, ...} is pushed when a process's state changes
 
@@ -11,6 +12,7 @@ A process in `processes` is {"role", "index", "node", "pid", "state", "counters"
 `starting`, `ready`, `draining`, `lost`.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -100,28 +102,40 @@ class TokenEvent:
     prompt_logprobs: list[dict[str, Any] | None] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The `tokens` frame."""
-        return {  # a literal: dataclasses.asdict, paid per token, was the largest single item of a profile
-            "type": "tokens",
-            "id": self.id,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-            "error": self.error,
-            "retryable": self.retryable,
-            "logprobs": self.logprobs,
-            "prompt_logprobs": self.prompt_logprobs,
-        }
+        """One of the events of a `tokens` frame: what has its default is left out."""
+        # a literal: dataclasses.asdict, paid per token, was the largest single item of a profile
+        message: dict[str, Any] = {"id": self.id, "token_ids": self.token_ids}
+        if self.finish_reason is not None:
+            message["finish_reason"] = self.finish_reason
+        if self.error is not None:
+            message |= {"error": self.error, "retryable": self.retryable}
+        if self.logprobs:
+            message["logprobs"] = self.logprobs
+        if self.prompt_logprobs is not None:
+            message["prompt_logprobs"] = self.prompt_logprobs
+        return message
 
     @classmethod
     def from_json(cls, message: dict[str, Any]) -> "TokenEvent":
-        """Parse a `tokens` frame."""
-        reason = message["finish_reason"]
+        """Parse an event of a `tokens` frame."""
+        get = message.get
+        reason = get("finish_reason")
         return cls(
             id=message["id"],
             token_ids=tuple(message["token_ids"]),
             finish_reason=None if reason is None else FinishReason(reason),
-            error=message["error"],
-            retryable=message["retryable"],
-            logprobs=message["logprobs"],
-            prompt_logprobs=message["prompt_logprobs"],
+            error=get("error"),
+            retryable=get("retryable", False),
+            logprobs=get("logprobs", []),
+            prompt_logprobs=get("prompt_logprobs"),
         )
+
+
+def tokens_frame(events: Iterable[TokenEvent]) -> dict[str, Any]:
+    """The `tokens` frame: what a step of a lane made, for all of a gateway's requests in it."""
+    return {"type": "tokens", "events": [event.to_json() for event in events]}
+
+
+def tokens_of(message: dict[str, Any]) -> list[TokenEvent]:
+    """The events of a `tokens` frame."""
+    return [TokenEvent.from_json(event) for event in message["events"]]

@@ -16,7 +16,7 @@ from common import config as cluster_config
 from common.config import ClusterConfig
 from common.errors import LinkClosed
 from common.ids import ProcessId, Role
-from common.request import FinishReason, Request, TokenEvent
+from common.request import FinishReason, Request, TokenEvent, tokens_frame
 from common.transport.base import Handler, Hello
 from services.gateway.service import GatewayService
 
@@ -129,7 +129,7 @@ class FakePeer:
                 request = Request.from_json(message)
                 self.seen.append(request)
                 if (answer := self.on_submit(request)) is not None:
-                    link.deliver(answer.to_json())
+                    link.deliver(tokens_frame([answer]))
                     return
                 self.requests[request.id] = (request, 0)
                 if self.step_s is not None:
@@ -175,7 +175,7 @@ class FakePeer:
         self.requests[request_id] = (request, done + 1)
         if last:
             del self.requests[request_id]
-        self.link.deliver(event.to_json())
+        self.link.deliver(tokens_frame([event]))
         if not last and self.step_s is not None:
             asyncio.get_running_loop().call_later(self.step_s, self.step, request_id)
 

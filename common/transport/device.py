@@ -197,6 +197,11 @@ class DevicePool(BufferPool):
         return pinned
 
 
+def open_context(device: str) -> None:
+    """Make the device's context: UCX chooses its transports by what is there when it starts."""
+    torch.empty(1, device=device)
+
+
 def open_seam(device: str) -> Seam:
     """The seam of a process that computes on `device`."""
     if torch.device(device).type == "cpu":

@@ -54,6 +54,7 @@ def _expected_class(config: ClusterConfig, has_rdma: bool, mine: Hello, peer: He
 
 def _device_buffers(device: str) -> tuple[BufferPool, Seam]:
     # loaded here: gateways and CPU clusters need no torch for their messages
-    from common.transport.device import DevicePool, open_seam
+    from common.transport.device import DevicePool, open_context, open_seam
 
+    open_context(device)
     return DevicePool(device), open_seam(device)

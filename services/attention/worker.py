@@ -15,7 +15,7 @@ from common.config import ClusterConfig
 from common.errors import AtollError, LinkClosed, Retryable, WireError
 from common.ids import Role
 from common.obs.trace import open_recorder
-from common.request import FinishReason, Request, TokenEvent
+from common.request import FinishReason, Request, TokenEvent, tokens_frame
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport, tell
 from common.transport.buffers import Buffer
@@ -189,9 +189,10 @@ class AttentionWorker:
         self._admit()
 
     def _send(self, events: list[tuple[Link, TokenEvent]]) -> None:
-        for link, event in events:
-            if link in self._gateways:
-                tell([link], event.to_json())
+        for gateway in self._gateways:
+            theirs = [event for link, event in events if link is gateway]
+            if theirs:
+                tell([gateway], tokens_frame(theirs))
 
     # ---- status --------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from common.config import ClusterConfig
 from common.errors import LinkClosed, Rejected, WireError
 from common.ids import ProcessId, Role
-from common.request import TokenEvent
+from common.request import TokenEvent, tokens_of
 from common.status import State, status_frame
 from common.transport.base import Link
 from common.transport.buffers import Buffer
@@ -215,7 +215,8 @@ class Backends:
             return
         match message["type"]:
             case "tokens" if process.role is Role.ATTENTION and self.listener is not None:
-                self.listener.on_tokens(process.index, TokenEvent.from_json(message))
+                for event in tokens_of(message):
+                    self.listener.on_tokens(process.index, event)
             case "status":
                 self._on_status(process, message)
             case "status_request":

@@ -395,7 +395,7 @@ def test_malformed_frames_close_the_link_and_nothing_else(config):
             await until(lambda: cluster["attention-1"].link is not None)
             for frame in (
                 {"type": "tokens"},
-                {"type": "tokens", "id": 3, "finish_reason": "because"},
+                {"type": "tokens", "events": [{"id": 3, "finish_reason": "because"}]},
                 {"type": "status", "id": None, "processes": [{"role": "king"}]},
                 {"type": "status", "id": None, "processes": 3},
                 {"no": "type"},

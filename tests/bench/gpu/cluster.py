@@ -1,0 +1,181 @@
+"""The real services as processes on the cards of this machine: attention and routers on GPU 0, experts on GPU 1.
+
+With one card everything is on it. Processes that share a card need NVIDIA's MPS, which `mps` runs for a benchmark.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from common.config import (
+    AttentionSection,
+    ClusterConfig,
+    ClusterSection,
+    GatewaySection,
+    LimitsSection,
+    ModelSection,
+    Node,
+    PlacementSection,
+    ProcessSpec,
+)
+from common.ids import Role
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # to try the benchmarks without a GPU
+_READY_S = 240.0
+
+
+def gpu_config(
+    model: Path, run_dir: Path, *, experts: int, experts_per_gpu: int = 1, nodes: int = 1,
+    routers: int = 1, microbatches: int = 1, wire: str = "fp8", trace_events: int = 0,
+    max_requests: int = 512, max_context: int = 2048, cache_tokens: int = 1 << 18, spin_us: int = -1,
+) -> ClusterConfig:  # fmt: skip
+    """One attention worker, `experts` expert workers spread over `nodes` virtual nodes of this machine."""
+    each = [experts // nodes + (i < experts % nodes) for i in range(nodes)]
+    return ClusterConfig(
+        model=ModelSection(path=model),
+        nodes=tuple(
+            Node(attention=int(i == 0), experts=e, routers=routers) for i, e in enumerate(each)
+        ),
+        cluster=ClusterSection(
+            wire=wire, run_dir=run_dir, device=DEVICE, trace_events=trace_events, spin_us=spin_us
+        ),
+        placement=PlacementSection(experts_per_gpu=experts_per_gpu),
+        attention=AttentionSection(
+            microbatches=microbatches, max_requests=max_requests, max_context=max_context,
+            cache_tokens=cache_tokens,
+        ),
+        gateway=GatewaySection(port=0),
+        limits=LimitsSection(drain_deadline_s=3.0),
+    )  # fmt: skip
+
+
+def card_of(spec: ProcessSpec) -> int:
+    """Experts on the second card, where there is one."""
+    return int(spec.id.role is Role.EXPERT and torch.cuda.device_count() > 1)
+
+
+class GpuCluster:
+    """The processes of a cluster, from entering to leaving; `without` leaves a role to the caller."""
+
+    def __init__(self, config: ClusterConfig, *, without: Role | None = None) -> None:
+        port = 0
+        if without is None:
+            port = _free_port()
+        self.config = replace(config, gateway=replace(config.gateway, port=port))
+        self.url = f"http://127.0.0.1:{port}"
+        self._without = without
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> "GpuCluster":
+        run_dir = self.config.cluster.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        secret = self.config.secret_path
+        secret.write_text(secrets.token_hex(32))
+        secret.chmod(0o600)
+        file = run_dir / "cluster.toml"
+        file.write_text(self.config.to_toml())
+        for spec in self.config.processes():
+            if spec.id.role is self._without or (
+                self._without is not None and spec.id.role is Role.GATEWAY
+            ):
+                continue
+            log = (run_dir / f"{spec.id}.log").open("wb")
+            environ = os.environ | {"OMP_NUM_THREADS": "1"}
+            if spec.id.role is not Role.GATEWAY:
+                environ["CUDA_VISIBLE_DEVICES"] = str(card_of(spec))
+            command = [sys.executable, "-m", f"services.{spec.id.role}", "--cluster", str(file)]
+            self._processes[str(spec.id)] = subprocess.Popen(
+                [*command, "--index", str(spec.id.index)], env=environ, stdout=log, stderr=log
+            )
+        if self._without is None:
+            try:
+                self._wait_ready()
+            except BaseException:
+                self.stop()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + _READY_S
+        while True:
+            self.check()
+            with contextlib.suppress(OSError):
+                if urllib.request.urlopen(f"{self.url}/ready", timeout=5).status == 200:
+                    return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not ready within {_READY_S:g} s:\n{self.logs()}")
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        """Raise RuntimeError with the logs when a process has ended."""
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise RuntimeError(
+                    f"{name} ended with {process.returncode}:\n{self.log_of(name)[-3000:]}"
+                )
+
+    def log_of(self, name: str) -> str:
+        """What a process has written."""
+        return (self.config.cluster.run_dir / f"{name}.log").read_text(errors="replace")
+
+    def logs(self) -> str:
+        """The last lines of every process."""
+        return "\n".join(
+            f"--- {name}\n" + "\n".join(self.log_of(name).splitlines()[-6:])
+            for name in self._processes
+        )
+
+    def stop(self) -> None:
+        """Gateway and attention first, as the launcher does; whoever does not end is killed."""
+        order = ("gateway", "attention", "router", "expert")
+        for role in order:
+            ending = [p for name, p in self._processes.items() if name.startswith(role)]
+            for process in ending:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+            for process in ending:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        self._processes.clear()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def mps() -> Iterator[None]:
+    """NVIDIA's MPS daemon with directories of its own, unless one runs already."""
+    if DEVICE == "cpu" or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-") as directory:
+        os.environ["CUDA_MPS_PIPE_DIRECTORY"] = os.environ["CUDA_MPS_LOG_DIRECTORY"] = directory
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False, timeout=30)
+            del os.environ["CUDA_MPS_PIPE_DIRECTORY"], os.environ["CUDA_MPS_LOG_DIRECTORY"]

@@ -1,0 +1,167 @@
+"""One hop of a block, GPU to GPU, through the transport: a message with its rows in device memory, and its echo.
+
+    python -m tests.bench.gpu.hop [--bytes 3801088] [--out FILE]
+
+Two processes, one card each (or one card for both). Latency is half a round trip of the same size both ways; the rate
+is that of messages one way with some in flight, each answered by an empty one.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import uvloop
+
+from common.errors import LinkClosed
+from common.ids import ProcessId, Role
+from common.transport.base import Hello, Link
+from common.transport.buffers import Buffer
+from common.transport.device import DevicePool, open_seam
+from common.transport.environment import set_ucx_environment
+from common.transport.link import LinkLimits
+from common.transport.ucx import UcxTransport
+from common.wire.header import Header, Kind, Wire
+from tests.bench.gpu.cluster import DEVICE, mps
+from tests.bench.gpu.environment import gpu_facts
+
+SECRET = b"of a benchmark between two processes"
+ECHO, COUNT = 1, 2  # layer of a header: what the other side does
+ROUNDS, MESSAGES = 400, 400
+
+
+class Side:
+    """A handler: the far one answers, the near one counts."""
+
+    def __init__(self) -> None:
+        self.link: Link | None = None
+        self.opened = asyncio.Event()
+        self.arrived = asyncio.Event()
+        self.num = 0
+        self.closed = asyncio.Event()
+        self.answers = False
+
+    def on_open(self, link: Link) -> None:
+        self.link = link
+        self.opened.set()
+
+    def on_close(self, link: Link, error: LinkClosed) -> None:
+        self.closed.set()
+
+    def on_control(self, link: Link, message: dict[str, Any]) -> None:
+        pass
+
+    def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        if self.answers:
+            link.post(message(header.layer), payload if header.layer == ECHO else None)
+        else:
+            self.num += 1
+            self.arrived.set()
+        if payload is not None:
+            payload.release()
+
+
+def message(layer: int) -> Header:
+    return Header(Kind.EXPERT_IN, Wire.FP8, 0, layer, 1, 7168, 1, 1, 1, 1)
+
+
+def hello(index: int) -> Hello:
+    return Hello(ProcessId(Role.ROUTER, index), 0, os.getpid(), "m", 1, "fp8")
+
+
+def transport() -> UcxTransport:
+    set_ucx_environment(local=True, device=DEVICE)
+    limits = LinkLimits(window=64, max_queued=64, max_payload_nbytes=256 << 20)
+    return UcxTransport(
+        SECRET, link_limits=limits, spin_us=1000, pool=DevicePool(DEVICE), seam=open_seam(DEVICE)
+    )
+
+
+async def far(address: str) -> None:
+    side, t = Side(), transport()
+    side.answers = True
+    await t.listen(address, hello(1), side)
+    print("listening", flush=True)
+    async with asyncio.timeout(120):
+        await side.closed.wait()
+    await t.close()
+
+
+async def near(address: str, sizes: list[int]) -> list[dict[str, Any]]:
+    side, t = Side(), transport()
+    await t.connect(address, hello(0), side, timeout_s=30)
+    await side.opened.wait()
+    link = side.link
+    assert link is not None
+    rows = []
+    for nbytes in sizes:
+        buffer = t.pool.acquire(nbytes, rows_nbytes=nbytes)
+        times = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            before = side.num
+            link.post(message(ECHO), buffer)
+            while side.num == before:
+                side.arrived.clear()
+                await side.arrived.wait()
+            times.append((time.perf_counter() - started) / 2e-6)
+        row: dict[str, Any] = {"bytes": nbytes, "one_way_us": round(median(times[50:]), 1)}
+        for flight in (1, 8, 32):
+            begun, posted = side.num, 0
+            started = time.perf_counter()
+            while side.num - begun < MESSAGES:
+                while posted < MESSAGES and posted - (side.num - begun) < flight:
+                    link.post(message(COUNT), buffer)
+                    posted += 1
+                side.arrived.clear()
+                await side.arrived.wait()
+            seconds = time.perf_counter() - started
+            row[f"us_per_message_{flight}"] = round(seconds / MESSAGES * 1e6, 1)
+            row[f"gb_per_s_{flight}"] = round(nbytes * MESSAGES / seconds / 1e9, 1)
+        buffer.release()
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    await t.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--bytes", default="65536,950272,3801088,8388608")
+    parser.add_argument("--far", metavar="ADDRESS", help="be the other process")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with torch.inference_mode(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if args.far:
+            runner.run(far(args.far))
+            return
+        with tempfile.TemporaryDirectory(prefix="atoll-") as scratch, mps():
+            address = f"unix:{scratch}/hop.sock"
+            card = str(min(1, max(0, torch.cuda.device_count() - 1)))
+            command = [sys.executable, "-m", "tests.bench.gpu.hop", "--far", address]
+            other = subprocess.Popen(
+                command, env=os.environ | {"CUDA_VISIBLE_DEVICES": card}, stdout=subprocess.PIPE
+            )
+            try:
+                assert other.stdout is not None
+                other.stdout.readline()
+                rows = runner.run(near(address, [int(n) for n in args.bytes.split(",")]))
+            finally:
+                other.terminate()
+                other.wait(10)
+    if args.out:
+        args.out.write_text(json.dumps(gpu_facts() | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
