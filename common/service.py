@@ -17,6 +17,7 @@ reported.
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -144,6 +145,8 @@ class Lifecycle:
     async def _live(self, tasks: asyncio.TaskGroup) -> None:
         try:
             if await self._bounded(lambda: self._service.start(tasks), None):
+                gc.collect()
+                gc.freeze()  # what was loaded stays: later collections need not walk through it
                 self._become(State.READY, "READY=1")
                 _start_watchdog(tasks)
                 logger.info("ready; UCX environment: %s", _ucx_environment())

@@ -9,6 +9,7 @@ Only whoever asks for this form imports torch.
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.seam import Event, Seam
+from common.transport.seam import Fence, Seam
 
 _MIN_NBYTES = 1 << 16
 _MAX_CACHED_VIEWS = 256  # per block: what UCX made of (offset, size)
@@ -206,19 +207,26 @@ def open_seam(device: str) -> Seam:
     """The seam of a process that computes on `device`."""
     if torch.device(device).type == "cpu":
         return Seam()
-    return Seam(_new_event)
+    return Seam(_StreamEvent)
 
 
-def _new_event() -> Event:
-    event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    return event
+class _StreamEvent:
+    """An event of the stream that was current when it was made: asking for the stream costs more than recording."""
+
+    __slots__ = ("query", "record")
+
+    def __init__(self) -> None:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.query: Callable[[], bool] = event.query
+        self.record: Callable[[], None] = partial(event.record, torch.cuda.current_stream())
 
 
-def release_behind(seam: Seam, *held: Buffer | DeviceRows | DeviceBlock) -> None:
+def release_behind(seam: Seam, *held: Buffer | DeviceRows | DeviceBlock) -> Fence:
     """Release when the device has read it: kernels launched so far may still do so, and a receive would not wait."""
     fence = seam.fence()
     for item in held:
         fence.then(item.release)
+    return fence
 
 
 def synchronise(device: torch.device) -> None:

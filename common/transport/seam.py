@@ -5,6 +5,7 @@ polls the fences while it progresses messages, and does not sleep while one is o
 device every fence is passed at once, so that the same code runs everywhere.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -38,14 +39,14 @@ _PASSED = Fence(passed=True)
 
 
 class Seam:
-    """The open fences of a process. `on_open` is called for each new one: somebody must poll."""
+    """The open fences of a process, all of one stream. `on_open` is called for each new one: somebody must poll."""
 
     def __init__(self, new_event: Callable[[], Event] | None = None) -> None:
         """`new_event` makes a CUDA event; None: there is no device and nothing to wait for."""
         self.on_open: Callable[[], None] | None = None
         self._new_event = new_event
         self._events: list[Event] = []
-        self._open: list[tuple[Event, Fence]] = []
+        self._open: deque[tuple[Event, Fence]] = deque()
 
     def __repr__(self) -> str:
         return f"<Seam [{len(self._open)} open fences]>"
@@ -69,16 +70,15 @@ class Seam:
 
     def poll(self) -> bool:
         """Look at the open fences, oldest first; True when one was passed."""
-        if not self._open or not any(event.query() for event, _ in self._open):
+        passed = []
+        while (
+            self._open and self._open[0][0].query()
+        ):  # one stream: none is passed before those in front
+            event, fence = self._open.popleft()
+            passed.append(fence)
+            self._events.append(event)
+        if not passed:
             return False
-        passed, still = [], []
-        for event, fence in self._open:
-            if event.query():
-                passed.append(fence)
-                self._events.append(event)
-            else:
-                still.append((event, fence))
-        self._open = still
         for fence in passed:
             fence.passed = True
             for call in fence.calls:

@@ -4,6 +4,7 @@ What is launched here runs on the current stream; nothing waits for it. Exact mo
 computes in fp32, but the library's products may give a row other bits in another batch.
 """
 
+import bisect
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from common.model.manifest import build_manifest, hash_expert
 from common.plan_file import cluster_plan
 from common.wire.header import Wire
 from kernels import ops
+from kernels.graphs import Replays
 from kernels.reference.quant import BLOCK
 from services.expert.bank import Bank, Place
 
@@ -34,6 +36,11 @@ class DeviceExpert:
     gate_up_scales: Tensor | None = None
     down_scales: Tensor | None = None
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it goes through the fused kernel."""
+        return self.gate_up_scales is not None
+
     def __call__(self, rows: Tensor, scales: Tensor | None) -> Tensor:
         """rows [n, width], e4m3 where `scales` fp32 [n, ceil(width / 128)] are given: [n, width], bf16 or fp32."""
         if self.gate_up_scales is not None and self.down_scales is not None:
@@ -48,11 +55,47 @@ class DeviceExpert:
         return linear((torch.nn.functional.silu(gate) * up).to(dtype), self.down)
 
 
+class GraphedExperts:
+    """FP8 experts on few rows as CUDA graphs: launching one costs 5 us instead of the 250 of its kernels one by one.
+
+    A graph per expert and bucket of rows, on buffers that all share; rows that are left over in a bucket hold what
+    was there before, and nobody reads theirs.
+    """
+
+    BUCKETS = (8, 16, 32, 64, 128)
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        blocks = -(-width // BLOCK)
+        self._graphs = Replays(device)
+        self._width = width
+        most = self.BUCKETS[-1]
+        self._rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
+        self._scales = torch.ones(most, blocks, device=device)
+        self._out = torch.empty(most, width, dtype=torch.bfloat16, device=device)
+
+    def __call__(self, expert: DeviceExpert, rows: Tensor, scales: Tensor) -> Tensor:
+        """rows e4m3 [n, width] with scales fp32, n at most the largest bucket: bf16 [n, width]."""
+        n = len(rows)
+        bucket = self.BUCKETS[bisect.bisect_left(self.BUCKETS, n)]
+        self._rows[:n].copy_(rows.view(torch.uint8))
+        self._scales[:n].copy_(scales)
+        given = self._rows[:bucket].view(torch.float8_e4m3fn), self._scales[:bucket]
+        out = self._out[:bucket]
+        self._graphs.run((id(expert), bucket), lambda: copy_into(out, expert(*given)))
+        return self._out[:n].clone()
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """A step of a graph."""
+    target.copy_(source)
+
+
 @dataclass(slots=True)
 class DeviceBank(Bank):
     """A bank whose experts are `DeviceExpert`s on the current GPU."""
 
     experts: dict[Place, DeviceExpert] = field(default_factory=dict)
+    graphed: GraphedExperts | None = None
 
     def __contains__(self, place: object) -> bool:
         return place in self.experts
@@ -62,7 +105,11 @@ class DeviceBank(Bank):
     ) -> torch.Tensor:
         """SwiGLU network of one expert: rows [n, width] (e4m3 with scales) -> [n, width]."""
         self.rows[layer, expert] += len(rows)
-        return self.experts[layer, expert](rows, scales)
+        network = self.experts[layer, expert]
+        few = len(rows) <= GraphedExperts.BUCKETS[-1]
+        if self.graphed is not None and few and scales is not None and network.is_fp8:
+            return self.graphed(network, rows, scales)
+        return network(rows, scales)
 
 
 def load_bank(config: ClusterConfig, worker: int) -> Bank:
@@ -82,7 +129,8 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
         experts = {place: held[same] for place, same in distinct.items()}
         hashes = {place: hash_expert(checkpoint, *place) for place in places}
     counts = dict.fromkeys(places, 0)
-    return DeviceBank(model.hidden_size, manifest.model_hash, {}, hashes, counts, experts)
+    graphed = GraphedExperts(model.hidden_size, torch.device(device))
+    return DeviceBank(model.hidden_size, manifest.model_hash, {}, hashes, counts, experts, graphed)
 
 
 def load_device_expert(

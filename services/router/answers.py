@@ -85,8 +85,7 @@ class Answers:
         layout = answer_layout(work.num_rows, work.request.width, row_type)
         buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
         work.sum_into(rows_of(buffer, layout.rows))
-        self.memory.written(buffer)
-        self.memory.release(work.outputs)
+        self.memory.written(buffer, work.outputs)
         self._spent(item, started)
         return self._header(item, kind, buffer, work.num_rows), buffer
 

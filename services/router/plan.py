@@ -5,6 +5,7 @@ order of the weighted sum, so the result does not depend on who answers first.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +46,7 @@ class FanOut:
     there. That table is the order of the weighted sum.
     """
 
-    rows: Ints  # [num_pairs]: index of each place's row in the node's rows
+    rows: Int32s  # [num_pairs]: index of each place's row in the node's rows
     shares: list[WorkerShare]
     slots: Int32s  # [num_rows, most pairs of a row]
     weights: Floats  # the same shape
@@ -62,13 +63,19 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
 
     `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
     """
-    num_rows, top_k = experts.shape
-    order = experts.argsort(axis=1, kind="stable")
-    experts = np.take_along_axis(experts, order, axis=1).ravel()
-    weights = np.take_along_axis(weights, order, axis=1).ravel()
-    nodes = np.take_along_axis(nodes, order, axis=1).ravel()
-    every_row = np.arange(num_rows)
-    return split_pairs(every_row, every_row.repeat(top_k), experts, weights, nodes)
+    rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
+    order = (experts.argsort(axis=1, kind="stable") + firsts).ravel()
+    return split_pairs(rows, pair_rows, experts.take(order), weights.take(order), nodes.take(order))
+
+
+@lru_cache(maxsize=256)
+def _rows_of_pairs(num_rows: int, top_k: int) -> tuple[Ints, Int32s, Ints]:
+    """Every row, the row of every pair, and each row's first pair as a column: the same for all blocks of a size.
+
+    Nobody writes to them.
+    """
+    rows = np.arange(num_rows)
+    return rows, rows.astype(np.int32).repeat(top_k), rows[:, None] * top_k
 
 
 def split_share(share: NodeShare, nodes: Int32s) -> list[NodeShare]:
@@ -77,13 +84,17 @@ def split_share(share: NodeShare, nodes: Int32s) -> list[NodeShare]:
 
 
 def split_pairs(
-    rows: Ints, pair_rows: Ints | Int32s, experts: Int32s, weights: Floats, nodes: Int32s
+    rows: Ints, pair_rows: Int32s, experts: Int32s, weights: Floats, nodes: Int32s
 ) -> list[NodeShare]:
-    """Divide sorted pairs by node, ascending; `pair_rows` index `rows`. Pairs of a negative node are left out."""
+    """Divide sorted pairs by node, ascending; `pair_rows` index `rows`, each of which has a pair.
+
+    Pairs of node NOT_OURS (-1) are left out.
+    """
+    first = int(nodes.min())
+    if first >= 0 and first == int(nodes.max()):  # all for one node, and every row has pairs
+        return [NodeShare(first, rows, pair_rows, experts, weights)]
     shares = []
-    for node in sorted(set(nodes.tolist())):
-        if node < 0:
-            continue
+    for node in np.bincount(nodes + 1)[1:].nonzero()[0].tolist():  # NOT_OURS falls away
         chosen = (nodes == node).nonzero()[0]
         of_pairs = pair_rows[chosen]
         wanted = np.zeros(len(rows), np.bool_)
@@ -114,46 +125,61 @@ def fan_out(
 
     `workers` [num_pairs] says who computes each pair: the rows of one expert may be divided among its replicas.
     """
-    num_experts = int(experts.max()) + 1
-    key = workers.astype(np.int64) * num_experts + experts
-    order = key.argsort(kind="stable")  # rows stay ascending within an expert
-    sorted_key = key[order]
-    starts = np.concatenate(([0], (sorted_key[1:] != sorted_key[:-1]).nonzero()[0] + 1))
+    order = _radix_order(workers, experts)  # rows stay ascending within an expert
+    hit, ids = workers.take(order), experts.take(order)
+    is_first = np.empty(len(order), np.bool_)
+    is_first[0] = True
+    np.not_equal(hit[1:], hit[:-1], out=is_first[1:])
+    is_first[1:] |= ids[1:] != ids[:-1]
+    starts = is_first.nonzero()[0]
     table = np.empty((len(starts), 2), np.int32)
-    table[:, 0] = sorted_key[starts] % num_experts
+    table[:, 0] = ids.take(starts)
     table[:-1, 1] = starts[1:] - starts[:-1]
     table[-1, 1] = len(order) - starts[-1]
     slots, slot_weights = _slot_table(pair_rows, weights, order, num_rows)
-    hit = (sorted_key[starts] // num_experts).tolist()
-    shares = _worker_shares(hit, [*starts.tolist(), len(order)], table)
-    return FanOut(pair_rows[order].astype(np.int64), shares, slots, slot_weights)
+    shares = _worker_shares(hit.take(starts), starts, len(order), table)
+    return FanOut(pair_rows.take(order), shares, slots, slot_weights)
 
 
-def _worker_shares(workers: list[int], bounds: list[int], table: Int32s) -> list[WorkerShare]:
-    shares: list[WorkerShare] = []
-    first = 0
-    for i, worker in enumerate(workers):
-        if i + 1 == len(workers) or workers[i + 1] != worker:
-            shares.append(WorkerShare(worker, bounds[first], bounds[i + 1], table[first : i + 1]))
-            first = i + 1
-    return shares
+def _radix_order(major: Int32s, minor: Int32s) -> Ints:
+    """Stable order by `major`, then `minor`: two passes of numpy's radix sort, which 16-bit numbers get.
+
+    6 us each for 1,024 pairs, where a comparison sort of 64-bit keys takes 65 (AMD EPYC).
+    """
+    order = minor.astype(np.uint16).argsort(kind="stable")
+    return order.take(major.astype(np.uint16).take(order).argsort(kind="stable"))
+
+
+def _worker_shares(workers: Int32s, starts: Ints, end: int, table: Int32s) -> list[WorkerShare]:
+    """One share per run of equal `workers`, [num_segments]; segment i has the places from starts[i] on."""
+    cuts = [0, *((workers[1:] != workers[:-1]).nonzero()[0] + 1).tolist()]
+    bounds = [*starts.take(cuts).tolist(), end]
+    ends = [*cuts[1:], len(workers)]
+    return [
+        WorkerShare(worker, bounds[i], bounds[i + 1], table[cuts[i] : ends[i]])
+        for i, worker in enumerate(workers.take(cuts).tolist())
+    ]
 
 
 def divide_share(share: WorkerShare, workers: Int32s) -> list[WorkerShare]:
     """Divide one worker's share anew, segment by segment; `workers` [num_segments] says who computes each now."""
-    counts = share.segments[:, 1]
+    counts = share.segments[:, 1].astype(np.int64)
     starts = share.start + counts.cumsum() - counts
-    return _worker_shares(workers.tolist(), [*starts.tolist(), share.stop], share.segments)
+    return _worker_shares(workers, starts, share.stop, share.segments)
 
 
 def _slot_table(
     pair_rows: Int32s, weights: Floats, order: Ints, num_rows: int
 ) -> tuple[Int32s, Floats]:
-    counts = np.bincount(pair_rows, minlength=num_rows)
-    rank = np.arange(len(pair_rows)) - (counts.cumsum() - counts)[pair_rows]
     places = np.empty(len(order), np.int32)
     places[order] = np.arange(len(order), dtype=np.int32)
-    slots = np.full((num_rows, int(counts.max())), -1, np.int32)
+    counts = np.bincount(pair_rows, minlength=num_rows)
+    most = int(counts.max())
+    if most * num_rows == len(order):  # as many for every row, as where a node has all experts
+        # a copy: a RELAY's weights lie in its payload, which is given back before the sum
+        return places.reshape(num_rows, most), weights.reshape(num_rows, most).copy()
+    rank = np.arange(len(pair_rows)) - (counts.cumsum() - counts)[pair_rows]
+    slots = np.full((num_rows, most), -1, np.int32)
     slots[pair_rows, rank] = places
     slot_weights = np.zeros(slots.shape, np.float32)
     slot_weights[pair_rows, rank] = weights

@@ -90,8 +90,11 @@ class Rows(Protocol):
         """The same numbers where the kernels of this memory read them."""
         ...
 
-    def written(self, buffer: Buffer) -> None:
-        """What was launched so far writes the rows of `buffer`, which leave when it is done."""
+    def written(self, buffer: Buffer, outputs: Outputs | None = None) -> None:
+        """What was launched so far writes the rows of `buffer`, which leave when it is done.
+
+        If it read `outputs`, these are released then.
+        """
         ...
 
     def release(self, outputs: Outputs) -> None:
@@ -136,7 +139,7 @@ class HostRows:
     def upload(self, array: Array) -> Tensor:
         return torch.from_numpy(array)
 
-    def written(self, buffer: Buffer) -> None:
+    def written(self, buffer: Buffer, outputs: Outputs | None = None) -> None:
         pass
 
     def release(self, outputs: Outputs) -> None:
@@ -154,10 +157,11 @@ class RowsApart:
         self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
     ) -> list[Buffer]:
         table, places, nbytes = _layout(pieces)
-        (index_there, table_there), block = self._copy(index.astype(np.int32), table)
-        buffers = self._gather(payload, segment, index_there, table_there, pieces, places, nbytes)
-        release_behind(self._seam, block)
-        return buffers
+        (index_there, table_there), block, staging = self._copy(index.astype(np.int32), table)
+        held = payload.retain(), staging, block
+        return self._gather(
+            payload, segment, index_there, table_there, pieces, places, nbytes, held
+        )
 
     def fan_out(
         self,
@@ -169,10 +173,13 @@ class RowsApart:
         row_type: RowType,
     ) -> tuple[list[Buffer], Outputs]:
         table, places, nbytes = _layout(pieces)
-        (index_there, table_there, slots, weights), tables = self._copy(
-            index.astype(np.int32), table, plan.slots, plan.weights
+        (index_there, table_there, slots, weights), tables, staging = self._copy(
+            index.astype(np.int32, copy=False), table, plan.slots, plan.weights
         )
-        buffers = self._gather(payload, segment, index_there, table_there, pieces, places, nbytes)
+        held = payload.retain(), staging
+        buffers = self._gather(
+            payload, segment, index_there, table_there, pieces, places, nbytes, held
+        )
         row_nbytes = segment.width * int(row_type)
         num_places = len(plan.rows)
         block = self._pool.take(num_places * row_nbytes)
@@ -189,8 +196,9 @@ class RowsApart:
 
     def _gather(
         self, payload: Buffer, segment: RowSegment, index: Tensor, table: Tensor,
-        pieces: Sequence[Piece], places: list[int], nbytes: int,
+        pieces: Sequence[Piece], places: list[int], nbytes: int, held: Sequence[Buffer | DeviceBlock],
     ) -> list[Buffer]:  # fmt: skip
+        """`held` are released behind the gather."""
         source = check_rows_apart("a block", payload, segment)
         block = self._pool.take(nbytes)
         is_fp8 = segment.row_type is RowType.FP8
@@ -200,8 +208,7 @@ class RowsApart:
             scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
             source_scales=segment.scales_offset,
         )  # fmt: skip
-        fence = self._seam.fence()
-        fence.then(payload.retain().release)
+        fence = release_behind(self._seam, *held)
         buffers = []
         for piece, place in zip(pieces, places, strict=True):
             rows = block.rows(place, piece.segment.end)
@@ -210,8 +217,8 @@ class RowsApart:
         block.release()
         return buffers
 
-    def _copy(self, *arrays: Array) -> tuple[list[Tensor], DeviceBlock]:
-        """Arrays on the device, in one block that the caller releases."""
+    def _copy(self, *arrays: Array) -> tuple[list[Tensor], DeviceBlock, Buffer]:
+        """Arrays on the device, in one block; the caller releases it, and the memory that they are copied from."""
         places, end = [], 0
         for array in arrays:
             places.append(end)
@@ -222,21 +229,24 @@ class RowsApart:
         block = self._pool.take(end)
         there = block.tensor[:end]
         there.copy_(torch.from_numpy(staging.array), non_blocking=True)
-        release_behind(self._seam, staging)
         tensors = [
             there[place : place + array.nbytes].view(_DTYPES[array.dtype.char]).view(array.shape)
             for array, place in zip(arrays, places, strict=True)
         ]
-        return tensors, block
+        return tensors, block, staging
 
     def upload(self, array: Array) -> Tensor:
-        (tensor,), block = self._copy(np.ascontiguousarray(array))
-        release_behind(self._seam, block)
-        return tensor.clone()
+        (tensor,), block, staging = self._copy(np.ascontiguousarray(array))
+        copy = tensor.clone()
+        release_behind(self._seam, block, staging)
+        return copy
 
-    def written(self, buffer: Buffer) -> None:
+    def written(self, buffer: Buffer, outputs: Outputs | None = None) -> None:
         assert buffer.rows is not None, "an answer without rows apart"
-        buffer.rows.fence = self._seam.fence()
+        held: list[DeviceBlock] = []
+        if outputs is not None:
+            held, outputs.held = outputs.held, held
+        buffer.rows.fence = release_behind(self._seam, *held)
 
     def release(self, outputs: Outputs) -> None:
         held, outputs.held = outputs.held, []
