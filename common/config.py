@@ -1,6 +1,6 @@
 """One TOML describes a cluster; this file turns it into one frozen tree. Nothing else reads configuration.
 
-    [cluster]   name, wire, epoch, run_dir, secret_file, device, trace_events, spin_us
+    [cluster]   name, wire, epoch, run_dir, secret_file, device, oversubscribe, trace_events, spin_us
     [model]     path, served_name, cache_dir
     [placement] experts_per_gpu, plan
     [topology]  gpu, nic_gbit_s, uplink_gbit_s, nic_latency_us, nvlink_latency_us
@@ -54,6 +54,7 @@ class ClusterSection:
     run_dir: Path = Path("/run/atoll")
     secret_file: Path | None = None  # default: run_dir/secret
     device: str = _one_of("cpu", "cpu", "cuda")
+    oversubscribe: bool = False  # attention and expert workers may outnumber the GPUs
     # microseconds of polling after each message before a process sleeps; -1: 1000 on GPUs, 0 on CPU
     spin_us: int = _in(-1, -1, 1_000_000)
     trace_events: int = _in(

@@ -15,7 +15,7 @@ from pathlib import Path
 from common import config as cluster_config
 from common.config_toml import Source
 from common.errors import ConfigError
-from deploy.render.description import UnrenderableError
+from deploy.render.error import UnrenderableError
 
 HELP = "write systemd units or a Slurm script for a cluster"
 # each is a module deploy/render/<target>.py: `render(config) -> {relative path: text}` may raise UnrenderableError

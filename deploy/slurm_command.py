@@ -2,6 +2,7 @@
 
   prepare   on the first node: ask every node of the allocation, write the job's cluster TOML and secret
   probe     on every node: print what it has as JSON
+  mps       on every node of GPUs: NVIDIA's MPS, as long as the steps below have processes there
   step      on every node: run its processes of one role, restart the dead, drain on SIGTERM
 
 example: atoll slurm step --role expert --job-dir atoll-12.0
@@ -15,7 +16,7 @@ from common.ids import Role
 from deploy.slurm import job
 
 HELP = "inside a Slurm job: prepare it, run its steps"
-ACTIONS = ("prepare", "probe", "step")
+ACTIONS = ("prepare", "probe", "mps", "step")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "probe":
         job.print_report(job.probe(job_dir))
         return 0
+    if arguments.action == "mps":
+        return job.run_mps(job_dir)
     if arguments.role is None:
         raise ConfigError("atoll slurm step needs --role")
     return job.step(arguments.role, job_dir)

@@ -8,6 +8,7 @@ examples:
   atoll up --ep 64 --nodes 4 --wire fp32 --port 0 --ready-file ready.json
   atoll up --cluster cluster.toml
   atoll up --cluster deploy/clusters/two-hosts.toml --local --model deploy/demo/model
+  atoll up --model /models/deepseek --device cuda --oversubscribe
 """
 
 import argparse
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from common import config as cluster_config
-from common.config import LOCAL, ClusterConfig, ModelSection, local_cluster
+from common.config import LOCAL, ClusterConfig, ClusterSection, ModelSection, local_cluster
+from common.config_toml import Source
 from common.errors import ConfigError
-from deploy.local import models, preflight
+from deploy.local import cards, models, preflight
 from deploy.local.run_dir import RunDir, open_run_dir
 from deploy.local.supervisor import Options, Supervisor
+from deploy.render.error import UnrenderableError
 
 HELP = "start a whole cluster on this machine"
 # None tells "not given": with --cluster these come from the file
@@ -73,6 +76,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routers", type=int, metavar="N", help="rails: routers per node (1)")
     parser.add_argument("--microbatches", type=int, metavar="N", help="per attention worker (2)")
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where everything is computed (cpu, or as the file says)",
+    )
+    parser.add_argument(
+        "--oversubscribe",
+        action="store_true",
+        help="attention and expert workers may outnumber the GPUs and share them",
+    )
+    parser.add_argument(
         "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"
     )
     parser.add_argument("--host", metavar="H", help="address of the HTTP API (127.0.0.1)")
@@ -121,14 +134,37 @@ def launch(
         config = described or _from_options(arguments, run_dir)
         if arguments.local:
             config = on_this_machine(config, run_dir.path)
+        config = replace(config, cluster=_on_device(config.cluster, arguments))
         if adapt is not None:
             config = adapt(config)
         if config.cluster.secret_file is None:
             run_dir.write_secret()
         preflight.check(config)
+        options = _with_cards(options, config, run_dir, arguments.cluster)
         return asyncio.run(Supervisor(config, run_dir, options).run(on_ready))
     finally:
         run_dir.close()
+
+
+def _on_device(cluster: ClusterSection, arguments: argparse.Namespace) -> ClusterSection:
+    return replace(
+        cluster,
+        device=arguments.device or cluster.device,
+        oversubscribe=arguments.oversubscribe or cluster.oversubscribe,
+    )
+
+
+def _with_cards(
+    options: Options, config: ClusterConfig, run_dir: RunDir, file: Path | None
+) -> Options:
+    """Who runs on which GPU. Raises ConfigError when there are too few."""
+    if config.cluster.device != "cuda":
+        return options
+    try:
+        environments, mps = cards.deal(config, cards.visible(), run_dir.path)
+    except UnrenderableError as exc:
+        raise (Source.read(file).error(exc.where, exc.sentence) if file else exc) from exc
+    return replace(options, environments=environments, mps=mps)
 
 
 def on_this_machine(config: ClusterConfig, run_dir: Path) -> ClusterConfig:

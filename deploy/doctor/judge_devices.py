@@ -107,12 +107,14 @@ def mps(found: Nvidia, need: Need) -> list[Finding]:
     """Processes on one card take turns of milliseconds without it (130 to 150 us for each touch)."""
     if not need.shares_gpus:
         return []
-    start = f"CUDA_MPS_PIPE_DIRECTORY={need.mps_dir} nvidia-cuda-mps-control -d"
+    start = "systemctl start atoll-mps"
     if found.mps_is_running:
         return [ok("mps", "runs, for the processes that share a GPU")]
     if not found.mps_control:
         text = "processes share a GPU and nvidia-cuda-mps-control is not installed"
         return [failure("mps", text, "apt-get install nvidia-cuda-mps")]
+    if need.starts_mps:
+        return [ok("mps", "is installed; it starts and stops with the cluster")]
     if any(gpu.is_exclusive for gpu in found.gpus):
         text = "processes share a GPU whose compute mode allows one process, and MPS does not run"
         return [failure("mps", text, start)]

@@ -17,7 +17,7 @@ class Need:
     """`ports`: what each process of this host listens on. `gpus`: cards wanted, 0 on CPU.
 
     `num_links`: the most data links one of its processes holds. `secret` None: made at each start.
-    `leaves_host`: data links to other hosts exist.
+    `leaves_host`: data links to other hosts exist. `starts_mps`: whoever starts the cluster starts MPS, too.
     """
 
     device: str
@@ -29,6 +29,7 @@ class Need:
     model: Path
     secret: Path | None
     mps_dir: str
+    starts_mps: bool = False
 
     @property
     def num_fds(self) -> int:
@@ -58,19 +59,16 @@ def need_of(config: ClusterConfig, host_name: str, *, in_job: bool) -> Need:
     if config.cluster.device == "cuda" and not wanted:
         wanted = 1  # the TOML leaves open how many
     fullest = max(node.experts + node.attention for node in nodes)
+    made_at_start = in_job or all(node.host == LOCAL for node in config.nodes)
     return Need(
         device=config.cluster.device,
         gpus=wanted,
-        shares_gpus=host.shares_gpus,
+        shares_gpus=wanted > 0,  # a router always shares
         ports=() if in_job else tuple(ports),
         num_links=fullest + sum(node.routers for node in config.nodes),
         leaves_host=len(description.hosts) > 1,
         model=config.model.path,
-        secret=None if _is_made_at_start(config, in_job=in_job) else config.secret_path,
+        secret=None if made_at_start and config.cluster.secret_file is None else config.secret_path,
         mps_dir=f"{config.cluster.run_dir}/mps",
+        starts_mps=made_at_start,
     )
-
-
-def _is_made_at_start(config: ClusterConfig, *, in_job: bool) -> bool:
-    all_here = all(node.host == LOCAL for node in config.nodes)
-    return config.cluster.secret_file is None and (in_job or all_here)

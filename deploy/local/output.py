@@ -85,6 +85,10 @@ class Display:
         if not self._quiet:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Something that the user should change."""
+        print(f"atoll: warning: {text}", file=sys.stderr, flush=True)
+
     def progress(self, text: str) -> None:
         """Replace what the spinner says; nothing without a terminal."""
         if self._status is not None:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ConfigError
+from deploy.local import mps
 
 LOCK = "lock"
+LOGS = "logs"
+MPS = "mps"  # pipes of its daemon, where processes share a card
 SECRET_NBYTES = 32
 _TRANSIENT = ("*.sock", "*.url", "secret", "*.tmp")
 
@@ -35,7 +38,7 @@ class RunDir:
 
     def log_file(self, name: str) -> Path:
         """Where the output of one process goes."""
-        return self.path / "logs" / f"{name}.log"
+        return self.path / LOGS / f"{name}.log"
 
     def write_secret(self) -> None:
         """A new random secret, readable by the owner only."""
@@ -58,7 +61,8 @@ def open_run_dir(requested: Path | None) -> RunDir:
 
 
 def remove_leftovers(path: Path, *, temporary: bool) -> None:
-    """Remove a temporary directory, or only the transient files of a kept one; idempotent."""
+    """Stop its MPS, then remove a temporary directory, or only the transient files of a kept one; idempotent."""
+    mps.stop(path / MPS)
     if temporary:
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -88,7 +92,7 @@ def _open_given(path: Path) -> RunDir:
     if fd is None:
         raise ConfigError(f"another cluster is running in {path}")
     remove_leftovers(path, temporary=False)
-    (path / "logs").mkdir(exist_ok=True)
+    (path / LOGS).mkdir(exist_ok=True)
     return RunDir(path, temporary=False, lock_fd=fd)
 
 
@@ -105,7 +109,7 @@ def _open_temporary() -> RunDir:
                 remove_leftovers(old, temporary=True)
                 os.close(fd)
         path = Path(tempfile.mkdtemp(prefix="run-", dir=base))
-        (path / "logs").mkdir()
+        (path / LOGS).mkdir()
         fd = _try_lock(path)
         if fd is None:
             raise ConfigError(f"{path} was locked by somebody else")

@@ -11,13 +11,14 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.config import LOCAL, ClusterConfig
-from common.ids import Role
+from common.ids import ProcessId, Role
 from common.service import STOP_SIGNALS
 from deploy.local.forker import Forker
+from deploy.local.mps import Mps, MpsError
 from deploy.local.output import Display, LinePipe
 from deploy.local.part import STOP_SIGNAL, Part, until_silent
 from deploy.local.readiness import NotifySocket, wait_until_ready, write_ready_file
@@ -34,7 +35,8 @@ _EXIT_BAD_INPUT = 2
 class Options:
     """How to run, apart from what the cluster is. `package` holds one module per role.
 
-    With `part`, other supervisors run the rest of the cluster.
+    With `part`, other supervisors run the rest of the cluster. `environments` are what single processes get on top,
+    `mps` is what must run before they do.
     """
 
     ready_file: Path | None = None
@@ -42,6 +44,8 @@ class Options:
     verbose: bool = False
     quiet: bool = False
     part: Part | None = None
+    environments: Mapping[ProcessId, Mapping[str, str]] = field(default_factory=dict)
+    mps: Mps | None = None
 
 
 class Supervisor:
@@ -68,6 +72,7 @@ class Supervisor:
             on_spawned=self._on_spawned, on_exited=self._on_exited, on_lost=self._on_zygote_lost
         )
         self._notify: NotifySocket | None = None
+        self._mps_lock = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -122,6 +127,7 @@ class Supervisor:
         started = asyncio.get_running_loop().time()
         self._write_cluster(self._config)
         self._progress()
+        await self._ensure_mps()
         await self._forker.warm.wait()
         for worker in self._workers.values():
             self._spawn(worker)
@@ -172,8 +178,7 @@ class Supervisor:
         if part is not None:
             argv += ["--stop-signal", STOP_SIGNAL]
             env.update(part.environments[worker.spec.id])
-        else:
-            env.update(_device_environment(self._config, worker))
+        env.update(self._options.environments.get(worker.spec.id, {}))
         module = f"{self._options.package}.{worker.role}"
         worker.state = WorkerState.STARTING
         worker.pipe = pipe
@@ -225,7 +230,19 @@ class Supervisor:
 
     async def _restart(self, worker: Worker, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
+        if worker.spec.id in self._options.environments:
+            await self._ensure_mps()  # it may have died with it
         self._spawn(worker)
+
+    async def _ensure_mps(self) -> None:
+        """Processes that share a card work without it, slowly: worth a warning, no reason to end."""
+        if self._options.mps is None:
+            return
+        try:
+            async with self._mps_lock:
+                await asyncio.to_thread(self._options.mps.ensure)
+        except MpsError as exc:
+            self._display.warn(f"processes share a GPU without MPS and take turns on it: {exc}")
 
     def _on_zygote_lost(self) -> None:
         for worker in self._workers.values():
@@ -308,12 +325,3 @@ def _allow_many_files() -> None:
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _device_environment(config: ClusterConfig, worker: Worker) -> dict[str, str]:
-    """GPU processes are dealt out over the cards in turn; nothing on CPU."""
-    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
-    if config.cluster.device != "cuda" or not cards or worker.role is Role.GATEWAY:
-        return {}
-    position = [spec.id for spec in config.processes()].index(worker.spec.id)
-    return {"CUDA_VISIBLE_DEVICES": str(position % len(cards))}

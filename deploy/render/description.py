@@ -13,17 +13,10 @@ from common.errors import ConfigError
 from common.ids import ProcessId, Role
 from common.service import STOP_DEADLINE_S
 from common.transport.environment import set_ucx_environment
+from deploy.render.gpus import assign, device_environment, shares_cards
 
 START_ORDER = tuple(Role)
 STOP_MARGIN_S = 2.0  # between the last thing a process does by itself and SIGKILL
-
-
-class UnrenderableError(ConfigError):
-    """A rendering cannot express a key's value; `where` is the key as in "nodes[0].gpus"."""
-
-    def __init__(self, where: str, sentence: str) -> None:
-        super().__init__(f"{where} {sentence}")
-        self.where, self.sentence = where, sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,41 +77,25 @@ def describe(config: ClusterConfig) -> Description:
 
 def _host(config: ClusterConfig, name: str) -> Host:
     specs = [spec for spec in config.processes() if config.nodes[spec.node].host == name]
-    cards = [card for spec in specs if (card := gpu_of(config, spec)) is not None]
-    shares = len(cards) > len(set(cards))
-    processes = tuple(
-        Process(
-            spec.id,
-            spec.node,
-            gpu_of(config, spec),
-            environment_of(config, spec, shares_gpus=shares),
-        )
-        for spec in specs
-    )
-    return Host(name, processes, shares)
-
-
-def gpu_of(config: ClusterConfig, spec: ProcessSpec) -> int | None:
-    """The card of a process on its host, None on CPU, for the gateway and where the TOML does not count the cards.
-
-    Nodes on one host have consecutive cards. On a node experts come first, then attention workers, one card each in
-    turn; router r is on the node's card r, beside an expert.
-    """
-    node = config.nodes[spec.node]
-    if config.cluster.device != "cuda" or not node.gpus or spec.id.role is Role.GATEWAY:
-        return None
-    first = sum(other.gpus for other in config.nodes[: spec.node] if other.host == node.host)
-    alike = [other.id for other in config.of_role(spec.id.role) if other.node == spec.node]
-    position = alike.index(spec.id)
-    if spec.id.role is Role.ATTENTION:
-        position += node.experts
-    return first + position % node.gpus
+    assigned = assign(config)
+    cards = {spec.id: assigned[spec.id] for spec in specs if spec.id in assigned}
+    shares = shares_cards(cards)
+    mps_dir = f"{config.cluster.run_dir}/mps" if shares else None
+    processes = []
+    for spec in specs:
+        card = cards.get(spec.id)
+        environment = environment_of(config, spec, None if card is None else str(card), mps_dir)
+        processes.append(Process(spec.id, spec.node, card, environment))
+    return Host(name, tuple(processes), shares)
 
 
 def environment_of(
-    config: ClusterConfig, spec: ProcessSpec, *, shares_gpus: bool
+    config: ClusterConfig, spec: ProcessSpec, card: str | None, mps_dir: str | None
 ) -> dict[str, str]:
-    """What a supervisor sets for a process, which leaves what is set as it is. MPS's pipe is in `run_dir`."""
+    """What a supervisor sets for a process, which leaves what is set as it is.
+
+    `card` as CUDA_VISIBLE_DEVICES takes it, None for a process without one; `mps_dir` None without MPS.
+    """
     local = all(node.host == LOCAL for node in config.nodes)
     environment = {"OMP_NUM_THREADS": "1"}
     if spec.id.role is not Role.GATEWAY:  # it has control links only
@@ -128,10 +105,4 @@ def environment_of(
             net_device=spec.net_device,
             environ=environment,
         )
-    gpu = gpu_of(config, spec)
-    if gpu is not None:
-        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of nvidia-smi
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        if shares_gpus:
-            environment["CUDA_MPS_PIPE_DIRECTORY"] = f"{config.cluster.run_dir}/mps"
-    return environment
+    return environment if card is None else environment | device_environment(card, mps_dir)

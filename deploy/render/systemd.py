@@ -17,14 +17,9 @@ from string import Template
 
 from common.config import ClusterConfig, ModelSection
 from common.ids import Role
-from deploy.render.description import (
-    START_ORDER,
-    Description,
-    Host,
-    Process,
-    UnrenderableError,
-    describe,
-)
+from deploy.render import gpus
+from deploy.render.description import START_ORDER, Description, Host, Process, describe
+from deploy.render.error import UnrenderableError
 
 CONFIG_DIR = Path("/etc/atoll")
 BIN_DIR = Path("/opt/atoll/current/bin")
@@ -111,6 +106,7 @@ def _check(config: ClusterConfig) -> None:
             raise UnrenderableError(
                 f"nodes[{i}].gpus", 'must say how many cards the node has, since device is "cuda"'
             )
+    gpus.check(config)
 
 
 def _units(config: ClusterConfig, description: Description) -> dict[str, str]:

@@ -16,8 +16,9 @@ from common.config import (
     Node,
 )
 from common.errors import ConfigError
-from common.ids import Role
-from deploy.render.description import environment_of, gpu_of
+from common.ids import ProcessId, Role
+from deploy.render.description import environment_of
+from deploy.render.gpus import SHARE_HOW, assign, node_cards, num_workers
 
 GATEWAY_PORT_OFFSET = PORTS_PER_NODE - 1  # where the TOML leaves the gateway's port open
 _JOB_STRIDE = 13  # port ranges between consecutive jobs, which may share nodes
@@ -99,21 +100,24 @@ def resolve(
     )
 
 
+def cards_of(config: ClusterConfig, node_id: int) -> dict[ProcessId, int]:
+    """The card of each process of a node, counted from 0 there: nodes of Slurm share none."""
+    first = node_cards(config)[node_id].start
+    assigned = assign(config)
+    own = (spec.id for spec in config.processes() if spec.node == node_id)
+    return {id_: assigned[id_] - first for id_ in own if id_ in assigned}
+
+
 def environments(
-    config: ClusterConfig, node_id: int, role: Role, gpus: Sequence[str]
-) -> dict[str, dict[str, str]]:
-    """What to set for each process of a role on a node, by process name; `gpus` are the node's cards there."""
-    own = [spec for spec in config.processes() if spec.node == node_id]
-    cards = [card for spec in own if (card := gpu_of(config, spec)) is not None]
-    shares = len(cards) > len(set(cards))
+    config: ClusterConfig, node_id: int, role: Role, gpus: Sequence[str], mps_dir: str | None
+) -> dict[ProcessId, dict[str, str]]:
+    """What to set for each process of a role on a node; `gpus` are its cards, `mps_dir` has the pipe of its MPS."""
+    cards = cards_of(config, node_id)
     result = {}
-    for spec in own:
-        environment = environment_of(config, spec, shares_gpus=shares)
-        card = gpu_of(config, spec)
-        if card is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[card % len(gpus)]
-        if spec.id.role is role:
-            result[str(spec.id)] = environment
+    for spec in config.of_role(role):
+        if spec.node == node_id:
+            card = gpus[cards[spec.id]] if spec.id in cards else None
+            result[spec.id] = environment_of(config, spec, card, mps_dir)
     return result
 
 
@@ -137,16 +141,18 @@ def kill_wait_s(shown: str) -> float | None:
 
 
 def _gpus(config: ClusterConfig, node_id: int, report: NodeReport) -> int:
-    wanted = config.nodes[node_id].gpus
+    node = config.nodes[node_id]
     if config.cluster.device != "cuda":
-        return wanted
-    needed = max(wanted, 1)
+        return node.gpus
+    workers = num_workers(node)
+    needed = node.gpus or max(1, 1 if config.cluster.oversubscribe else workers)
     if len(report.gpus) < needed:
+        how = "" if node.gpus or not report.gpus else f"; {SHARE_HOW}"
         raise ConfigError(
             f"node {report.name} has {len(report.gpus)} GPUs in this allocation, "
-            f"nodes[{node_id}] needs {needed}"
+            f"nodes[{node_id}] needs {needed}{how}"
         )
-    return wanted or len(report.gpus)
+    return node.gpus or min(len(report.gpus), max(1, workers))
 
 
 def _no_ports(node: Node, node_id: int, name: str) -> str:

@@ -7,8 +7,11 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,18 +20,28 @@ from common import config as cluster_config
 from common.config import ClusterConfig
 from common.errors import AtollError, ConfigError
 from common.ids import Role
-from deploy.local import preflight
+from deploy.local import cards, preflight
+from deploy.local.mps import Mps, MpsError
+from deploy.local.mps import stop as stop_mps
 from deploy.local.part import Part
-from deploy.local.run_dir import open_run_dir, require_private, write_atomically, write_secret
+from deploy.local.run_dir import (
+    LOGS,
+    MPS,
+    open_run_dir,
+    require_private,
+    write_atomically,
+    write_secret,
+)
 from deploy.local.supervisor import Options, Supervisor
 from deploy.render.description import describe
+from deploy.render.gpus import shares_cards
 from deploy.slurm import allocation
 from deploy.slurm.allocation import NodeReport
 
 CLUSTER_FILE = "cluster.toml"
-LOGS = "logs"
 SRUN = ("srun", "--quiet", "--overlap", "--mpi=none", "--input=none", "--ntasks-per-node=1")
 _PROBE_S = 120.0
+_MPS_START_S, _MPS_CHECK_S = 60.0, 10.0
 
 
 def prepare(job_dir: Path) -> None:
@@ -50,7 +63,7 @@ def prepare(job_dir: Path) -> None:
 def probe(job_dir: Path) -> NodeReport:
     """What this node can offer. A problem is reported, not raised: another node says it better, and once."""
     name, node_id = _variable("SLURMD_NODENAME"), int(_variable("SLURM_NODEID"))
-    gpus = visible_gpus()
+    gpus = cards.visible()
     try:
         config = cluster_config.load(job_dir / CLUSTER_FILE)
         _check_files(config)
@@ -68,12 +81,12 @@ def step(role: Role, job_dir: Path) -> int:
     """Run this node's processes of a role until told to stop; 0 at once when it has none."""
     config = cluster_config.load(job_dir / CLUSTER_FILE)
     node_id = int(_variable("SLURM_NODEID"))
-    if node_id >= len(config.nodes):
+    if not any(spec.node == node_id for spec in config.of_role(role)):
         return 0
-    settings = allocation.environments(config, node_id, role, visible_gpus())
-    own = {spec.id: settings[str(spec.id)] for spec in config.of_role(role) if spec.node == node_id}
-    if not own:
-        return 0
+    pipes = None
+    if role is not Role.GATEWAY and shares_cards(allocation.cards_of(config, node_id)):
+        pipes = _wait_for_mps(job_dir, node_id)
+    own = allocation.environments(config, node_id, role, cards.visible(), pipes)
     deadline_s = describe(config).stop_deadline_s
     part = Part(own, job_dir / LOGS, config.nodes[node_id].host, deadline_s)
     ready_file = job_dir / "ready.json" if role is Role.GATEWAY else None
@@ -85,9 +98,51 @@ def step(role: Role, job_dir: Path) -> int:
         run_dir.close()
 
 
-def visible_gpus() -> tuple[str, ...]:
-    """The cards that Slurm gave this node."""
-    return tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+def run_mps(job_dir: Path) -> int:
+    """Keep MPS running on this node until told to stop, and then until its last client is gone; a step of its own,
+    since Slurm ends whatever a step has started when the step ends. 0 at once where no processes share a card.
+    """
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    config = cluster_config.load(job_dir / CLUSTER_FILE)
+    node_id = int(_variable("SLURM_NODEID"))
+    numbers = allocation.cards_of(config, node_id) if node_id < len(config.nodes) else {}
+    if not shares_cards(numbers):
+        return 0
+    visible = cards.visible()
+    used = [visible[number] for number in sorted(set(numbers.values()))]
+    run_dir = open_run_dir(None)
+    try:
+        mps = Mps(run_dir.path / MPS, job_dir / LOGS / f"mps-{node_id}", used)
+        warned = ""
+        while True:
+            try:
+                mps.ensure()
+            except MpsError as exc:
+                if str(exc) != warned:
+                    print(f"warning: node {node_id} shares GPUs without MPS: {exc}", flush=True)
+                warned = str(exc)
+            write_atomically(_mps_file(job_dir, node_id), f"{mps.pipes}\n")
+            if told.wait(_MPS_CHECK_S):
+                break
+        stop_mps(mps.pipes, 2 * describe(config).stop_deadline_s)
+    finally:
+        run_dir.close()
+    return 0
+
+
+def _mps_file(job_dir: Path, node_id: int) -> Path:
+    return job_dir / f"mps-{node_id}"
+
+
+def _wait_for_mps(job_dir: Path, node_id: int) -> str:
+    """Where its pipe is on this node, once the step that starts it has done what it can."""
+    deadline = time.monotonic() + _MPS_START_S
+    while not (file := _mps_file(job_dir, node_id)).exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"the MPS step of node {node_id} did not start in {_MPS_START_S:g} s")
+        time.sleep(0.1)
+    return file.read_text().strip()
 
 
 def _ask_nodes(job_dir: Path, num_nodes: int) -> list[NodeReport]:

@@ -14,6 +14,10 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+MPS = {  # a stand-in for NVIDIA's program, and two cards that do not exist
+    "PATH": f"{HERE / 'fakes'}:{os.environ['PATH']}",
+    "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b",
+}
 READY_S = 60.0
 STOP_S = 20.0
 
@@ -31,7 +35,7 @@ def wait_for(what, condition, limit_s):
 class Launched:
     """`atoll up` with dummies in a process group of its own."""
 
-    def __init__(self, directory, *options, dummy=""):
+    def __init__(self, directory, *options, dummy="", **variables):
         self.directory = directory
         self.ready_file = directory / "ready.json"
         model = directory / "model"
@@ -42,6 +46,7 @@ class Launched:
             "PYTHONPATH": f"{ROOT}:{HERE}",
             "DUMMY": dummy,
             "TMPDIR": str(directory),
+            **variables,
         }
         defaults = [] if "--model" in options else ["--model", str(model)]
         port = [] if "--port" in options else ["--port", "0"]
@@ -102,8 +107,8 @@ def environments():
 def launch(tmp_path):
     started = []
 
-    def start(*options, dummy=""):
-        started.append(Launched(tmp_path, *options, dummy=dummy))
+    def start(*options, dummy="", **variables):
+        started.append(Launched(tmp_path, *options, dummy=dummy, **variables))
         return started[-1]
 
     yield start
@@ -274,3 +279,79 @@ def test_given_run_directory_keeps_the_logs_only(launch, tmp_path):
     assert cluster.end()[0] == 0
     assert sorted(p.name for p in run_dir.iterdir()) == ["cluster.toml", "lock", "logs"]
     assert "ready; UCX environment" in (run_dir / "logs" / "expert-0.log").read_text()
+
+
+def mps_starts(run_dir):
+    """How often MPS was started, and for which cards."""
+    lines = (run_dir / "logs" / "control.log").read_text().splitlines()
+    return [line.split()[0] for line in lines]
+
+
+def test_processes_on_a_card_share_it_by_mps(launch, tmp_path):
+    run_dir = tmp_path / "mine"
+    options = ("--device", "cuda", "--oversubscribe", "--nodes", 1, "--run-dir", run_dir)
+    cluster = launch(*options, **MPS)
+    cluster.ready()
+    expected = {
+        "router-0": "a",
+        "attention-0": "a",
+        "attention-1": "a",
+        "expert-0": "b",
+        "expert-2": "b",
+    }
+    for name, card in expected.items():
+        log = (run_dir / "logs" / f"{name}.log").read_text()
+        assert f"card GPU-{card}, MPS {run_dir}/mps\n" in log
+    assert "MPS None" in (run_dir / "logs" / "gateway-0.log").read_text()
+    assert mps_starts(run_dir) == ["cards=GPU-a,GPU-b"]
+    daemon = int((run_dir / "mps/nvidia-cuda-mps-control.pid").read_text())
+    expert = cluster.pid_of("expert-1")
+    for pid in (daemon, expert):  # it takes its clients with it
+        os.kill(pid, signal.SIGKILL)
+    wait_for("a new start", lambda: cluster.pid_of("expert-1") not in (expert, None), 20)
+    assert len(mps_starts(run_dir)) == 2
+    cluster.process.send_signal(signal.SIGTERM)
+    code, _, err = cluster.end()
+    assert (code, err) == (0, "")
+    assert not (run_dir / "mps").exists()
+    assert not cluster.processes()
+
+
+def test_killed_launcher_takes_mps_with_it(launch, tmp_path):
+    cluster = launch("--device", "cuda", "--oversubscribe", **MPS)
+    cluster.ready()
+    assert list(tmp_path.rglob("mps/control"))
+    cluster.process.kill()
+    wait_for("the end of every process", lambda: not cluster.processes(), 10)
+    wait_for("the removal of every file", lambda: not cluster.files(), 5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({"PATH": "/nowhere"}, "nvidia-cuda-mps-control is not installed (it comes with NVIDIA's driver)"),
+        ({"FAKE_MPS": "broken"}, "nvidia-cuda-mps-control -d: Cannot open /dev/nvidiactl"),
+    ],
+)  # fmt: skip
+def test_without_mps_a_warning_says_what_it_costs(launch, variables, why):
+    cluster = launch("--device", "cuda", "--oversubscribe", **{**MPS, **variables})
+    cluster.ready()
+    cluster.process.send_signal(signal.SIGTERM)
+    code, _, err = cluster.end()
+    warning = "atoll: warning: processes share a GPU without MPS and take turns on it: "
+    assert (code, err) == (0, f"{warning}{why}\n")
+
+
+@pytest.mark.parametrize(
+    ("cards", "sentence"),
+    [
+        ("GPU-a,GPU-b,GPU-c,GPU-d", "5 attention and expert workers have 4 GPUs; "
+         "sharing them needs cluster.oversubscribe = true (atoll up --oversubscribe)"),
+        ("", "no GPU was found on this host (cluster.device is cuda)"),
+    ],
+)  # fmt: skip
+def test_too_few_cards_are_one_sentence(launch, cards, sentence):
+    cluster = launch("--device", "cuda", **{**MPS, "CUDA_VISIBLE_DEVICES": cards})
+    code, _, err = cluster.end()
+    assert (code, err) == (2, f"atoll: {sentence}\n")
+    assert not cluster.processes()

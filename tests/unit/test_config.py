@@ -198,7 +198,11 @@ def test_local_cluster_checks_its_values(changes, sentence):
 PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).map(
     lambda text: Path("/") / text.lstrip("/")
 )
-FREE = {str: st.text(st.characters(exclude_categories=["Cs"])), Path: PATHS}
+FREE = {
+    str: st.text(st.characters(exclude_categories=["Cs"])),
+    Path: PATHS,
+    bool: st.booleans(),
+}
 
 
 def sections(kind, **fixed):
@@ -214,7 +218,8 @@ def sections(kind, **fixed):
             number = st.floats if isinstance(f.default, float) else st.integers
             values[f.name] = number(low, high)
         else:
-            values[f.name] = FREE[Path] if "Path" in str(f.type) else FREE[str]
+            kind_of = bool if f.type is bool else Path if "Path" in str(f.type) else str
+            values[f.name] = FREE[kind_of]
     return st.builds(kind, **values)
 
 

@@ -55,8 +55,8 @@ def test_cards_are_dealt_out_within_a_node(tmp_path):
     path.write_text(GPU)
     (host,) = describe(cluster_config.load(path)).hosts
     cards = {str(process.id): process.gpu for process in host.processes}
-    assert [cards[f"expert-{i}"] for i in range(7)] == [0, 1, 2, 3, 4, 5, 8]
-    assert (cards["attention-0"], cards["attention-1"]) == (6, 7)
+    assert (cards["attention-0"], cards["attention-1"]) == (0, 1)
+    assert [cards[f"expert-{i}"] for i in range(7)] == [2, 3, 4, 5, 6, 7, 8]
     assert (cards["router-0"], cards["router-1"], cards["gateway-0"]) == (0, 8, None)
     assert host.shares_gpus
     environment = host.processes[0].environment

@@ -1,5 +1,6 @@
 """Slurm: the rendered script as text, and how an allocation becomes hosts, ports and GPUs."""
 
+import functools
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ THREE = """\
 [cluster]
 name = "three"
 device = "{device}"
+oversubscribe = {oversubscribe}
 [model]
 path = "/srv/model"
 [gateway]
@@ -43,9 +45,10 @@ gpus = {gpus}
 
 @pytest.fixture
 def three(tmp_path):
-    def load(*, device="cpu", port=8000, gpus=0, base_port=0):
+    def load(*, device="cpu", port=8000, gpus=0, base_port=0, oversubscribe=True):
         path = tmp_path / "three.toml"
-        path.write_text(THREE.format(device=device, port=port, gpus=gpus, base_port=base_port))
+        values = {"device": device, "port": port, "gpus": gpus, "base_port": base_port}
+        path.write_text(THREE.format(**values, oversubscribe=str(oversubscribe).lower()))
         return cluster_config.load(path)
 
     return load
@@ -169,12 +172,26 @@ def test_cards_are_those_of_the_allocation(three):
     config = three(device="cuda")
     resolved = resolve(config, *(report(config, i) for i in range(3)))
     assert [node.gpus for node in resolved.nodes] == [2, 2, 2]
-    experts = allocation.environments(resolved, 0, Role.EXPERT, ("4", "5"))
-    assert [experts[f"expert-{i}"]["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["4", "5"]
-    assert "CUDA_MPS_PIPE_DIRECTORY" in experts["expert-0"]  # attention workers share them
-    (gateway,) = allocation.environments(resolved, 0, Role.GATEWAY, ("4", "5")).values()
-    assert "CUDA_VISIBLE_DEVICES" not in gateway
-    assert allocation.environments(resolved, 1, Role.ATTENTION, ("4", "5")) == {}
+    ask = functools.partial(allocation.environments, resolved, gpus=("4", "5"), mps_dir="/run/mps")
+    for node_id, role, cards in [
+        (0, Role.ATTENTION, ["4", "4"]),
+        (0, Role.EXPERT, ["5", "5"]),
+        (1, Role.EXPERT, ["4", "5"]),
+        (2, Role.ROUTER, ["4"]),
+    ]:
+        environments = ask(node_id=node_id, role=role).values()
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == cards
+        assert {e["CUDA_MPS_PIPE_DIRECTORY"] for e in environments} == {"/run/mps"}
+    (gateway,) = ask(node_id=0, role=Role.GATEWAY).values()
+    assert not any(name.startswith("CUDA") for name in gateway)
+    assert ask(node_id=1, role=Role.ATTENTION) == {}
+
+
+def test_mps_has_a_step_where_there_are_gpus(three):
+    (text,) = slurm.render(three(device="cuda", gpus=3)).values()
+    assert "for step in 'mps' 'step --role router' 'step --role expert'" in text
+    (text,) = slurm.render(three()).values()
+    assert "for step in 'step --role router'" in text
 
 
 @pytest.mark.parametrize(
@@ -188,6 +205,8 @@ def test_cards_are_those_of_the_allocation(three):
         ({"device": "cuda", "gpus": 2}, {"gpus": ("0",)},
          r"^node n2 has 1 GPUs in this allocation, nodes\[1\] needs 2$"),
         ({"device": "cuda"}, {"gpus": ()}, r"^node n2 has 0 GPUs in this allocation, .* needs 1$"),
+        ({"device": "cuda", "oversubscribe": False}, {},
+         r"^node n1 has 2 GPUs in this allocation, nodes\[0\] needs 4; sharing them needs cluster"),
         ({}, {"position": 3}, "^node 1 of the allocation did not report$"),
     ],
 )  # fmt: skip

@@ -38,7 +38,7 @@ experts = 2
 """
 
 
-GPU = GOOD.replace('"cpu"', '"cuda"').replace("experts = 2", "experts = 2\ngpus = 2")
+GPU = GOOD.replace('"cpu"', '"cuda"').replace("experts = 2", "experts = 2\ngpus = 3")
 
 
 def unit(text):

@@ -1,6 +1,7 @@
 """A service that does nothing, and misbehaves when DUMMY says so: "expert-1=bad-input attention-0=hang"."""
 
 import asyncio
+import logging
 import os
 import sys
 
@@ -17,6 +18,8 @@ class Dummy:
         self.order = dict(item.split("=") for item in os.environ.get("DUMMY", "").split()).get(name)
 
     async def start(self, tasks):
+        card, pipes = map(os.environ.get, ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY"))
+        logging.getLogger("atoll.dummy").info("card %s, MPS %s", card, pipes)
         if self.order == "bad-input":
             raise ModelError("tensor x is missing")
         if self.order == "crash":
