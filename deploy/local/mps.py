@@ -22,6 +22,8 @@ START_S = 10.0
 ANSWER_S = 5.0
 STOP_S = 5.0
 _POLL_S = 0.05
+# what ends us must not end it, and with it every client at its work: Slurm signals all that a step has started
+_START = ("/bin/sh", "-c", f'trap "" INT TERM HUP; exec {CONTROL} -d')
 _COMM = CONTROL[:15]  # as the kernel keeps it
 _CONTROL_PIPE, _PID_FILE = "control", f"{CONTROL}.pid"
 
@@ -56,7 +58,7 @@ class Mps:
         with said.open("wb") as output:
             try:
                 done = subprocess.run(
-                    [CONTROL, "-d"],
+                    _START,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

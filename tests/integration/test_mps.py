@@ -74,6 +74,14 @@ def test_a_dead_one_is_started_again(daemon):
     assert mps.answers(daemon.pipes)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_to_everything_we_started_leave_it_to_its_clients(daemon, number):
+    daemon.ensure()
+    os.kill(pids(daemon)[0], number)
+    time.sleep(0.1)  # for a default action to be taken
+    assert mps.answers(daemon.pipes)
+
+
 def test_one_that_hangs_is_killed(daemon, monkeypatch):
     daemon.ensure()
     monkeypatch.setenv("FAKE_MPS", "silent")

@@ -36,6 +36,11 @@ def test_a_healthy_host_has_nothing_wrong(host, need):
     assert all(not f.fix for f in findings)
 
 
+def test_mps_that_starts_with_the_cluster_need_not_run_before():
+    findings = judged(gpus("nvidia", mps_is_running=False), replace(GPU_NEED, starts_mps=True))
+    assert complaints(findings) == []
+
+
 def host(part, **changes):
     """A fault in one part of the CPU host."""
     whole = cpu_host()
