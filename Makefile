@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup check test test-oracle test-ep256 test-systemd demo bench
+.PHONY: setup check test test-oracle test-ep256 test-systemd test-slurm demo bench
 
 setup: $(VENV)/.ready
 
@@ -33,6 +33,10 @@ test-ep256: setup
 # as root: installs debootstrap and systemd-container where they are missing, boots two hosts, removes them again
 test-systemd: setup
 	ATOLL_SYSTEMD_RESULT=tests/systemd/result.json $(BIN)/python -m pytest tests/systemd -m systemd --timeout 1800 -s
+
+# as root: installs Slurm and munge where they are missing, runs four nodes of it in a network namespace, removes all again
+test-slurm: setup
+	ATOLL_SLURM_RESULT=tests/slurm/result.json $(BIN)/python -m pytest tests/slurm -m slurm --timeout 1800 -s
 
 demo: setup
 	@$(BIN)/atoll demo

@@ -24,6 +24,7 @@ from deploy.render.error import UnrenderableError
 CONFIG_DIR = Path("/etc/atoll")
 BIN_DIR = Path("/opt/atoll/current/bin")
 CACHE_DIR = Path("/var/cache/atoll")
+DEMO_MODEL, INSTALLED_DEMO_MODEL = ("deploy", "demo", "model"), Path("/opt/atoll/demo-model")
 # what the units cannot see: ProtectHome, PrivateTmp
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 _WORD = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_.:/-]*")
@@ -75,12 +76,14 @@ def _env_name(process: Process) -> str:
 
 
 def _installed(config: ClusterConfig) -> ClusterConfig:
-    """The cluster with the paths of an installed system where the TOML leaves them open."""
+    """The cluster with the paths of an installed system: where the TOML leaves them open, and a clone's demo model."""
     cluster, model = config.cluster, config.model
     if cluster.secret_file is None:
         cluster = replace(cluster, secret_file=CONFIG_DIR / "secret")
     if model.cache_dir == ModelSection(model.path).cache_dir:
         model = replace(model, cache_dir=CACHE_DIR)
+    if model.path.resolve().parts[-3:] == DEMO_MODEL:
+        model = replace(model, path=INSTALLED_DEMO_MODEL)
     return replace(config, cluster=cluster, model=model)
 
 

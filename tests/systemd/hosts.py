@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.machine import ROOT, install, sh, wait_for
 from tests.systemd.readme import wheels_command
 
-ROOT = Path(__file__).parents[2]
 HOSTS_DIR = ROOT / "build" / "hosts"
 ADDRESSES = {"atoll-a": "10.77.0.1", "atoll-b": "10.77.0.2"}
 TOOLS = {
@@ -38,25 +37,6 @@ ENVIRONMENT = {
     "PIP_FIND_LINKS": "/wheels",
 }  # fmt: skip
 BOOT_S = 90.0
-
-
-def sh(*command: str | Path, **options: object) -> str:
-    """Output of a command that must succeed."""
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, check=False, **options
-    )  # type: ignore[call-overload]
-    assert done.returncode == 0, (
-        f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}{done.stderr}"
-    )
-    return str(done.stdout)
-
-
-def install_tools() -> None:
-    """Debian packages of the programs that are missing."""
-    missing = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
-    if missing:
-        sh("apt-get", "update", "-q")
-        sh("apt-get", "install", "-y", "-q", "--no-install-recommends", *missing)
 
 
 def debian_tree() -> Path:
@@ -200,7 +180,7 @@ class Host:
 @contextlib.contextmanager
 def two_hosts() -> Iterator[dict[str, Host]]:
     """Both hosts, booted and able to reach one another by ssh; nothing is left of them afterwards."""
-    install_tools()
+    install(TOOLS)
     tree = debian_tree()
     directory = HOSTS_DIR / f"run-{os.getpid()}"
     directory.mkdir(parents=True)
@@ -254,13 +234,3 @@ def _trust_one_another(hosts: list[Host]) -> None:
     for host in hosts:
         (host.root / "root/.ssh/authorized_keys").write_text("".join(keys))
         host.sh("echo 'StrictHostKeyChecking accept-new' >/root/.ssh/config")
-
-
-def wait_for(what: str, condition, limit_s: float):
-    """Poll until `condition()` is true; its value is returned."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.2)
-    raise AssertionError(f"{what} did not happen within {limit_s} s")

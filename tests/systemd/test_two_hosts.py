@@ -3,27 +3,26 @@
 `make test-systemd` runs it and writes what was checked, and how long it took, to tests/systemd/result.json.
 """
 
-import contextlib
-import json
 import os
-import threading
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from deploy.local.models import DEMO_MODEL
-from tests.e2e.harness import Cluster
-from tests.systemd.hosts import ADDRESSES, ROOT, Host, sh, two_hosts, wait_for
+from tests.deployment import (
+    PROMPTS,
+    drains,
+    expected_tokens,
+    serves,
+    survives_a_kill,
+    wait_until_ready,
+)
+from tests.machine import ROOT, Record, sh, wait_for
+from tests.systemd.hosts import ADDRESSES, Host, two_hosts
 from tests.systemd.readme import commands_by_host
 
 URL = f"http://{ADDRESSES['atoll-a']}:8000"
-PROMPTS = [[1, 17, 300, 42], [7] * 9, list(range(100, 130)), [5]]
-NUM_TOKENS = 24
 EXPERTS = {"atoll-a": range(8), "atoll-b": range(8, 16)}
 UNITS = {
     "atoll-a": ["router@0", "attention@0", "gateway", *(f"expert@{i}" for i in EXPERTS["atoll-a"])],
@@ -38,54 +37,33 @@ NOT_OURS = (
 )
 
 
-class Record:
-    """The steps that passed, with their seconds."""
+class Units:
+    """The cluster as a `Deployment`; clients are on the second host."""
 
-    def __init__(self) -> None:
-        self.checks: list[dict[str, Any]] = []
+    def __init__(self, hosts: dict[str, Host]) -> None:
+        self._hosts = hosts
+        self.try_sh = hosts["atoll-b"].try_sh
 
-    @contextlib.contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        seconds = round(time.monotonic() - started, 1)
-        print(f"{seconds:6.1f} s  {what}", flush=True)
-        self.checks.append({"what": what, "seconds": seconds})
+    def url(self) -> str:
+        return URL
 
-    def write(self, path: Path, **facts: Any) -> None:
-        commit = sh("git", "-C", ROOT, "rev-parse", "HEAD").strip()
-        clean = not sh("git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no").strip()
-        head = {"date": datetime.now(UTC).date().isoformat(), "commit": commit, "clean": clean}
-        path.write_text(json.dumps({**head, **facts, "checks": self.checks}, indent=1) + "\n")
+    def pid_of(self, name: str) -> int:
+        host, unit = self._place(name)
+        active = host.show(unit, "ActiveState") == "active"
+        return int(host.show(unit, "MainPID")) if active else 0
 
+    def kill(self, name: str) -> None:
+        host, unit = self._place(name)
+        host.sh(f"kill -9 {host.show(unit, 'MainPID')}")
 
-def completions(
-    host: Host, prompts: list[list[int]], num_tokens: int = NUM_TOKENS
-) -> list[list[int]]:
-    """Greedy continuations, all asked for at once by clients on a host."""
-    answers: list[Any] = [None] * len(prompts)
+    def stop(self) -> None:
+        for host in self._hosts.values():
+            host.sh("systemctl stop atoll.target")
 
-    def ask(i: int) -> None:
-        body = {
-            "model": "atoll-demo", "prompt": prompts[i], "max_tokens": num_tokens, "temperature": 0,
-            "ignore_eos": True, "return_token_ids": True,
-        }  # fmt: skip
-        curl = (
-            f"curl -sS --fail-with-body -H 'content-type: application/json' -d '{json.dumps(body)}'"
-        )
-        answers[i] = host.try_sh(f"{curl} {URL}/v1/completions")
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(code == 0 for code, _, _ in answers), answers
-    return [json.loads(out)["choices"][0]["token_ids"] for _, out, _ in answers]
-
-
-def wait_until_ready(host: Host) -> None:
-    wait_for("readiness", lambda: host.try_sh(f"curl -sf {URL}/ready")[0] == 0, 90)
+    def _place(self, name: str) -> tuple[Host, str]:
+        unit = name.replace("-", "@")
+        (host,) = (self._hosts[host] for host, units in UNITS.items() if unit in units)
+        return host, f"atoll-{unit}.service"
 
 
 def units_are_active(hosts: dict[str, Host]) -> None:
@@ -109,26 +87,7 @@ def installed_as_said(host: Host) -> None:
     assert "atoll" in host.sh("atoll --help")
 
 
-def killed_expert_comes_back(host: Host, index: int, expected: list[list[int]]) -> None:
-    unit = f"atoll-expert@{index}.service"
-    pid = host.show(unit, "MainPID")
-    answers: list[list[list[int]]] = []
-    client = threading.Thread(target=lambda: answers.append(completions(host, PROMPTS)))
-    client.start()
-    time.sleep(0.3)
-    host.sh(f"kill -9 {pid}")
-    wait_for(
-        "the restart",
-        lambda: host.show(unit, "NRestarts") == "1" and host.show(unit, "ActiveState") == "active",
-        30,
-    )
-    client.join()
-    assert host.show(unit, "MainPID") not in (pid, "0")
-    assert answers == [expected], "requests in flight while the expert was killed"
-    assert completions(host, PROMPTS) == expected
-
-
-def stuck_expert_is_noticed(host: Host, index: int, expected: list[list[int]]) -> None:
+def stuck_expert_is_noticed(host: Host, index: int) -> None:
     """The watchdog of one unit is set short by a drop-in, as an operator would."""
     unit = f"atoll-expert@{index}.service"
     drop_in = f"/run/systemd/system/{unit}.d"
@@ -146,23 +105,13 @@ def stuck_expert_is_noticed(host: Host, index: int, expected: list[list[int]]) -
         40,
     )
     assert "Watchdog timeout" in host.sh(f"journalctl -q --no-pager -u {unit}")
-    assert completions(host, PROMPTS) == expected
     host.sh(f"rm -r {drop_in} && systemctl daemon-reload")
 
 
-def stop_drains(hosts: dict[str, Host], expected: list[list[int]]) -> None:
-    """Requests that run when the first host is stopped are finished; then each role stops before those it needs."""
-    a, b = hosts["atoll-a"], hosts["atoll-b"]
-    answers: list[list[list[int]]] = []
-    client = threading.Thread(target=lambda: answers.append(completions(b, PROMPTS)))
-    client.start()
-    time.sleep(0.3)
-    a.sh("systemctl stop atoll.target")
-    client.join()
-    assert answers == [expected]
-    b.sh("systemctl stop atoll.target")
+def stopped_in_order(host: Host) -> None:
+    """Each role before those it needs."""
     ended = [
-        [int(a.show(f"atoll-{unit}", "InactiveEnterTimestampMonotonic")) for unit in units]
+        [int(host.show(f"atoll-{unit}", "InactiveEnterTimestampMonotonic")) for unit in units]
         for units in (["gateway"], ["attention@0"], [f"expert@{i}" for i in range(8)], ["router@0"])
     ]
     assert all(max(former) <= min(latter) for former, latter in pairwise(ended)), ended
@@ -191,7 +140,7 @@ def bad_input_is_one_sentence(host: Host) -> None:
     assert err == "install.sh: cluster TOML none.toml: no such file (--cluster)\n"
 
 
-def upgrade_and_back(hosts: dict[str, Host], expected: list[list[int]]) -> None:
+def upgrade_and_back(hosts: dict[str, Host], units: Units, expected: list[list[int]]) -> None:
     b = hosts["atoll-b"]
     old = b.sh("readlink /opt/atoll/current").strip()
     author = ("-c", "user.name=t", "-c", "user.email=t@t")
@@ -201,16 +150,16 @@ def upgrade_and_back(hosts: dict[str, Host], expected: list[list[int]]) -> None:
     assert new != old
     b.sh("systemctl restart atoll.target")
     hosts["atoll-a"].sh("systemctl start atoll.target")
-    wait_until_ready(b)
+    wait_until_ready(units)
     assert new in b.sh(f"cat /proc/{b.show('atoll-router@1', 'MainPID')}/maps"), (
         "the new version runs"
     )
-    assert completions(b, PROMPTS) == expected
+    serves(units, expected)
     b.sh("/opt/atoll/current/install.sh --rollback")
     assert b.sh("readlink /opt/atoll/current").strip() == old
     b.sh("systemctl restart atoll.target")
-    wait_until_ready(b)
-    assert completions(b, PROMPTS) == expected
+    wait_until_ready(units)
+    serves(units, expected)
 
 
 def uninstalled(host: Host, before: set[str]) -> None:
@@ -221,19 +170,16 @@ def uninstalled(host: Host, before: set[str]) -> None:
 
 
 @pytest.mark.systemd
-def test_cluster_over_two_hosts() -> None:
+def test_cluster_over_two_hosts(tmp_path: Path) -> None:
     record = Record()
-    with Cluster("--model", str(DEMO_MODEL), "--wire", "fp32") as local:
-        expected = local.generate(PROMPTS, NUM_TOKENS)
+    tmp_path.chmod(0o700)
+    expected = expected_tokens(tmp_path)
     started = time.monotonic()
     with two_hosts() as hosts:
-        record.checks.append(
-            {
-                "what": "two Debian hosts booted by systemd",
-                "seconds": round(time.monotonic() - started, 1),
-            }
-        )
+        seconds = round(time.monotonic() - started, 1)
+        record.checks.append({"what": "two Debian hosts booted by systemd", "seconds": seconds})
         a, b = hosts.values()
+        units = Units(hosts)
         before = {host.name: host.files() for host in hosts.values()}
         for address, commands in commands_by_host().items():
             host = next(host for host in hosts.values() if host.address == address)
@@ -244,27 +190,26 @@ def test_cluster_over_two_hosts() -> None:
             units_are_active(hosts)
             installed_as_said(a)
             installed_as_said(b)
-        with record.step(
-            f"{len(PROMPTS)} completions of {NUM_TOKENS} tokens equal those of a local atoll up"
-        ):
-            assert completions(b, PROMPTS) == expected
+        with record.step(f"{len(PROMPTS)} completions equal those of a local atoll up"):
+            serves(units, expected)
         with record.step(
             "kill -9 of an expert under load: restarted, no request lost, same tokens"
         ):
-            killed_expert_comes_back(b, 12, expected)
+            survives_a_kill(units, "expert-12", expected)
+            assert b.show("atoll-expert@12.service", "NRestarts") == "1"
         with record.step("SIGSTOP of an expert: restarted by the watchdog, same tokens"):
-            stuck_expert_is_noticed(b, 15, expected)
-        with record.step(
-            "systemctl stop atoll.target: requests in flight finished, roles stopped in order"
-        ):
-            stop_drains(hosts, expected)
+            stuck_expert_is_noticed(b, 15)
+            serves(units, expected)
+        with record.step("systemctl stop: requests in flight finished, roles stopped in order"):
+            drains(units, expected)
+            stopped_in_order(a)
         with record.step("stopped: no process, socket or file of a run left"):
             for host in hosts.values():
                 nothing_runs(host)
         with record.step("a mistake in the TOML: one sentence, exit code 2, no restart"):
             bad_input_is_one_sentence(b)
         with record.step("upgrade and rollback of one host, same tokens"):
-            upgrade_and_back(hosts, expected)
+            upgrade_and_back(hosts, units, expected)
         with record.step("uninstalled on both hosts: no file, account or unit left"):
             for host in hosts.values():
                 uninstalled(host, before[host.name])
