@@ -61,7 +61,8 @@ class Slurm:
     def __init__(self, directory: Path, temporary: Path) -> None:
         self.directory = directory
         own = {"SLURM_CONF": str(directory / "slurm.conf"), "TMPDIR": str(temporary)}
-        self.environment = {**os.environ, **own}
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.environment = {**inherited, **own}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "Slurm":

@@ -14,7 +14,7 @@ from common.ids import Role
 from deploy.cli import main
 from deploy.render import systemd
 from deploy.render.description import describe
-from tests.systemd.readme import README, commands_by_host
+from tests.systemd.readme import README, commands_by_host, slurm_commands
 
 ROOT = Path(__file__).parents[2]
 SERVICES = [
@@ -206,8 +206,9 @@ def test_restarts_become_rare_and_a_long_run_forgets_them(tmp_path):
     assert [restarts.start() for _ in range(3)] == [0, 0, 1]
 
 
-def test_readme_needs_at_most_five_commands_a_host():
+def test_readme_needs_at_most_five_commands():
     config = cluster_config.load(ROOT / "deploy/clusters/two-hosts.toml")
     commands = commands_by_host()
     assert list(commands) == [host.name for host in describe(config).hosts]
     assert all(1 <= len(lines) <= 5 for lines in commands.values())
+    assert 1 <= len(slurm_commands()) <= 5
