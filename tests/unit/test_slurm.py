@@ -182,6 +182,10 @@ def test_cards_are_those_of_the_allocation(three):
         environments = ask(node_id=node_id, role=role).values()
         assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == cards
         assert {e["CUDA_MPS_PIPE_DIRECTORY"] for e in environments} == {"/run/mps"}
+    same = dict.fromkeys(("n1", "n2", "n3"), "127.0.0.1")  # each still counts its own cards from 0
+    beside = resolve(config, *(report(config, i) for i in range(3)), addresses=same)
+    cards = allocation.environments(beside, 2, Role.EXPERT, ("4", "5"), None).values()
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in cards] == ["5", "5"]
     (gateway,) = ask(node_id=0, role=Role.GATEWAY).values()
     assert not any(name.startswith("CUDA") for name in gateway)
     assert ask(node_id=1, role=Role.ATTENTION) == {}
