@@ -14,7 +14,7 @@ from tests.machine import ROOT, wait_for
 
 TWO_HOSTS = ROOT / "deploy/clusters/two-hosts.toml"
 PROMPTS = [[1, 17, 300, 42], [7] * 9, list(range(100, 130)), [5]]
-NUM_TOKENS = 48  # long enough for something to happen meanwhile
+NUM_TOKENS = 24
 RESTART_S = 40.0
 
 

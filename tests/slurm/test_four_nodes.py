@@ -228,9 +228,9 @@ def test_cluster_in_a_job(tmp_path: Path) -> None:
             drains(job, expected)
             leaves_only_logs(job, restarts=1)
         with record.step("before its time limit: drained, exit code 0"):
-            job = submit(slurm, clone, "--time=2")
+            job = submit(slurm, clone, "--time=3")
             ready(job)
-            job.ended("COMPLETED", limit_s=150)
+            job.ended("COMPLETED", limit_s=240)
             leaves_only_logs(job)
         with record.step("kill -9 of a step: the job ends as failed, nothing left"):
             job = submit(slurm, clone)
