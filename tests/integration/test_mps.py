@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from deploy.local.mps import Mps, MpsError
 from deploy.local.run_dir import open_run_dir
 
 FAKES = Path(__file__).parent / "fakes"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -128,3 +131,89 @@ def test_it_goes_with_its_run_directory(daemon, monkeypatch, tmp_path, kept):
     run_dir.close()
     wait_until_gone(*pids(daemon))
     assert not daemon.pipes.exists()
+
+
+JOB = """\
+[cluster]
+device = "cuda"
+[model]
+path = "/srv/model"
+[[nodes]]
+host = "n1"
+attention = 1
+experts = 2
+gpus = 3
+[[nodes]]
+host = "n2"
+attention = 0
+experts = 2
+gpus = 3
+"""
+
+
+@pytest.fixture
+def job_step(tmp_path):
+    """`atoll slurm mps` as a step of a job on its second node."""
+    (tmp_path / "job/logs").mkdir(mode=0o700, parents=True)
+    (tmp_path / "job/cluster.toml").write_text(JOB)
+    started = []
+
+    def start(**variables):
+        path = {
+            "PATH": f"{FAKES}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(tmp_path),
+        }
+        cards = {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c", "SLURM_NODEID": "1"}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "deploy.cli", "slurm", "mps", "--job-dir", tmp_path / "job"],
+                env={**os.environ, **path, **cards, **variables}, stdout=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()
+
+
+def wait_for_file(path):
+    while not path.exists():
+        time.sleep(0.01)
+    return path.read_text().strip()
+
+
+def test_a_job_has_a_step_that_keeps_it_until_its_clients_are_gone(job_step, tmp_path):
+    step = job_step()
+    pipes = Path(wait_for_file(tmp_path / "job/mps-1"))
+    assert mps.answers(pipes) is False  # this process has not the program in its PATH
+    (line,) = (tmp_path / "job/logs/mps-1/control.log").read_text().splitlines()
+    assert line.startswith("cards=GPU-a,GPU-b ")  # nobody is on the third
+    step.terminate()
+    assert step.wait(20) == 0
+    wait_until_gone(int(line.split("pid=")[1]))
+    assert not list(tmp_path.glob("atoll-*/run-*"))
+
+
+def test_a_job_without_the_program_says_so_once_and_goes_on(job_step, tmp_path):
+    step = job_step(PATH="/nowhere")
+    wait_for_file(tmp_path / "job/mps-1")
+    step.terminate()
+    said, _ = step.communicate(timeout=20)
+    assert step.returncode == 0
+    assert said == (
+        "warning: node 1 shares GPUs without MPS: nvidia-cuda-mps-control is not installed "
+        "(it comes with NVIDIA's driver)\n"
+    )
+
+
+@pytest.mark.parametrize("node", ["2", "7"])
+def test_a_node_without_shared_cards_has_nothing_to_do(job_step, tmp_path, node):
+    (tmp_path / "job/cluster.toml").write_text(
+        JOB + '[[nodes]]\nhost = "n3"\nattention = 0\ngpus = 1\n'
+    )
+    step = job_step(SLURM_NODEID=node)
+    assert step.wait(20) == 0
+    assert not list((tmp_path / "job").glob("mps-*"))

@@ -3,6 +3,7 @@
 `make test-systemd` runs it and writes what was checked, and how long it took, to tests/systemd/result.json.
 """
 
+import json
 import os
 import time
 from itertools import pairwise
@@ -85,6 +86,19 @@ def installed_as_said(host: Host) -> None:
     )
     assert users == {"atoll"}
     assert "atoll" in host.sh("atoll --help")
+
+
+def doctor_is_content(host: Host) -> None:
+    """With a cluster that runs, from one of its hosts; then for a TOML of which the other host has another version."""
+    code, out, err = host.try_sh("atoll doctor --cluster /etc/atoll/cluster.toml --json")
+    assert code in (0, 1), err
+    found = json.loads(out)
+    failures = [f for lines in found.values() for f in lines if f["level"] == "failure"]
+    assert (code, failures) == (0, [])
+    assert set(found) == {"cluster", *ADDRESSES.values()}
+    between = [f["text"] for f in found["cluster"] if f["check"] == "transfer tcp"]
+    assert len(between) == 1
+    assert "10.77.0.1 to 10.77.0.2 by tcp/eth0" in between[0]
 
 
 def stuck_expert_is_noticed(host: Host, index: int) -> None:
@@ -200,6 +214,8 @@ def test_cluster_over_two_hosts(tmp_path: Path) -> None:
         with record.step("SIGSTOP of an expert: restarted by the watchdog, same tokens"):
             stuck_expert_is_noticed(b, 15)
             serves(units, expected)
+        with record.step("atoll doctor --cluster over ssh: both hosts without a failure"):
+            doctor_is_content(a)
         with record.step("systemctl stop: requests in flight finished, roles stopped in order"):
             drains(units, expected)
             stopped_in_order(a)
