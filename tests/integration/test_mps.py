@@ -176,7 +176,7 @@ def job_step(tmp_path):
     yield start
     for process in started:
         with process:
-            process.kill()
+            process.terminate()  # it takes its daemon with it
 
 
 def wait_for_file(path):
