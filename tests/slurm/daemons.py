@@ -15,15 +15,25 @@ from pathlib import Path
 
 from tests.machine import ROOT, install, sh, wait_for
 
-TOOLS = {"slurmctld": "slurm-wlm", "srun": "slurm-wlm", "munged": "munge", "ip": "iproute2"}
+TOOLS = {
+    "slurmctld": "slurm-wlm",
+    "srun": "slurm-wlm",
+    "munged": "munge",
+    "ip": "iproute2",
+    "nsenter": "util-linux",
+}
 NODES = ("n1", "n2", "n3", "n4")
 KILL_WAIT_S = 60  # between the SIGTERM and the SIGKILL of scancel
 NAMESPACE = "atoll-slurm"
-_INSIDE = ("ip", "netns", "exec", NAMESPACE)
+ADDRESS = "10.78.0.1"  # of every node
+_INSIDE = (
+    "nsenter",
+    f"--net=/run/netns/{NAMESPACE}",
+)  # `ip netns exec` would hide the cgroups, too
 _READY_S = 30.0
 _CONFIG = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort=6817
 AuthType=auth/munge
 CryptoType=crypto/munge
@@ -51,7 +61,7 @@ SlurmdTimeout=60
 KillWait={kill_wait_s}
 SlurmdParameters=config_overrides
 """
-_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000 State=UNKNOWN\n"
+_NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=2 RealMemory=4000 State=UNKNOWN\n"
 _PARTITION = "PartitionName=all Nodes=n[1-4] Default=YES MaxTime=60 State=UP\n"
 
 
@@ -111,9 +121,10 @@ class Slurm:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         host = socket.gethostname().split(".")[0]
-        text = _CONFIG.format(host=host, directory=self.directory, kill_wait_s=KILL_WAIT_S)
+        values = {"directory": self.directory, "kill_wait_s": KILL_WAIT_S, "address": ADDRESS}
+        text = _CONFIG.format(host=host, **values)
         for i, name in enumerate(NODES):
-            text += _NODE.format(name=name, host=host, port=7101 + i)
+            text += _NODE.format(name=name, host=host, port=7101 + i, address=ADDRESS)
         (self.directory / "slurm.conf").write_text(text + _PARTITION)
         files = {"key": "munge.key", "socket": "munge.sock", "pid": "munge.pid"}
         munge = [f"--{k}-file={self.directory / v}" for k, v in files.items() if k != "socket"]
@@ -165,7 +176,7 @@ def four_nodes() -> Iterator[Slurm]:
     )  # a short path: Unix sockets lie there
     sh("ip", "netns", "add", NAMESPACE)
     try:
-        sh("ip", "-n", NAMESPACE, "link", "set", "lo", "up")
+        _set_up_network()
         with Slurm(directory, temporary) as slurm:
             try:
                 yield slurm
@@ -182,6 +193,14 @@ def four_nodes() -> Iterator[Slurm]:
         sh("ip", "netns", "delete", NAMESPACE)
         shutil.rmtree(directory)
         shutil.rmtree(temporary)
+
+
+def _set_up_network() -> None:
+    """A loopback and, since Slurm resolves no name where there is no other address, a cable from here to here."""
+    sh("ip", "-n", NAMESPACE, *["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"])
+    sh("ip", "-n", NAMESPACE, "addr", "add", f"{ADDRESS}/24", "dev", "eth0")
+    for device in ("lo", "eth0", "eth1"):
+        sh("ip", "-n", NAMESPACE, "link", "set", device, "up")
 
 
 def processes_of(temporary: Path) -> list[int]:
