@@ -28,6 +28,7 @@ from common.ids import Role
 from common.model.hf_config import load_config
 from common.model.manifest import build_manifest
 from common.model.presets import preset_config, write_random_source
+from common.obs.trace import DIRECTORY, open_recorder
 from common.transport.base import Hello, Link
 from common.transport.buffers import Buffer
 from common.transport.dial import keep_connected
@@ -35,6 +36,8 @@ from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
 from common.wire.blocks import combined_rows
 from common.wire.header import Header, Wire
+from deploy.trace.blocks import blocks, by_layer
+from deploy.trace.spans import read
 from kernels import ops
 from services.attention.moe_client import MoeClient
 from tests.bench.gpu.cluster import DEVICE, GpuCluster, gpu_config, mps
@@ -59,6 +62,7 @@ class Attention:
             routers={r.id.index: Outbox(str(r.id)) for r in config.routers_of(0)},
         )  # fmt: skip
         self.opened = asyncio.Event()
+        self.moe.trace = open_recorder(config, config.process(Role.ATTENTION, 0))
 
     def hello(self) -> Hello:
         spec, cluster = self.config.process(Role.ATTENTION, 0), self.config.cluster
@@ -101,7 +105,10 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
         while left > 0:
             left -= 1
             t = time.perf_counter()
-            await a.moe.dispatch(LAYER, index, (rows, scales), ids, weights, out=out)
+            since = time.monotonic_ns()
+            if a.moe.trace is not None:  # a trace wants the attention before a block
+                a.moe.trace.span("attention", a.moe.next_block, LAYER, index, since, since)
+            await a.moe.dispatch(LAYER, index, (rows, scales), ids, weights, out=out, since=since)
             now = time.perf_counter()
             done += 1
             if done == WARM_UP:
@@ -143,6 +150,8 @@ async def run(
         for task in links:
             task.cancel()
     await a.transport.close()
+    if a.moe.trace is not None:
+        a.moe.trace.write()
     return rows
 
 
@@ -174,6 +183,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=7168)
     parser.add_argument("--blocks", type=int, default=300)
+    parser.add_argument("--trace", action="store_true", help="medians of every part of the way")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tokens, flights = ([int(n) for n in v.split(",")] for v in (args.tokens, args.in_flight))
@@ -187,8 +197,9 @@ def main() -> None:
             distinct_experts=args.experts,
         )  # fmt: skip
         config = gpu_config(
-            model, Path(scratch) / "run", experts=args.experts, routers=args.routers
-        )
+            model, Path(scratch) / "run", experts=args.experts, routers=args.routers,
+            trace_events=(1 << 16) * int(args.trace),
+        )  # fmt: skip
         with (
             GpuCluster(config, without=Role.ATTENTION) as cluster,
             torch.inference_mode(),
@@ -199,9 +210,15 @@ def main() -> None:
             except BaseException:
                 print(cluster.logs(), flush=True)
                 raise
+        parts = {}
+        if args.trace:
+            (parts,) = by_layer(blocks(read(config.cluster.run_dir / DIRECTORY))).values()
+            print(json.dumps(parts), flush=True)
     if args.out:
         layout = {"experts": args.experts, "hidden": args.hidden, "routers": args.routers}
-        args.out.write_text(json.dumps(gpu_facts() | layout | {"rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(gpu_facts() | layout | {"rows": rows, "parts_us": parts}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
