@@ -175,9 +175,10 @@ def warm_up() -> None:
             importlib.import_module(name)
 
 
-def num_threads() -> int:
-    """Threads of this process: more than one here would be lost by every fork, in whatever state they are."""
-    return len(os.listdir("/proc/self/task"))
+def other_threads() -> list[str]:
+    """Names of threads beside this one: every fork loses them, in whatever state they are."""
+    tasks = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
+    return sorted(Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in tasks)
 
 
 def main(argv: list[str]) -> int:
@@ -192,9 +193,9 @@ def main(argv: list[str]) -> int:
     gc.disable()  # no collection may touch, and so copy, the shared pages
     warm_up()
     zygote = Zygote(sock)
-    if num_threads() != 1:
-        print(f"the warm parent has {num_threads()} threads, it must have one", file=sys.stderr)
-        return 1
+    others = other_threads()
+    if others:
+        print(f"warning: importing started threads: {', '.join(others)}", file=sys.stderr)
     gc.freeze()
     sock.send(json.dumps({"warm": time.monotonic() - started}).encode())
     zygote.run()

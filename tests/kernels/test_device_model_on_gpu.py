@@ -14,7 +14,9 @@ SHAPES = {
     "reference": {"qk_nope_head_dim": 40, "qk_rope_head_dim": 16, "v_head_dim": 56},
     "v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
 }
-KL = 0.01  # nats; one matrix's scales 1.3 times too large give 0.05 (tests/unit/test_device_model.py)
+# nats; one matrix's scales 1.3 times too large give 0.05 (tests/unit/test_device_model.py). FP8 rows flip to a neighbour
+# when anything before them is rounded otherwise: an H100 gave 0.015, bf16 against fp32 on CPU gives 0.05
+KL = {"BF16": 0.01, "F8_E4M3": 0.03}
 
 
 def span(tokens, start, num_prompt, sequence):
@@ -40,7 +42,6 @@ def test_the_gpu_says_what_the_cpu_says(tmp_path, shape, storage):
     cpu = LocalDeviceModel(tmp_path)
     gpu = LocalDeviceModel(tmp_path, device="cuda")
     eager = LocalDeviceModel(tmp_path, device="cuda", capture=False)
-    wide = LocalDeviceModel(tmp_path, dtype=torch.float32)
     prompts = [list(range(1, 1 + n)) for n in (5, 70, 1, 100, 33)]
     steps = [[span(p, 0, len(p), i) for i, p in enumerate(prompts)]]
     for _ in range(3):  # the second and third replay a graph
@@ -50,7 +51,6 @@ def test_the_gpu_says_what_the_cpu_says(tmp_path, shape, storage):
     for spans in steps:
         expected = cpu.logits(spans)
         got, plain = gpu.logits(spans), eager.logits(spans)
-        # FP8 rows flip to a neighbour when anything before them is rounded otherwise: as bf16 does against fp32
-        assert divergence(got, expected) < max(KL, divergence(expected, wide.logits(spans)))
+        assert divergence(got, expected) < KL[storage]
         assert torch.equal(got, plain)  # a replay launches what was captured
     assert gpu.model.graphs.num_replays > 0
