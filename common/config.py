@@ -317,6 +317,8 @@ def _checked(config: ClusterConfig, source: config_toml.Source) -> ClusterConfig
         raise source.error("nodes[0].experts", "at least one node needs experts")
     if not any(node.attention for node in config.nodes):
         raise source.error("nodes[0].attention", "at least one node needs an attention worker")
+    if config.cluster.wire == "fp32" and config.cluster.device != "cpu":
+        raise source.error("cluster.wire", "fp32, the exact mode, is computed on CPU only")
     local = {node.host == LOCAL for node in config.nodes}
     for where, host in _hosts(config):
         if not host or any(c.isspace() or c in "/@" for c in host):

@@ -56,18 +56,18 @@ def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     """The rows of a segment in their own dtype, [num_rows, width], a view."""
     if buffer.rows is None:
         return torch.from_numpy(byte_rows(buffer, segment)).view(TORCH_DTYPES[segment.row_type])
-    dtype = TORCH_DTYPES[segment.row_type]
-    nbytes = segment.num_rows * segment.width * dtype.itemsize
-    rows = buffer.rows.tensor[segment.rows_offset : segment.rows_offset + nbytes]
-    return rows.view(dtype).view(segment.num_rows, segment.width)
+    rows, dtype = buffer.rows, TORCH_DTYPES[segment.row_type]
+    start = rows.offset + segment.rows_offset
+    return rows.block.matrix(dtype, start, segment.num_rows, segment.width)
 
 
 def scales_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     """The scales of an FP8 segment, fp32 [num_rows, ceil(width / 128)], a view."""
-    count = num_scales(segment.width)
-    start = segment.scales_offset
-    flat = row_bytes(buffer)[start : start + segment.num_rows * count * 4]
-    return flat.view(torch.float32).view(segment.num_rows, count)
+    count, rows = num_scales(segment.width), buffer.rows
+    if rows is None:
+        return torch.from_numpy(scale_rows(buffer, segment))
+    start = rows.offset + segment.scales_offset
+    return rows.block.matrix(torch.float32, start, segment.num_rows, count)
 
 
 def read_rows(

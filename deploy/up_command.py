@@ -9,6 +9,7 @@ examples:
   atoll up --cluster cluster.toml
   atoll up --cluster deploy/clusters/two-hosts.toml --local --model deploy/demo/model
   atoll up --model /models/deepseek --device cuda --oversubscribe
+  atoll up --preset deepseek-v3 --layers 8 --ep 8 --device cuda --oversubscribe
 """
 
 import argparse
@@ -50,6 +51,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --cluster: run the nodes of every host on this machine",
     )
+    _configure_model(parser)
+    _configure_shape(parser)
+    parser.add_argument("--host", metavar="H", help="address of the HTTP API (127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, metavar="P", help="port of the HTTP API, 0 for any free one (8000)"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="F", help="clients must send one of its keys"
+    )
+    parser.add_argument(
+        "--ready-file", type=Path, metavar="F", help="written with URL and processes once ready"
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="D", help="keep logs and cluster.toml here")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show every log line of the workers"
+    )
+
+
+def _configure_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory")
     parser.add_argument(
         "--preset",
@@ -63,6 +83,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--distinct-experts", type=int, metavar="N",
         help="with --preset: experts of a layer with weights of their own, which play the others (8)",
     )  # fmt: skip
+
+
+def _configure_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ep", type=int, metavar="N", help="expert workers (experts / experts per GPU)"
     )
@@ -87,20 +110,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"
-    )
-    parser.add_argument("--host", metavar="H", help="address of the HTTP API (127.0.0.1)")
-    parser.add_argument(
-        "--port", type=int, metavar="P", help="port of the HTTP API, 0 for any free one (8000)"
-    )
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="F", help="clients must send one of its keys"
-    )
-    parser.add_argument(
-        "--ready-file", type=Path, metavar="F", help="written with URL and processes once ready"
-    )
-    parser.add_argument("--run-dir", type=Path, metavar="D", help="keep logs and cluster.toml here")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="show every log line of the workers"
     )
 
 
@@ -204,6 +213,10 @@ def _preset(arguments: argparse.Namespace) -> Path | None:
         return None
     if arguments.model is not None:
         raise ConfigError("--preset and --model are two models, give one")
+    if arguments.device != "cuda":
+        raise ConfigError(
+            "--preset needs --device cuda: a model of that width is made in a GPU's memory"
+        )
     return models.preset(arguments.preset, arguments.layers, arguments.distinct_experts)
 
 

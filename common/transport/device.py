@@ -26,7 +26,16 @@ _MAX_CACHED_VIEWS = 256  # per block: what UCX made of (offset, size)
 class DeviceBlock:
     """A stretch of device memory owned by reference count (one reference at `take`)."""
 
-    __slots__ = ("_count", "_give_back", "address", "capacity", "on_host", "tensor", "views")
+    __slots__ = (
+        "_count",
+        "_give_back",
+        "_typed",
+        "address",
+        "capacity",
+        "on_host",
+        "tensor",
+        "views",
+    )
 
     def __init__(self, tensor: torch.Tensor, give_back: Callable[["DeviceBlock"], None]) -> None:
         self.tensor = tensor  # uint8 [capacity]
@@ -34,6 +43,7 @@ class DeviceBlock:
         self.capacity = tensor.numel()
         self.on_host = not tensor.is_cuda
         self.views: dict[tuple[int, int], Any] = {}
+        self._typed = {torch.uint8: tensor}
         self._count = 1
         self._give_back = give_back
 
@@ -45,6 +55,15 @@ class DeviceBlock:
         assert 0 <= offset <= offset + nbytes <= self.capacity, "rows outside their block"
         self._count += 1
         return DeviceRows(self, offset, nbytes)
+
+    def matrix(self, dtype: torch.dtype, offset: int, num_rows: int, width: int) -> torch.Tensor:
+        """[num_rows, width] from byte `offset` (a multiple of the element's size) on, a view: one call of torch."""
+        typed = self._typed.get(dtype)
+        if typed is None:
+            typed = self._typed[dtype] = self.tensor.view(dtype)
+        start = offset // dtype.itemsize
+        assert start + num_rows * width <= typed.numel(), "rows outside their block"
+        return typed.as_strided((num_rows, width), (width, 1), start)
 
     def release(self) -> None:
         """Drop a reference; the last one gives the block back to its pool."""

@@ -54,9 +54,10 @@ class Forker:
         environ = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": path}
         # importing ucxx would fix some of it
         set_ucx_environment(local=local, device=device, environ=environ)
+        command = [sys.executable, "-m", "deploy.local.zygote"]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.local.zygote", str(theirs.fileno()), run_dir, kept],
+                [*command, str(theirs.fileno()), str(run_dir), kept, device],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

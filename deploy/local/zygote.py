@@ -168,21 +168,26 @@ def _prctl(option: int, value: Any) -> None:  # noqa: ANN401  -- an int or a C s
         raise OSError(ctypes.get_errno(), f"prctl {option}")
 
 
-def warm_up() -> None:
-    """Import what every worker needs; a module that is not installed is left to the worker that wants it."""
+def warm_up(device: str) -> None:
+    """Import what every worker needs; a module that is not installed is left to the worker that wants it.
+
+    Where there is a GPU, loading UCX starts a thread of CUDA's: there each worker does it for itself.
+    """
     for name in WARM_MODULES:
+        if device != "cpu" and name.startswith("ucxx"):
+            continue
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
 
 def other_threads() -> list[str]:
-    """Names of threads beside this one: every fork loses them, in whatever state they are."""
+    """Names of threads beside this one: every fork would lose them, in whatever state they are."""
     tasks = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
     return sorted(Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in tasks)
 
 
 def main(argv: list[str]) -> int:
-    """`zygote FD RUN_DIR temporary|kept`"""
+    """`zygote FD RUN_DIR temporary|kept cpu|cuda`"""
     started = time.monotonic()
     sock = socket.socket(fileno=int(argv[0]))
     sock.set_inheritable(False)
@@ -191,11 +196,12 @@ def main(argv: list[str]) -> int:
         signal.SIGTERM, signal.SIG_IGN
     )  # Slurm's reaches us too; the launcher says when to end
     gc.disable()  # no collection may touch, and so copy, the shared pages
-    warm_up()
+    warm_up(argv[3])
     zygote = Zygote(sock)
     others = other_threads()
     if others:
-        print(f"warning: importing started threads: {', '.join(others)}", file=sys.stderr)
+        print(f"importing started threads in the warm parent: {', '.join(others)}", file=sys.stderr)
+        return 1
     gc.freeze()
     sock.send(json.dumps({"warm": time.monotonic() - started}).encode())
     zygote.run()

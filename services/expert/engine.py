@@ -52,13 +52,13 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         if (header.layer, expert) not in bank:
             raise WireError(f"expert {expert} of layer {header.layer} is not resident here")
     pairs = [(expert, count) for expert, count in segments]
-    is_fp8, source = layout.rows.row_type is RowType.FP8, row_bytes(payload)
-    if source.is_cuda:
+    is_fp8 = layout.rows.row_type is RowType.FP8
+    if payload.rows is not None and not payload.rows.block.on_host:
         rows = rows_of(payload, layout.rows)
         return Call(rows, scales_of(payload, layout.rows) if is_fp8 else None, pairs)
     if is_fp8:
         rows = ops.dequantise_rows(
-            source, num_rows=header.num_rows, width=header.width,
+            row_bytes(payload), num_rows=header.num_rows, width=header.width,
             rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset, dtype=torch.float32,
         )  # fmt: skip
     else:

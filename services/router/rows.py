@@ -183,8 +183,7 @@ class RowsApart:
         row_nbytes = segment.width * int(row_type)
         num_places = len(plan.rows)
         block = self._pool.take(num_places * row_nbytes)
-        rows = block.tensor[: num_places * row_nbytes].view(TORCH_DTYPES[row_type])
-        rows = rows.view(num_places, segment.width)
+        rows = block.matrix(TORCH_DTYPES[row_type], 0, num_places, segment.width)
         return buffers, Outputs(rows, slots, weights, [block, tables])
 
     def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
@@ -229,10 +228,11 @@ class RowsApart:
         block = self._pool.take(end)
         there = block.tensor[:end]
         there.copy_(torch.from_numpy(staging.array), non_blocking=True)
-        tensors = [
-            there[place : place + array.nbytes].view(_DTYPES[array.dtype.char]).view(array.shape)
-            for array, place in zip(arrays, places, strict=True)
-        ]
+        tensors = []
+        for array, place in zip(arrays, places, strict=True):
+            shape = array.shape if array.ndim == 2 else (1, len(array))
+            tensor = block.matrix(_DTYPES[array.dtype.char], place, *shape)
+            tensors.append(tensor if array.ndim == 2 else tensor[0])
         return tensors, block, staging
 
     def upload(self, array: Array) -> Tensor:

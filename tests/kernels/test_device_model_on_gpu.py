@@ -14,8 +14,8 @@ SHAPES = {
     "reference": {"qk_nope_head_dim": 40, "qk_rope_head_dim": 16, "v_head_dim": 56},
     "v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
 }
-# nats; one matrix's scales 1.3 times too large give 0.05 (tests/unit/test_device_model.py). FP8 rows flip to a neighbour
-# when anything before them is rounded otherwise: an H100 gave 0.015, bf16 against fp32 on CPU gives 0.05
+# nats; one matrix's scales 1.3 times too large give 0.05 (tests/unit/test_device_model.py). FP8 rows flip to a
+# neighbour when anything before them is rounded otherwise: an H100 gave 0.015, bf16 against fp32 on CPU gives 0.05
 KL = {"BF16": 0.01, "F8_E4M3": 0.03}
 
 

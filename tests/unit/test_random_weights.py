@@ -14,6 +14,7 @@ from common.model.names import SCALE_SUFFIX
 from common.model.presets import PRESETS, RANDOM_FILE, preset_config, write_random_source
 from common.model.small import small_config
 from common.model.writer import write_random
+from deploy.cli import main
 
 FP8 = {"quantization_config": preset_config("deepseek-v3")["quantization_config"]}
 
@@ -112,3 +113,23 @@ def test_presets(tmp_path):
         preset_config("deepseek-v3", layers=3)
     with pytest.raises(ConfigError, match="deepseek-v3"):
         preset_config("other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--preset", "deepseek-v3"], "--preset needs --device cuda"),
+        (["--layers", "5"], "--layers needs --preset"),
+        (["--preset", "deepseek-v3", "--model", "x", "--device", "cuda"], "give one"),
+        (["--preset", "other", "--device", "cuda"], "no preset 'other'"),
+        (["--preset", "deepseek-v3", "--device", "cuda", "--layers", "2"], "4 to 61 layers"),
+        (["--preset", "deepseek-v3", "--device", "cuda", "--distinct-experts", "0"], "at least 1"),
+        (
+            ["--device", "cuda", "--wire", "fp32", "--oversubscribe"],
+            "exact mode, is computed on CPU",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, arguments, sentence):
+    assert main(["up", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
