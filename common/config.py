@@ -32,6 +32,7 @@ FIRST_PORT = 10_000  # of node 0
 NODES_OF_ONE_ADDRESS = (
     110  # node ids that far apart share ports; up to 32000, below the ephemeral ones
 )
+EXACT_ON_CPU = "fp32, the exact mode, is computed on CPU only"
 MAX_UNIX_PATH = 107  # bytes, sockaddr_un without its final zero
 
 
@@ -318,7 +319,7 @@ def _checked(config: ClusterConfig, source: config_toml.Source) -> ClusterConfig
     if not any(node.attention for node in config.nodes):
         raise source.error("nodes[0].attention", "at least one node needs an attention worker")
     if config.cluster.wire == "fp32" and config.cluster.device != "cpu":
-        raise source.error("cluster.wire", "fp32, the exact mode, is computed on CPU only")
+        raise source.error("cluster.wire", EXACT_ON_CPU)
     local = {node.host == LOCAL for node in config.nodes}
     for where, host in _hosts(config):
         if not host or any(c.isspace() or c in "/@" for c in host):

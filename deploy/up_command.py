@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from common import config as cluster_config
-from common.config import LOCAL, ClusterConfig, ClusterSection, ModelSection, local_cluster
+from common.config import (
+    EXACT_ON_CPU,
+    LOCAL,
+    ClusterConfig,
+    ClusterSection,
+    ModelSection,
+    local_cluster,
+)
 from common.config_toml import Source
 from common.errors import ConfigError
+from common.model.presets import PRESETS
 from deploy.local import cards, models, preflight
 from deploy.local.run_dir import RunDir, open_run_dir
 from deploy.local.supervisor import Options, Supervisor
@@ -72,9 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _configure_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory")
     parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="a well-known shape with random weights: reference-61l-256e or deepseek-v3",
+        "--preset", choices=sorted(PRESETS), help="a well-known shape with random weights, on GPUs"
     )
     parser.add_argument(
         "--layers", type=int, metavar="N", help="with --preset: the first N layers (all)"
@@ -169,6 +175,8 @@ def _with_cards(
     """Who runs on which GPU. Raises ConfigError when there are too few."""
     if config.cluster.device != "cuda":
         return options
+    if config.cluster.wire == "fp32":  # options may have said so after the file was checked
+        raise ConfigError(f"--wire {EXACT_ON_CPU}")
     try:
         environments, mps = cards.deal(config, cards.visible(), run_dir.path)
     except UnrenderableError as exc:

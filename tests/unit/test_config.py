@@ -104,6 +104,11 @@ def test_every_rail_has_its_nic(tmp_path):
         ("wire", "wier", ":6: cluster.wier is not a known key, did you mean 'wire'?"),
         ('"fp32"', '"fp16"', ":6: cluster.wire must be one of fp8, bf16, fp32, not 'fp16'"),
         ('"fp32"', "8", ":6: cluster.wire must be a string, not 8"),
+        (
+            '"fp32"',
+            '"fp32"\ndevice = "cuda"',
+            ":6: cluster.wire fp32, the exact mode, is computed on CPU",
+        ),
         ("[cluster]", "[clusters]", ":5: clusters is not a known key, did you mean 'cluster'?"),
         ("attention = 0", "attention = -1", ":14: nodes[1].attention must be 0 to 99, not -1"),
         ("attention = 0", "attention = true", ":14: nodes[1].attention must be a whole number"),
@@ -240,7 +245,7 @@ CONFIGS = st.builds(
     attention=sections(AttentionSection),
     gateway=sections(GatewaySection, host=st.just("::1"), api_key_file=st.none() | PATHS),
     limits=sections(LimitsSection),
-)
+).filter(lambda config: config.cluster.wire != "fp32" or config.cluster.device == "cpu")
 
 
 @given(config=CONFIGS)

@@ -121,8 +121,8 @@ def test_presets(tmp_path):
         (["--preset", "deepseek-v3"], "--preset needs --device cuda"),
         (["--layers", "5"], "--layers needs --preset"),
         (["--preset", "deepseek-v3", "--model", "x", "--device", "cuda"], "give one"),
-        (["--preset", "other", "--device", "cuda"], "no preset 'other'"),
         (["--preset", "deepseek-v3", "--device", "cuda", "--layers", "2"], "4 to 61 layers"),
+        (["--device", "cuda", "--wire", "fp32"], "exact mode, is computed on CPU"),
         (["--preset", "deepseek-v3", "--device", "cuda", "--distinct-experts", "0"], "at least 1"),
         (
             ["--device", "cuda", "--wire", "fp32", "--oversubscribe"],
