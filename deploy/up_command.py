@@ -75,16 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--routers", type=int, metavar="N", help="rails: routers per node (1)")
     parser.add_argument("--microbatches", type=int, metavar="N", help="per attention worker (2)")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="where everything is computed (cpu, or as the file says)",
-    )
-    parser.add_argument(
-        "--oversubscribe",
-        action="store_true",
-        help="attention and expert workers may outnumber the GPUs and share them",
-    )
+    _add_device_options(parser)
     parser.add_argument(
         "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"
     )
@@ -101,6 +92,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, metavar="D", help="keep logs and cluster.toml here")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show every log line of the workers"
+    )
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where everything is computed (cpu, or as the file says)",
+    )
+    parser.add_argument(
+        "--oversubscribe",
+        action="store_true",
+        help="attention and expert workers may outnumber the GPUs and share them",
     )
 
 
