@@ -104,6 +104,13 @@ def _configure_shape(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--routers", type=int, metavar="N", help="rails: routers per node (1)")
     parser.add_argument("--microbatches", type=int, metavar="N", help="per attention worker (2)")
+    _add_device_options(parser)
+    parser.add_argument(
+        "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"
+    )
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -113,9 +120,6 @@ def _configure_shape(parser: argparse.ArgumentParser) -> None:
         "--oversubscribe",
         action="store_true",
         help="attention and expert workers may outnumber the GPUs and share them",
-    )
-    parser.add_argument(
-        "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"
     )
 
 

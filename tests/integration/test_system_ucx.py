@@ -14,13 +14,14 @@ import libucx
 import pytest
 
 from common.transport.carriers import LinkClass
-from deploy.doctor import transfers
+from deploy.doctor import judge_host, transfers
 from deploy.doctor.judge_host import ucx as judge
 from deploy.doctor.transfers import PROBE
 from tests.doctor_facts import CPU_NEED
 
 WHEEL = Path(libucx.__file__).parent
-README = Path(__file__).parents[2] / "deploy/README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "deploy/README.md"
 
 
 @pytest.fixture
@@ -85,3 +86,8 @@ def test_without_the_names_of_a_development_package_it_is_the_wheels(monkeypatch
     (line,) = judge(found, CPU_NEED, has_rdma=False)
     assert "(the pip wheel)" in line.text
     assert os.listdir(system)
+
+
+def test_the_doctor_points_at_a_chapter_that_is_there():
+    file, chapter = judge_host._SYSTEM_UCX.split(", ")
+    assert (ROOT / file).read_text().count(f"\n## {chapter.strip(chr(34))}\n") == 1

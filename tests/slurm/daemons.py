@@ -37,7 +37,7 @@ SlurmctldHost={host}({address})
 SlurmctldPort=6817
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket={directory}/munge.sock
+AuthInfo=socket={directory}/munge.sock,cred_expire=15
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={directory}/state
