@@ -35,6 +35,7 @@ def ffn(
     """
     num_rows, width = x.shape
     inner = down.shape[1]
-    both = linear(pad_rows(x), gate_up, gate_up_bias, out=2 * inner)
+    rows = x if gate_up.is_mkldnn else pad_rows(x)  # once for both products
+    both = linear(rows, gate_up, gate_up_bias, out=2 * inner)
     hidden = silu(both[:, :inner]) * both[:, inner:]
     return linear(hidden, down, down_bias, out=width)[:num_rows]
