@@ -11,6 +11,7 @@ import torch
 from common.errors import WireError
 from common.transport.buffers import Buffer
 from common.wire.blocks import RowSegment, RowType, check_payload, num_scales, row_segment
+from common.wire.header import HEADER_NBYTES
 
 TORCH_DTYPES = {
     RowType.FP8: torch.float8_e4m3fn,
@@ -18,11 +19,20 @@ TORCH_DTYPES = {
     RowType.FP32: torch.float32,
     RowType.FP64: torch.float64,
 }
+_NUMPY_DTYPES = {torch.float32, torch.float64}
 
 
 def numbers(buffer: Buffer, offset: int, count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """`count` numbers from byte `offset` of the payload on, a view."""
-    return np.frombuffer(buffer.array.data, dtype, count, offset - buffer.rows_nbytes)
+    return np.frombuffer(buffer.view, dtype, count, HEADER_NBYTES + offset - buffer.rows_nbytes)
+
+
+def put_bytes(buffer: Buffer, offset: int, array: npt.NDArray[Any]) -> None:
+    """Copy a contiguous array to byte `offset` of the payload: a tenth of what a view of the payload costs."""
+    if array.nbytes == 0:
+        return
+    start = HEADER_NBYTES + offset - buffer.rows_nbytes
+    buffer.view[start : start + array.nbytes] = array.data.cast("B")
 
 
 def row_bytes(buffer: Buffer) -> torch.Tensor:
@@ -74,6 +84,14 @@ def read_rows(
     payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
 ) -> torch.Tensor:
     """A payload that is one row segment and nothing else, a view. Raises WireError when its size is another."""
+    payload, segment = check_rows(payload, num_rows, width, row_type, what)
+    return rows_of(payload, segment)
+
+
+def check_rows(
+    payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
+) -> tuple[Buffer, RowSegment]:
+    """The one row segment that a payload is. Raises WireError when its size is another."""
     segment = row_segment(num_rows, width, row_type)
     declared = 0 if payload is None else payload.nbytes + payload.rows_nbytes
     check_payload(what, declared, segment.end)
@@ -81,12 +99,16 @@ def read_rows(
         raise WireError(f"{what} without payload")
     if payload.rows is not None and payload.nbytes:
         raise WireError(f"{what} has only {payload.rows_nbytes} of {segment.end} bytes as rows")
-    return rows_of(payload, segment)
+    return payload, segment
 
 
 def write_rows(buffer: Buffer, segment: RowSegment, rows: torch.Tensor) -> None:
     """Copy rows [num_rows, width] into a segment, rounding to its row type (not for FP8: that is quantisation)."""
-    rows_of(buffer, segment).copy_(rows)
+    same = rows.dtype is TORCH_DTYPES[segment.row_type]
+    if same and buffer.rows is None and rows.dtype in _NUMPY_DTYPES and rows.is_contiguous():
+        put_bytes(buffer, segment.rows_offset, rows.numpy())
+    else:
+        rows_of(buffer, segment).copy_(rows)
 
 
 class RowPick:
@@ -104,6 +126,6 @@ class RowPick:
 
     def copy_to(self, target: Buffer, into: RowSegment, start: int, stop: int) -> None:
         """Copy picked rows `start` to `stop` into a segment of the same type; for FP8 their scales too."""
-        byte_rows(target, into)[:] = self._rows[start:stop]
+        put_bytes(target, into.rows_offset, self._rows[start:stop])
         if self._scales is not None:
-            scale_rows(target, into)[:] = self._scales[start:stop]
+            put_bytes(target, into.scales_offset, self._scales[start:stop])

@@ -40,18 +40,13 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         raise WireError(
             f"EXPERT_IN of {header.num_rows} rows of width {header.width}, the model has {bank.width}"
         )
-    segments = (
-        numbers(payload, layout.segments, header.num_pairs * 2, np.int32).reshape(-1, 2).tolist()
-    )
-    if (
-        any(count < 1 for _, count in segments)
-        or sum(count for _, count in segments) != header.num_rows
-    ):
+    flat = numbers(payload, layout.segments, header.num_pairs * 2, np.int32).tolist()
+    counts, pairs = flat[1::2], list(zip(flat[::2], flat[1::2], strict=True))
+    if not counts or min(counts) < 1 or sum(counts) != header.num_rows:
         raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
-    for expert, _ in segments:
+    for expert in flat[::2]:
         if (header.layer, expert) not in bank:
             raise WireError(f"expert {expert} of layer {header.layer} is not resident here")
-    pairs = [(expert, count) for expert, count in segments]
     is_fp8, source = layout.rows.row_type is RowType.FP8, row_bytes(payload)
     if source.is_cuda:
         rows = rows_of(payload, layout.rows)
@@ -62,7 +57,9 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
             rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset, dtype=torch.float32,
         )  # fmt: skip
     else:
-        rows = rows_of(payload, layout.rows).to(torch.float32)
+        rows = rows_of(payload, layout.rows)
+        if rows.dtype is not torch.float32:
+            rows = rows.to(torch.float32)
     return Call(rows, None, pairs)
 
 
