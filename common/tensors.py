@@ -19,12 +19,17 @@ TORCH_DTYPES = {
     RowType.FP32: torch.float32,
     RowType.FP64: torch.float64,
 }
-_NUMPY_DTYPES = {torch.float32, torch.float64}
 
 
 def numbers(buffer: Buffer, offset: int, count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """`count` numbers from byte `offset` of the payload on, a view."""
     return np.frombuffer(buffer.view, dtype, count, HEADER_NBYTES + offset - buffer.rows_nbytes)
+
+
+def int32s(buffer: Buffer, offset: int, count: int) -> list[int]:
+    """`count` integers from byte `offset` of the payload on: for a few, where even an array would cost more."""
+    start = HEADER_NBYTES + offset - buffer.rows_nbytes
+    return buffer.view[start : start + 4 * count].cast("i").tolist()
 
 
 def put_bytes(buffer: Buffer, offset: int, array: npt.NDArray[Any]) -> None:
@@ -64,9 +69,14 @@ def scale_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.float32]:
 
 def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     """The rows of a segment in their own dtype, [num_rows, width], a view."""
-    if buffer.rows is None:
-        return torch.from_numpy(byte_rows(buffer, segment)).view(TORCH_DTYPES[segment.row_type])
     dtype = TORCH_DTYPES[segment.row_type]
+    if buffer.rows is None:
+        count = segment.num_rows * segment.width
+        if count == 0:
+            return torch.empty((segment.num_rows, segment.width), dtype=dtype)
+        start = HEADER_NBYTES + segment.rows_offset
+        flat = torch.frombuffer(buffer.view, dtype=dtype, count=count, offset=start)
+        return flat.view(segment.num_rows, segment.width)
     nbytes = segment.num_rows * segment.width * dtype.itemsize
     rows = buffer.rows.tensor[segment.rows_offset : segment.rows_offset + nbytes]
     return rows.view(dtype).view(segment.num_rows, segment.width)
@@ -104,11 +114,7 @@ def check_rows(
 
 def write_rows(buffer: Buffer, segment: RowSegment, rows: torch.Tensor) -> None:
     """Copy rows [num_rows, width] into a segment, rounding to its row type (not for FP8: that is quantisation)."""
-    same = rows.dtype is TORCH_DTYPES[segment.row_type]
-    if same and buffer.rows is None and rows.dtype in _NUMPY_DTYPES and rows.is_contiguous():
-        put_bytes(buffer, segment.rows_offset, rows.numpy())
-    else:
-        rows_of(buffer, segment).copy_(rows)
+    rows_of(buffer, segment).copy_(rows)
 
 
 class RowPick:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from common.errors import WireError
-from common.tensors import numbers, row_bytes, rows_of, scales_of
+from common.tensors import int32s, row_bytes, rows_of, scales_of
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
     RowType,
@@ -20,7 +19,7 @@ from services.expert.bank import Bank
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows)."""
 
@@ -40,20 +39,23 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         raise WireError(
             f"EXPERT_IN of {header.num_rows} rows of width {header.width}, the model has {bank.width}"
         )
-    flat = numbers(payload, layout.segments, header.num_pairs * 2, np.int32).tolist()
-    counts, pairs = flat[1::2], list(zip(flat[::2], flat[1::2], strict=True))
-    if not counts or min(counts) < 1 or sum(counts) != header.num_rows:
-        raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
-    for expert in flat[::2]:
+    flat = int32s(payload, layout.segments, header.num_pairs * 2)
+    pairs, total = list(zip(flat[::2], flat[1::2], strict=True)), 0
+    for expert, count in pairs:
+        total += count
+        if count < 1:
+            break
         if (header.layer, expert) not in bank:
             raise WireError(f"expert {expert} of layer {header.layer} is not resident here")
-    is_fp8, source = layout.rows.row_type is RowType.FP8, row_bytes(payload)
-    if source.is_cuda:
+    if total != header.num_rows or min(flat[1::2]) < 1:
+        raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
+    is_fp8 = layout.rows.row_type is RowType.FP8
+    if payload.rows is not None and payload.rows.tensor.is_cuda:
         rows = rows_of(payload, layout.rows)
         return Call(rows, scales_of(payload, layout.rows) if is_fp8 else None, pairs)
     if is_fp8:
         rows = ops.dequantise_rows(
-            source, num_rows=header.num_rows, width=header.width,
+            row_bytes(payload), num_rows=header.num_rows, width=header.width,
             rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset, dtype=torch.float32,
         )  # fmt: skip
     else:

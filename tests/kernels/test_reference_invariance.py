@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.reference import linear as linear_module
-from kernels.reference.ffn import ffn, sigmoid, silu
+from kernels.reference.ffn import ffn, network, sigmoid, silu
 from kernels.reference.gate import gate_v2, gate_v3
 from kernels.reference.linear import linear, pad_out, resident
 from kernels.reference.norm import rms_norm
@@ -91,6 +91,16 @@ def test_a_network_of_packed_weights_is_that_of_plain_ones() -> None:
     assert all(weight.is_mkldnn for weight in packed)
     check(lambda x: ffn(x, *packed), rows(600))
     torch.testing.assert_close(ffn(rows(600), *packed), ffn(rows(600), gate_up, down))
+
+
+@pytest.mark.parametrize(("width", "inner"), [(128, 64), (96, 24), (100, 30), (1024, 600)])
+def test_a_prepared_network_has_the_bits_of_ffn(width: int, inner: int) -> None:
+    gate_up, down = torch.randn(2 * inner, width) / 9, torch.randn(width, inner) / 9
+    gate_up, down = resident(gate_up, torch.float32), resident(down, torch.float32)
+    prepared = network(gate_up, down)
+    for size in SIZES:
+        x = rows(width)[:size]
+        assert torch.equal(prepared(x), ffn(x, gate_up, down)), f"{size} rows differ"
 
 
 def test_small_or_wide_weights_are_kept_in_the_compute_dtype(
