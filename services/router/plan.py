@@ -63,11 +63,9 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
     `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
     """
     num_rows, top_k = experts.shape
-    order = experts.argsort(axis=1, kind="stable")
-    experts = np.take_along_axis(experts, order, axis=1).ravel()
-    weights = np.take_along_axis(weights, order, axis=1).ravel()
-    nodes = np.take_along_axis(nodes, order, axis=1).ravel()
     every_row = np.arange(num_rows)
+    order = experts.argsort(axis=1, kind="stable") + every_row[:, None] * top_k
+    experts, weights, nodes = (t.take(order).ravel() for t in (experts, weights, nodes))
     return split_pairs(every_row, every_row.repeat(top_k), experts, weights, nodes)
 
 
@@ -79,7 +77,11 @@ def split_share(share: NodeShare, nodes: Int32s) -> list[NodeShare]:
 def split_pairs(
     rows: Ints, pair_rows: Ints | Int32s, experts: Int32s, weights: Floats, nodes: Int32s
 ) -> list[NodeShare]:
-    """Divide sorted pairs by node, ascending; `pair_rows` index `rows`. Pairs of a negative node are left out."""
+    """Divide sorted pairs by node, ascending; `pair_rows` index `rows`, each of which has one. Pairs of a negative node
+    are left out."""
+    only = int(nodes[0]) if len(nodes) else -1
+    if only >= 0 and (nodes == only).all():
+        return [NodeShare(only, rows, pair_rows.astype(np.int32), experts, weights)]
     shares = []
     for node in sorted(set(nodes.tolist())):
         if node < 0:
