@@ -87,15 +87,17 @@ def ep256() -> str:
 def serving() -> str:
     """Tokens per second against transformers."""
     lines = [
-        "| checkpoint | concurrency | ours, tokens/s | transformers, tokens/s (best of) | ratio |",
-        "|---|---|---|---|---|",
+        "| checkpoint | concurrency | ours, tokens/s | transformers, tokens/s (best of) | ratio | CPU ms per token, "
+        "ours / transformers |",
+        "|---|---|---|---|---|---|",
     ]
     notes = []
     for path in sorted(RESULTS.glob("serving-*.json")):
         facts = read(path)
         lines += [
             f"| {facts['model']} | {r['concurrency']} | {r['ours']:.0f} | {r['transformers']:.0f} "
-            f"({r['transformers_best']}) | {r['ratio']:.2f} |"
+            f"({r['transformers_best']}) | {r['ratio']:.2f} "
+            f"| {r['cpu_us'] / 1000:.2f} / {r['transformers_cpu_us'] / 1000:.2f} |"
             for r in facts["rows"]
         ]
         notes.append(f"{facts['model']}: {where(facts)}")
