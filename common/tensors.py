@@ -11,6 +11,7 @@ import torch
 from common.errors import WireError
 from common.transport.buffers import Buffer
 from common.wire.blocks import RowSegment, RowType, check_payload, num_scales, row_segment
+from common.wire.header import HEADER_NBYTES
 
 TORCH_DTYPES = {
     RowType.FP8: torch.float8_e4m3fn,
@@ -22,7 +23,21 @@ TORCH_DTYPES = {
 
 def numbers(buffer: Buffer, offset: int, count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """`count` numbers from byte `offset` of the payload on, a view."""
-    return np.frombuffer(buffer.array.data, dtype, count, offset - buffer.rows_nbytes)
+    return np.frombuffer(buffer.view, dtype, count, HEADER_NBYTES + offset - buffer.rows_nbytes)
+
+
+def int32s(buffer: Buffer, offset: int, count: int) -> list[int]:
+    """`count` integers from byte `offset` of the payload on: for a few, where even an array would cost more."""
+    start = HEADER_NBYTES + offset - buffer.rows_nbytes
+    return buffer.view[start : start + 4 * count].cast("i").tolist()
+
+
+def put_bytes(buffer: Buffer, offset: int, array: npt.NDArray[Any]) -> None:
+    """Copy a contiguous array to byte `offset` of the payload: a tenth of what a view of the payload costs."""
+    if array.nbytes == 0:
+        return
+    start = HEADER_NBYTES + offset - buffer.rows_nbytes
+    buffer.view[start : start + array.nbytes] = array.data.cast("B")
 
 
 def row_bytes(buffer: Buffer) -> torch.Tensor:
@@ -54,11 +69,16 @@ def scale_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.float32]:
 
 def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     """The rows of a segment in their own dtype, [num_rows, width], a view."""
-    if buffer.rows is None:
-        return torch.from_numpy(byte_rows(buffer, segment)).view(TORCH_DTYPES[segment.row_type])
-    rows, dtype = buffer.rows, TORCH_DTYPES[segment.row_type]
-    start = rows.offset + segment.rows_offset
-    return rows.block.matrix(dtype, start, segment.num_rows, segment.width)
+    dtype, rows = TORCH_DTYPES[segment.row_type], buffer.rows
+    if rows is not None:
+        start = rows.offset + segment.rows_offset
+        return rows.block.matrix(dtype, start, segment.num_rows, segment.width)
+    count = segment.num_rows * segment.width
+    if count == 0:
+        return torch.empty((segment.num_rows, segment.width), dtype=dtype)
+    start = HEADER_NBYTES + segment.rows_offset
+    flat = torch.frombuffer(buffer.view, dtype=dtype, count=count, offset=start)
+    return flat.view(segment.num_rows, segment.width)
 
 
 def scales_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
@@ -74,6 +94,14 @@ def read_rows(
     payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
 ) -> torch.Tensor:
     """A payload that is one row segment and nothing else, a view. Raises WireError when its size is another."""
+    payload, segment = check_rows(payload, num_rows, width, row_type, what)
+    return rows_of(payload, segment)
+
+
+def check_rows(
+    payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
+) -> tuple[Buffer, RowSegment]:
+    """The one row segment that a payload is. Raises WireError when its size is another."""
     segment = row_segment(num_rows, width, row_type)
     declared = 0 if payload is None else payload.nbytes + payload.rows_nbytes
     check_payload(what, declared, segment.end)
@@ -81,7 +109,7 @@ def read_rows(
         raise WireError(f"{what} without payload")
     if payload.rows is not None and payload.nbytes:
         raise WireError(f"{what} has only {payload.rows_nbytes} of {segment.end} bytes as rows")
-    return rows_of(payload, segment)
+    return payload, segment
 
 
 def write_rows(buffer: Buffer, segment: RowSegment, rows: torch.Tensor) -> None:
@@ -104,6 +132,6 @@ class RowPick:
 
     def copy_to(self, target: Buffer, into: RowSegment, start: int, stop: int) -> None:
         """Copy picked rows `start` to `stop` into a segment of the same type; for FP8 their scales too."""
-        byte_rows(target, into)[:] = self._rows[start:stop]
+        put_bytes(target, into.rows_offset, self._rows[start:stop])
         if self._scales is not None:
-            scale_rows(target, into)[:] = self._scales[start:stop]
+            put_bytes(target, into.scales_offset, self._scales[start:stop])

@@ -284,22 +284,30 @@ class UcxLink(BaseLink):
             return
         self._num_received = (sequence + 1) & _SEQUENCE_MASK
         buffer = self._pool.acquire(nbytes - HEADER_NBYTES)
-        arrival = _Arrival(self._plane.receive(buffer, probed), buffer)
-        if self.state is LinkState.OPEN and arrival.request.status == 0:
-            if not self._open_arrival(arrival, sequence):
+        request, header = self._plane.receive(buffer, probed), None
+        if self.state is LinkState.OPEN and request.status == 0:
+            header = self._read_header(buffer)
+            if header is None:
                 return
-            if not self.receives and self._is_whole(arrival):
-                assert arrival.header is not None
-                self._deliver(arrival.header, buffer)
+            if buffer.rows is None and not self.receives:
+                self._deliver(header, buffer)
                 return
+        arrival = _Arrival(request, buffer, header)
+        if header is not None and not self._expect_rows(arrival, header, sequence):
+            return
+        if header is not None and not self.receives and self._is_whole(arrival):
+            self._deliver(header, buffer)
+            return
         self.receives.append(arrival)
         self._plane.receiving.add(self)
 
     def _open_arrival(self, arrival: _Arrival, sequence: int) -> bool:
         """The message is in: read its header and see to its rows. False when the link closed over it."""
         header = arrival.header = self._read_header(arrival.buffer)
-        if header is None:
-            return False
+        return header is not None and self._expect_rows(arrival, header, sequence)
+
+    def _expect_rows(self, arrival: _Arrival, header: Header, sequence: int) -> bool:
+        """Receive the rows of a message if they come apart. False when the link closed over it."""
         rows = arrival.buffer.rows
         if rows is None:
             return True

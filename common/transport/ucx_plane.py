@@ -89,7 +89,7 @@ class DataPlane:
     def _sweep(self) -> bool:
         """Take arrivals, then look at what was under way; True when there was anything to do."""
         probe, links = self.reactor.probe, self.links
-        worked = self.seam.poll()
+        worked = self.seam.is_open and self.seam.poll()
         for _ in range(_MAX_ARRIVALS):
             probed = probe()
             if not probed.matched:

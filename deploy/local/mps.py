@@ -19,7 +19,9 @@ from common.errors import AtollError
 
 CONTROL = "nvidia-cuda-mps-control"
 START_S = 10.0
-ANSWER_S = 15.0  # far more than it takes: whoever is thought to hang is killed, and its clients with it
+ANSWER_S = (
+    15.0  # far more than it takes: whoever is thought to hang is killed, and its clients with it
+)
 STOP_S = 5.0
 _POLL_S = 0.05
 # what ends us must not end it, and with it every client at its work: Slurm signals all that a step has started

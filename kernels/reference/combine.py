@@ -46,6 +46,10 @@ def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) 
         out.zero_()
         return
     step = max(1, _CHUNK_ELEMENTS // max(1, depth * source.shape[1]))
+    is_exact = source.dtype is torch.float32 and out.dtype is torch.float64
+    if weights is not None and is_exact and source.device.type == "cpu":
+        _combine_on_host(source, slots, weights, out, step)
+        return
     wide = torch.float64 if torch.float64 in (out.dtype, source.dtype) else torch.float32
     for start in range(0, num_rows, step):
         part = slice(start, start + step)
@@ -61,6 +65,25 @@ def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) 
         for j in range(depth):
             acc += terms[:, j]
         out[part] = acc
+
+
+def _combine_on_host(
+    source: Tensor, slots: Tensor, weights: Tensor, out: Tensor, step: int
+) -> None:
+    """The exact wire's sum in numpy: the same bits, a call costs a third of torch's."""
+    rows, table, factors, sums = (t.numpy() for t in (source, slots, weights, out))
+    absent = table < 0
+    is_ragged = bool(absent.any())
+    for start in range(0, len(table), step):
+        part = slice(start, start + step)
+        terms = rows.take(table[part], axis=0, mode="clip").astype("f8")
+        terms *= factors[part, :, None]
+        if is_ragged:
+            terms[absent[part]] = 0.0
+        acc = terms[:, 0] + 0.0  # zero plus the first
+        for j in range(1, table.shape[1]):
+            acc += terms[:, j]
+        sums[part] = acc
 
 
 def combine_fp8(

@@ -9,30 +9,55 @@ have a differing bit):
     weight on the left, rows padded to 4s     0                13
     MKL_CBWR=AUTO,STRICT, padded or not       0                0
 
-On an AMD EPYC (AVX2) padding alone was enough: 21 shapes, 1 to 8 threads, all bits equal.
+On an AMD EPYC (AVX2) padding alone is enough: 21 shapes, 1 to 8 threads, all bits equal. The setting does harm there:
+with it and two threads, products of 16 columns have rows that differ.
 
 So MKL is asked for its strict conditional reproducibility (documented for equal bits whatever the alignment and the
-number of threads; that it holds over M is what was measured), and rows and columns stay padded for the library builds
-that do not know it: `ROW_MULTIPLE` and `OUT_MULTIPLE`. It costs nothing from 64 rows up and 0 to 30 % below. The bits
-are those of one instruction set: hosts of different kinds agree with MKL_CBWR=AVX2,STRICT on all of them.
+number of threads; that it holds over M is what was measured) on CPUs that are not AMD's, and rows and columns are
+padded everywhere: `ROW_MULTIPLE` and `OUT_MULTIPLE`. It costs nothing from 64 rows up and 0 to 30 % below. The bits are
+those of one instruction set: hosts of different kinds agree with MKL_CBWR=AVX2,STRICT on all of them.
 
 Weights that a checkpoint stores in 16 bits may stay so in memory when rows are fp32: they are widened, which is exact,
 a cache-sized tile at a time. Few rows are bound by reading the weight, so half the bytes is 0.6 to 0.8 of the time
-(measured at M = 4 to 16, [2048, 1024]).
+(measured at M = 4 to 16, [2048, 1024], Intel AVX-512).
+
+On a CPU with AVX2 alone, large weights are packed for oneDNN instead, in fp32: MKL packs them anew at every product
+there. CPU us of a SwiGLU network of width and inner width 1024 (AMD EPYC, torch 2.13.0, one thread):
+
+    rows              1      4      8     16     32
+    16 bits, MKL   2338   3203   2729   3274   4508
+    fp32, MKL      1729   2348   2790   3146   4261
+    fp32, oneDNN    870   1260   1914   2588   5173
+
+Its rows are independent without padding: 13 shapes, M = 1 to 130, no differing bit, as long as the weight is packed for
+more than one row (else a single row takes another path). Not where the user chose MKL's instruction set, since hosts of
+different kinds could not agree then.
 """
 
 import os
+from pathlib import Path
 
 import torch
 
+
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 # MKL reads it at its first call, so whoever multiplies imports this first; a strict choice of the user's stays
-if "STRICT" not in os.environ.get("MKL_CBWR", ""):
+_chosen = "STRICT" in os.environ.get("MKL_CBWR", "")
+if not _chosen and not _is_amd():
     os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
 ROW_MULTIPLE = 4
 OUT_MULTIPLE = 16
 _TILE_NBYTES = 1 << 19  # of widened weight: it should stay in the second-level cache
-_MIN_NARROW_NBYTES = 1 << 20  # smaller weights are kept wide: one operation instead of several
+_MIN_LARGE = 1 << 19  # elements; smaller weights are kept wide and plain: one cheap operation
+_packs = not _chosen and torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability() == "AVX2"
+_PACKED_FOR = 8  # rows
 
 
 def padded_rows(num_rows: int) -> int:
@@ -57,14 +82,16 @@ def pad_out(weight: torch.Tensor) -> torch.Tensor:
 
 
 def resident(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight [out, in] as it stays in memory for rows of `dtype`: padded, and 16-bit where that pays, else `dtype`.
+    """A weight [out, in] as it stays in memory for rows of `dtype`, for `linear` alone: padded, in `dtype`.
 
-    Only fp32 rows on a CPU take a narrower weight; `linear` widens it.
+    A large one for fp32 rows on a CPU is packed for oneDNN where that pays, else left in 16 bits if it is stored so.
     """
-    narrow = weight.element_size() == 2 and dtype is torch.float32 and weight.device.type == "cpu"
-    if not narrow or weight.nbytes < _MIN_NARROW_NBYTES:
-        weight = weight.to(dtype)
-    return pad_out(weight)
+    large = weight.numel() >= _MIN_LARGE and weight.device.type == "cpu" and dtype is torch.float32
+    if large and _packs:
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        packed: torch.Tensor = pack(pad_out(weight.float()), _PACKED_FOR)
+        return packed
+    return pad_out(weight if large and weight.element_size() == 2 else weight.to(dtype))
 
 
 def linear(
@@ -77,6 +104,9 @@ def linear(
     the weight may be fp16 or bf16: the bits are those of the weight converted to fp32.
     """
     width = out or weight.shape[0]
+    if weight.is_mkldnn:
+        packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return packed if width == weight.shape[0] else packed[:, :width]
     if weight.shape[0] % OUT_MULTIPLE:
         weight = pad_out(weight)
         bias = None if bias is None else pad_out(bias)

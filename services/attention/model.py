@@ -42,8 +42,10 @@ class AttentionModel:
         self.config = config
         self.max_context = min(max_context, config.max_position)
         dtype = weights.embedding.dtype
-        self._head = resident(weights.lm_head, dtype)
-        self._embedding = self._head if config.tie_word_embeddings else weights.embedding
+        if config.tie_word_embeddings:
+            self._embedding = self._head = pad_out(weights.embedding)
+        else:
+            self._embedding, self._head = weights.embedding, resident(weights.lm_head, dtype)
         self._final_norm = weights.final_norm
         self._layers = weights.layers
         self._mla = [MlaLayer(config, layer.attention) for layer in weights.layers]

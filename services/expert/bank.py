@@ -11,7 +11,7 @@ from common.model.hf_config import load_config
 from common.model.loader import FfnWeights, load_expert
 from common.model.manifest import build_manifest, hash_expert
 from common.plan_file import cluster_plan
-from kernels.reference.ffn import ffn
+from kernels.reference.ffn import Network, network
 from kernels.reference.linear import resident
 
 Place = tuple[int, int]  # (layer, expert)
@@ -26,6 +26,7 @@ class Bank:
     weights: dict[Place, FfnWeights]
     hashes: dict[Place, str]
     rows: dict[Place, int] = field(default_factory=dict)
+    _networks: dict[Place, Network] = field(default_factory=dict, init=False)
 
     @classmethod
     def load(cls, config: ClusterConfig, worker: int) -> Self:
@@ -51,9 +52,13 @@ class Bank:
     ) -> torch.Tensor:
         """SwiGLU network of one expert: fp32 [num_rows, width] -> fp32 [num_rows, width]."""
         assert scales is None, "rows are dequantised before they come here"
-        self.rows[layer, expert] += len(rows)
-        w = self.weights[layer, expert]
-        return ffn(rows, w.gate_up, w.down)
+        place = layer, expert
+        self.rows[place] += rows.shape[0]
+        run = self._networks.get(place)
+        if run is None:
+            w = self.weights[place]
+            run = self._networks[place] = network(w.gate_up, w.down)
+        return run(rows)
 
 
 def _resident(weights: FfnWeights) -> FfnWeights:

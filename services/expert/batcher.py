@@ -33,6 +33,9 @@ class Batcher(Generic[T]):
     def __len__(self) -> int:
         return sum(map(len, self._layers.values()))
 
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
     def add(self, layer: int, call: Waiting[T]) -> None:
         """A call arrived."""
         self._layers.setdefault(layer, []).append(call)
@@ -41,13 +44,14 @@ class Batcher(Generic[T]):
         """The layer and calls to compute now. Raises IndexError when nothing waits."""
         if not self._layers:
             raise IndexError("nothing waits")
-        layer, calls = next(iter(self._layers.items()))
+        layer, calls = self._layers.popitem(last=False)
+        if len(calls) == 1:
+            return layer, calls
         count, rows = 1, calls[0].num_rows
         while count < len(calls) and rows + calls[count].num_rows <= self.max_rows:
             rows += calls[count].num_rows
             count += 1
         batch, rest = calls[:count], calls[count:]
-        del self._layers[layer]
         if rest:
             self._layers[layer] = rest  # behind the other layers: nobody starves
         return layer, batch

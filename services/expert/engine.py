@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from common.errors import WireError
-from common.tensors import numbers, row_bytes, rows_of, scales_of
+from common.tensors import int32s, row_bytes, rows_of, scales_of
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
     RowType,
@@ -20,7 +19,7 @@ from services.expert.bank import Bank
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows)."""
 
@@ -40,18 +39,16 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         raise WireError(
             f"EXPERT_IN of {header.num_rows} rows of width {header.width}, the model has {bank.width}"
         )
-    segments = (
-        numbers(payload, layout.segments, header.num_pairs * 2, np.int32).reshape(-1, 2).tolist()
-    )
-    if (
-        any(count < 1 for _, count in segments)
-        or sum(count for _, count in segments) != header.num_rows
-    ):
-        raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
-    for expert, _ in segments:
+    flat = int32s(payload, layout.segments, header.num_pairs * 2)
+    pairs, total = list(zip(flat[::2], flat[1::2], strict=True)), 0
+    for expert, count in pairs:
+        total += count
+        if count < 1:
+            break
         if (header.layer, expert) not in bank:
             raise WireError(f"expert {expert} of layer {header.layer} is not resident here")
-    pairs = [(expert, count) for expert, count in segments]
+    if total != header.num_rows or min(flat[1::2]) < 1:
+        raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
     is_fp8 = layout.rows.row_type is RowType.FP8
     if payload.rows is not None and not payload.rows.block.on_host:
         rows = rows_of(payload, layout.rows)
@@ -62,7 +59,9 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
             rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset, dtype=torch.float32,
         )  # fmt: skip
     else:
-        rows = rows_of(payload, layout.rows).to(torch.float32)
+        rows = rows_of(payload, layout.rows)
+        if rows.dtype is not torch.float32:
+            rows = rows.to(torch.float32)
     return Call(rows, None, pairs)
 
 

@@ -127,7 +127,7 @@ class ExpertWorker:
         self._schedule()
 
     def _schedule(self) -> None:
-        if not self._scheduled and self._in_flight < MAX_BATCHES and len(self.batcher):
+        if self.batcher and not self._scheduled and self._in_flight < MAX_BATCHES:
             self._scheduled = True
             self.loop.call_soon(self._run)
 
@@ -151,7 +151,11 @@ class ExpertWorker:
             for call in calls:
                 self._fail(call.item[0], call.item[1], f"{self.spec.id}: {exc}")
             calls, outputs = [], []
-        self.transport.seam.fence().then(partial(self._computed, batch, calls, outputs, started))
+        fence = self.transport.seam.fence()
+        if fence.passed:
+            self._computed(batch, calls, outputs, started)
+        else:
+            fence.then(partial(self._computed, batch, calls, outputs, started))
         self._schedule()
 
     def _computed(

@@ -39,12 +39,8 @@ class Answers:
         return header, buffer
 
     def is_whole(self, source: SourceWork) -> bool:
-        """Whether a block's only share is its answer; exact sums are rounded once, from float64."""
-        return (
-            len(source.shares) == 1
-            and self.num_rails == 1
-            and source.request.wire is not Wire.FP32
-        )  # fmt: skip
+        """Whether a block's only share is its answer."""
+        return len(source.shares) == 1 and self.num_rails == 1
 
     def whole(self, source: SourceWork, work: NodeWork) -> Answer:
         """COMBINED: the only share of a block, rounded once."""
@@ -84,7 +80,10 @@ class Answers:
         started = self.clock_ns()
         layout = answer_layout(work.num_rows, work.request.width, row_type)
         buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
-        work.sum_into(rows_of(buffer, layout.rows))
+        if work.request.wire is Wire.FP32 and row_type is not RowType.FP64:
+            write_rows(buffer, layout.rows, work.partial(exact=True))  # rounded once
+        else:
+            work.sum_into(rows_of(buffer, layout.rows))
         self.memory.written(buffer, work.outputs)
         self._spent(item, started)
         return self._header(item, kind, buffer, work.num_rows), buffer

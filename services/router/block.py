@@ -57,11 +57,13 @@ class NodeWork:
     waiting: dict[int, WorkerShare] = field(default_factory=dict)  # by question
     timing: Timing = field(default_factory=Timing)
 
-    def arrived(self, call: int, header: Header, rows: Tensor | None) -> bool:
-        """Take the answer to a question, [num_rows, width], None: it is in place. True when it was the last one."""
+    def arrived(
+        self, call: int, header: Header, payload: Buffer | None, segment: RowSegment
+    ) -> bool:
+        """Take the answer to a question, the rows of `segment`, None: they are in place. True when it was the last."""
         share = self.waiting.pop(call)
-        if rows is not None:
-            self.outputs.rows[share.start : share.stop].copy_(rows)
+        if payload is not None:
+            self.outputs.put(share.start, payload, segment)
         self.timing.include(header)
         return not self.waiting
 

@@ -15,7 +15,7 @@ import numpy as np
 from common.errors import AtollError, DeadlineExceeded, LinkClosed, WireError
 from common.obs.trace import Recorder
 from common.placement.plan import Plan
-from common.tensors import read_rows
+from common.tensors import check_rows, read_rows
 from common.transport.base import Link, tell
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import release_behind
@@ -206,10 +206,11 @@ class Dataflow:
             self.counters.late += 1
             return
         row_type = EXPERT_OUT_ROWS[work.request.wire]
-        rows = read_rows(payload, owed.header.num_rows, work.request.width, row_type, "EXPERT_OUT")
-        in_place = payload is not None and payload.rows is not None and payload.rows is owed.landing
+        num_rows, width = owed.header.num_rows, work.request.width
+        payload, segment = check_rows(payload, num_rows, width, row_type, "EXPERT_OUT")
+        in_place = payload.rows is not None and payload.rows is owed.landing
         self.calls.settle_expert(worker, call)
-        if work.arrived(call, header, None if in_place else rows):
+        if work.arrived(call, header, None if in_place else payload, segment):
             del self._works[work.key]
             self._finish_work(work)
 

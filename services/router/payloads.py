@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import WireError
-from common.tensors import numbers
+from common.tensors import numbers, put_bytes
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
     RowSegment,
@@ -63,9 +63,9 @@ def relay(
     layout = relay_layout(num_rows, request.width, num_pairs, request.wire)
     piece = Piece(0, num_rows, layout.rows, layout.nbytes)
     (buffer,) = memory.gather(payload, rows, share.rows, [piece])
-    numbers(buffer, layout.pair_rows, num_pairs, np.int32)[:] = share.pair_rows
-    numbers(buffer, layout.experts, num_pairs, np.int32)[:] = share.experts
-    numbers(buffer, layout.weights, num_pairs, np.float32)[:] = share.weights
+    put_bytes(buffer, layout.pair_rows, share.pair_rows)
+    put_bytes(buffer, layout.experts, share.experts)
+    put_bytes(buffer, layout.weights, share.weights)
     header = request.derive(
         Kind.RELAY, target=share.node, num_rows=num_rows, num_pairs=num_pairs, payload_nbytes=layout.nbytes
     )  # fmt: skip
@@ -75,7 +75,7 @@ def relay(
 def expert_in(request: Header, share: WorkerShare, piece: Piece, buffer: Buffer) -> Header:
     """The EXPERT_IN for one worker's share: its segments go into `buffer`, behind the rows of `piece`."""
     segments = share.segments
-    numbers(buffer, piece.segment.end, segments.size, np.int32)[:] = segments.ravel()
+    put_bytes(buffer, piece.segment.end, segments)
     return request.derive(
         Kind.EXPERT_IN, target=share.worker, num_rows=share.stop - share.start, num_pairs=len(segments),
         payload_nbytes=piece.nbytes,

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart
+from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, rows_of
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
 from common.transport.seam import Seam
 from common.wire.blocks import RowSegment, RowType, expert_in_layout, num_scales
-from common.wire.header import Wire
+from common.wire.header import HEADER_NBYTES, Wire
 from kernels import ops
 from services.router.plan import FanOut, WorkerShare
 
@@ -59,6 +59,17 @@ class Outputs:
     slots: Tensor
     weights: Tensor
     held: list[DeviceBlock] = field(default_factory=list)
+    bytes: memoryview | None = None  # of `rows` in host memory
+
+    def put(self, start: int, payload: Buffer, segment: RowSegment) -> None:
+        """Copy an answer, all of `payload`, to the places from `start` on."""
+        num_rows = segment.num_rows
+        if self.bytes is None:
+            self.rows[start : start + num_rows].copy_(rows_of(payload, segment))
+            return
+        row_nbytes = segment.width * int(segment.row_type)
+        first, nbytes = start * row_nbytes, num_rows * row_nbytes
+        self.bytes[first : first + nbytes] = payload.view[HEADER_NBYTES : HEADER_NBYTES + nbytes]
 
 
 class Rows(Protocol):
@@ -128,9 +139,11 @@ class HostRows:
         plan: FanOut,
         row_type: RowType,
     ) -> tuple[list[Buffer], Outputs]:
-        rows = torch.empty((len(plan.rows), segment.width), dtype=TORCH_DTYPES[row_type])
+        nbytes = len(plan.rows) * segment.width * int(row_type)
+        memory = np.empty(nbytes, np.uint8)
+        rows = torch.from_numpy(memory).view(TORCH_DTYPES[row_type]).view(-1, segment.width)
         slots, weights = torch.from_numpy(plan.slots), torch.from_numpy(plan.weights)
-        outputs = Outputs(rows, slots, weights)
+        outputs = Outputs(rows, slots, weights, bytes=memory.data)
         return self.gather(payload, segment, index, pieces), outputs
 
     def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:

@@ -5,6 +5,9 @@
 Both sides decode greedily in fp32 from the same random prompts. transformers runs `generate` on the whole batch, with
 1 and with 2 threads, eager and default expert implementation; its best figure counts. The cluster has one expert
 per worker (EP16 for the small model) and is driven over HTTP.
+
+Beside the rates, which share the machine with whatever else runs, stands the CPU time per token, user and system, of
+all processes of the cluster and of transformers' process: on a machine whose cores are full, rates go by that.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import torch
 
 from common.model.small import small_config
 from common.model.writer import write_random
+from tests.bench.cluster import cpu_s
 from tests.bench.environment import facts
 from tests.e2e.harness import Cluster
 from tests.oracle.reference import Reference
@@ -34,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 256, "kv_lora_rank": 128, "num_attention_heads": 8, "num_key_value_heads": 8,
     },
 }  # fmt: skip
-Rate = tuple[list[float], str]
+Rate = tuple[list[float], str, float]  # tokens/s, how, CPU us per token
 
 
 def prompts_for(batch: int, vocab_size: int) -> list[list[int]]:
@@ -42,33 +46,41 @@ def prompts_for(batch: int, vocab_size: int) -> list[list[int]]:
     return torch.randint(3, vocab_size, (batch, PROMPT_TOKENS), generator=generator).tolist()
 
 
-def cluster_rate(cluster: Cluster, prompts: list[list[int]], tokens: int) -> list[float]:
-    """Tokens per second of `REPEATS` runs, all prompts at once."""
-    rates = []
-    for _ in range(REPEATS + 1):
+def cluster_cpu_s(cluster: Cluster) -> float:
+    """CPU seconds that the cluster's processes have used."""
+    return sum(cpu_s(process["pid"]) for process in cluster.processes)
+
+
+def cluster_rate(cluster: Cluster, prompts: list[list[int]], tokens: int) -> Rate:
+    """`REPEATS` runs, all prompts at once."""
+    cluster.generate(prompts, tokens)  # a warm-up
+    rates, made, before = [], 0, cluster_cpu_s(cluster)
+    for _ in range(REPEATS):
         started = time.perf_counter()
-        answers = cluster.generate(prompts, tokens)
-        elapsed = time.perf_counter() - started
-        rates.append(sum(map(len, answers)) / elapsed)
-    return rates[1:]  # the first is a warm-up
+        count = sum(map(len, cluster.generate(prompts, tokens)))
+        rates.append(count / (time.perf_counter() - started))
+        made += count
+    return rates, "", (cluster_cpu_s(cluster) - before) / made * 1e6
 
 
 def transformers_rate(models: dict[str, Any], prompts: list[list[int]], tokens: int) -> Rate:
     """The best of both expert implementations and of 1 and 2 threads, by median."""
-    best: Rate = ([0.0], "")
+    best: Rate = ([0.0], "", 0.0)
     batch = torch.tensor(prompts)
     for (name, model), threads in itertools.product(models.items(), (1, 2)):
         torch.set_num_threads(threads)
-        rates = []
+        rates, cpu = [], []
         for _ in range(REPEATS + 1):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             out = model.generate(
                 batch, attention_mask=torch.ones_like(batch), do_sample=False, pad_token_id=0,
                 max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None,
             )  # fmt: skip
-            rates.append((out.numel() - batch.numel()) / (time.perf_counter() - started))
+            made = out.numel() - batch.numel()
+            rates.append(made / (time.perf_counter() - started))
+            cpu.append((time.process_time() - cpu_started) / made * 1e6)
         if median(rates[1:]) > median(best[0]):
-            best = rates[1:], f"{name} experts, {threads} threads"
+            best = rates[1:], f"{name} experts, {threads} threads", median(cpu[1:])
     return best
 
 
@@ -106,18 +118,19 @@ def main() -> None:
     options = ["--wire", "fp32", *args.cluster.split()]
     for size in sizes:
         prompts = prompts_for(size, vocab_size)
-        theirs, how = transformers_rate(models, prompts, args.tokens)
+        theirs, how, their_cpu_us = transformers_rate(models, prompts, args.tokens)
         with Cluster("--model", str(args.model), *options) as cluster:
-            ours = cluster_rate(cluster, prompts, args.tokens)
+            ours, _, our_cpu_us = cluster_rate(cluster, prompts, args.tokens)
         rows.append(
             {
                 "concurrency": size, "ours": median(ours), "ours_min": min(ours), "ours_max": max(ours),
                 "transformers": median(theirs), "transformers_best": how,
-                "ratio": median(ours) / median(theirs),
+                "ratio": median(ours) / median(theirs), "cpu_us": our_cpu_us, "transformers_cpu_us": their_cpu_us,
             }
         )  # fmt: skip
         print(f"concurrency {size:3}: ours {median(ours):7.1f} tokens/s, transformers {median(theirs):7.1f}"
-              f" ({how}), ratio {rows[-1]['ratio']:.2f}", flush=True)  # fmt: skip
+              f" ({how}), ratio {rows[-1]['ratio']:.2f}; CPU us/token {our_cpu_us:.0f} and {their_cpu_us:.0f}",
+              flush=True)  # fmt: skip
     layout = {"model": args.model.name, "cluster": options}
     if args.out:
         args.out.write_text(json.dumps(facts() | layout | {"rows": rows}, indent=1) + "\n")

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kernels.reference.ffn import ffn, sigmoid, silu
+from kernels.reference import linear as linear_module
+from kernels.reference.ffn import ffn, network, sigmoid, silu
 from kernels.reference.gate import gate_v2, gate_v3
 from kernels.reference.linear import linear, pad_out, resident
 from kernels.reference.norm import rms_norm
@@ -54,8 +55,9 @@ def test_linear(out: int, width: int) -> None:
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("out", "width"), [(1024, 1024), (300, 2000), (20, 40_000)])
 def test_16_bit_weights_give_the_bits_of_wide_ones(
-    out: int, width: int, stored: torch.dtype
+    out: int, width: int, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(linear_module, "_packs", False)
     weight, bias = torch.randn(out, width).to(stored), torch.randn(out)
     narrow, padded_bias = resident(weight, torch.float32), pad_out(bias)
     assert narrow.dtype is stored
@@ -69,7 +71,42 @@ def test_16_bit_weights_give_the_bits_of_wide_ones(
     check(lambda x: linear(x, narrow, out=out), rows(width))
 
 
-def test_small_or_wide_weights_are_kept_in_the_compute_dtype() -> None:
+@pytest.mark.skipif(not linear_module._packs, reason="packed on CPUs with AVX2 alone")
+@pytest.mark.parametrize(("out", "width"), [(1024, 1024), (300, 2000), (20, 40_000), (2816, 1001)])
+def test_large_weights_are_packed_and_rows_stay_independent(out: int, width: int) -> None:
+    weight, bias = torch.randn(out, width).bfloat16(), torch.randn(out)
+    packed, padded_bias = resident(weight, torch.float32), pad_out(bias)
+    assert packed.is_mkldnn
+    check(lambda x: linear(x, packed, padded_bias, out=out), rows(width))
+    x = rows(width)
+    expected = x.double() @ weight.double().T + bias
+    ours = linear(x, packed, padded_bias, out=out).double()
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not linear_module._packs, reason="packed on CPUs with AVX2 alone")
+def test_a_network_of_packed_weights_is_that_of_plain_ones() -> None:
+    gate_up, down = torch.randn(2048, 600) / 25, torch.randn(600, 1024) / 32
+    packed = [resident(weight, torch.float32) for weight in (gate_up, down)]
+    assert all(weight.is_mkldnn for weight in packed)
+    check(lambda x: ffn(x, *packed), rows(600))
+    torch.testing.assert_close(ffn(rows(600), *packed), ffn(rows(600), gate_up, down))
+
+
+@pytest.mark.parametrize(("width", "inner"), [(128, 64), (96, 24), (100, 30), (1024, 600)])
+def test_a_prepared_network_has_the_bits_of_ffn(width: int, inner: int) -> None:
+    gate_up, down = torch.randn(2 * inner, width) / 9, torch.randn(width, inner) / 9
+    gate_up, down = resident(gate_up, torch.float32), resident(down, torch.float32)
+    prepared = network(gate_up, down)
+    for size in SIZES:
+        x = rows(width)[:size]
+        assert torch.equal(prepared(x), ffn(x, gate_up, down)), f"{size} rows differ"
+
+
+def test_small_or_wide_weights_are_kept_in_the_compute_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear_module, "_packs", False)
     small = torch.randn(64, 64).bfloat16()
     assert resident(small, torch.float32).dtype is torch.float32
     assert resident(torch.randn(1024, 1024), torch.float32).dtype is torch.float32
