@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.bench.gpu.report import gpu
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 ORACLE = ROOT / "tests" / "oracle" / "results.json"
@@ -134,6 +136,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ep256": ep256,
     "serving": serving,
     "transport": transport,
+    "gpu": gpu,
 }
 
 
