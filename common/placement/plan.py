@@ -17,6 +17,7 @@ from common.errors import ConfigError
 
 FORMAT = "atoll-plan-1"
 Layer = tuple[tuple[int, ...], ...]  # by expert: its workers, the primary first
+Place = tuple[int, int]  # (layer, expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Plan:
         """Whether any expert of a layer has more than one worker."""
         return any(len(workers) > 1 for workers in self.holders[layer])
 
-    def residents(self, worker: int) -> list[tuple[int, int]]:
+    def residents(self, worker: int) -> list[Place]:
         """(layer, expert) pairs that a worker holds, ascending."""
         return [
             (layer, expert)

@@ -58,12 +58,16 @@ class _Pending:
     num_rows: int
     posted_ns: int
     out: Tensor | None
+    epoch: int
     partials: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by router
 
 
 @dataclass(slots=True)
 class MoeClient:
-    """Blocks of one attention worker that are on their way. `width` is the model's hidden size."""
+    """Blocks of one attention worker that are on their way. `width` is the model's hidden size.
+
+    A block is stamped with `epoch`, the placement that all routers of the node have in force.
+    """
 
     worker: int
     width: int
@@ -78,6 +82,7 @@ class MoeClient:
     clock_ns: Callable[[], int] = time.monotonic_ns
     times: HopTimes = field(default_factory=HopTimes)
     routers: dict[int, Outbox] = field(default_factory=lambda: {0: Outbox("router-0")})  # by index
+    _epochs: dict[int, int] = field(default_factory=dict)  # by router: what is in force there
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _next_block: int = 0
 
@@ -90,6 +95,23 @@ class MoeClient:
     def next_block(self) -> int:
         """Id of the block that `dispatch` will post next."""
         return self._next_block
+
+    def in_force(self, link: Link, epoch: int) -> bool:
+        """A router says which epoch is in force. It is asked once that is ours: then True."""
+        router = link.peer.process.index
+        self._epochs[router] = epoch
+        outbox = self.routers[router]
+        opens = epoch >= self.epoch and outbox.link is not link
+        if len(self._epochs) == len(self.routers):
+            self.epoch = max(self.epoch, min(self._epochs.values()))
+        if opens:
+            outbox.opened(link)
+        return opens
+
+    @property
+    def oldest_epoch(self) -> int:
+        """No block of an earlier epoch is, or will be, on its way."""
+        return min((pending.epoch for pending in self._pending.values()), default=self.epoch)
 
     def dispatch(
         self, layer: int, microbatch: int, rows: Rows, experts: Tensor, weights: Tensor, *,
@@ -117,7 +139,7 @@ class MoeClient:
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self._pending[block] = _Pending(future, num_rows, now_ns, out)
+        self._pending[block] = _Pending(future, num_rows, now_ns, out, self.epoch)
         landing = None
         if len(self.routers) == 1:  # how many rows each of several rails answers is not known yet
             nbytes = row_segment(num_rows, self.width, self.combined).end

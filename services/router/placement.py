@@ -1,0 +1,263 @@
+"""The placement of a router while it changes: what its workers hold, what other routers serve, who must be told.
+
+`services.router.epochs` says which plans are served, `common.placement.handover` has the frames. What is decided here
+is only when a peer may be asked: an expert worker once it holds, by the manifest's hashes, what every binding plan
+gives it; another router once it serves the epoch in force. Until then what they are owed waits in their outboxes.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from common.config import ClusterConfig, ProcessSpec
+from common.errors import AuthError, ConfigError, WireError
+from common.ids import ProcessId, Role
+from common.model.hf_config import ModelConfig
+from common.model.manifest import Manifest
+from common.placement.handover import Report
+from common.placement.plan import Place, Plan, check_plan
+from common.plan_file import placement_path, read_placement, write_placement
+from common.transport.base import Link, tell
+from common.transport.outbox import Outbox
+from services.router.dataflow import Dataflow
+
+log = logging.getLogger(__name__)
+
+
+class Placement:
+    """Handler of everything about plans. `on_change` is called after an outbox opened or the plan in force changed."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        spec: ProcessSpec,
+        model: ModelConfig,
+        manifest: Manifest,
+        flow: Dataflow,
+        on_change: Callable[[Role], None],
+    ) -> None:
+        self._config, self._spec, self._model, self._manifest = config, spec, model, manifest
+        self._flow, self._on_change = flow, on_change
+        self._base, self.epochs = flow.plan, flow.epochs
+        self._path = placement_path(config, spec.id)
+        self._decided = -1  # the last epoch that the gateway told us is in force
+        self._links: dict[ProcessId, Link] = {}  # of every role
+        self._held: dict[int, dict[Place, str]] = {}  # by connected worker: hashes of its experts
+        self._asked: dict[Link, set[Place]] = {}  # what the worker at the other end shall hold
+        left = read_placement(self._path, self._base)
+        if left is not None:
+            self.epochs.restore(left.epoch, left.plans)
+            log.info("%s: %r from %s", spec.id, self.epochs, self._path)
+
+    # ---- links ---------------------------------------------------------------------------------
+
+    def opened(self, link: Link) -> None:
+        """Tell the peer what it must know; a worker that holds everything may be asked at once.
+
+        Raises AuthError for a worker with other weights than the checkpoint's.
+        """
+        peer = link.peer.process
+        if peer.role is Role.EXPERT:
+            self._held[peer.index] = self._checked(link, link.peer.facts["experts"])
+        self._links[peer] = link
+        if peer.role is Role.EXPERT:
+            self._ask_to_hold([link])
+            self._look_at(peer.index)
+        elif peer.role is Role.ROUTER:
+            tell([link], self._serves())
+        elif peer.role is Role.ATTENTION:
+            tell([link], {"type": "epoch", "epoch": self.epochs.current.epoch})
+        elif peer.role is Role.GATEWAY:
+            tell([link], self._report().to_json())
+
+    def closed(self, link: Link) -> None:
+        """A worker lost before the candidate is in force makes it impossible: its successor would hold us up."""
+        peer = link.peer.process
+        if self._links.get(peer) is not link:
+            return
+        del self._links[peer]
+        if peer.role is Role.EXPERT:
+            self._asked.pop(link, None)
+            held, candidate = self._held.pop(peer.index), self.epochs.candidate
+            if candidate is not None and set(candidate.plan.residents(peer.index)):
+                did = "loaded" if self._lacks(held, candidate.plan, peer.index) else "was ready"
+                self._impossible(f"{peer} was lost while it {did} for epoch {candidate.plan.epoch}")
+
+    def on_control(self, link: Link, message: dict[str, Any]) -> None:
+        """Take a frame. Raises WireError for what no gateway sends."""
+        peer = link.peer.process
+        if self._links.get(peer) is not link:
+            return  # a newer link has replaced it: that gateway has nothing to say any more
+        match message.get("type"), peer.role:
+            case "held", Role.EXPERT:
+                self._on_held(link, message)
+            case "serves", Role.ROUTER:
+                self._on_serves(link, message)
+            case "prepare" | "commit" as kind, Role.GATEWAY:
+                self._on_plan(kind, message["plan"])
+            case "abort", Role.GATEWAY:
+                candidate = self.epochs.candidate
+                if candidate is not None and self.epochs.abort():
+                    current = self.epochs.current.epoch
+                    log.warning("epoch %d is given up, %d stays", candidate.plan.epoch, current)
+                self._changed()
+            case "retire", Role.GATEWAY:
+                self.epochs.retire()
+                self._changed()
+
+    # ---- what others hold and serve ------------------------------------------------------------
+
+    def _on_held(self, link: Link, message: dict[str, Any]) -> None:
+        worker = link.peer.process.index
+        try:
+            self._held[worker] = self._checked(link, message["experts"])
+        except AuthError as exc:
+            self._held[worker] = {}
+            self._impossible(str(exc))
+        if error := message.get("error"):
+            self._impossible(f"{link.peer.process}: {error}")
+        self._look_at(worker)
+        self._vote()
+
+    def _checked(self, link: Link, experts: Iterable[tuple[int, int, str]]) -> dict[Place, str]:
+        """Raises AuthError when a hash of what the worker shall hold is not the manifest's."""
+        peer = link.peer.process
+        if peer.index not in self._flow.experts:
+            raise AuthError(f"{peer} belongs to another node than {self._spec.id}")
+        held = {(layer, expert): digest for layer, expert, digest in experts}
+        wanted = self.epochs.wanted(peer.index)
+        for (layer, expert), digest in sorted(held.items()):
+            expected = self._manifest.expert_hashes[layer, expert]
+            if (layer, expert) in wanted and digest != expected:
+                raise AuthError(
+                    f"{peer} holds {digest} as expert {expert} of layer {layer}, the checkpoint's is {expected}"
+                )
+        return held
+
+    def _look_at(self, worker: int) -> None:
+        """Ask a worker for what it owes once it holds what binds us."""
+        link, outbox = self._links[ProcessId(Role.EXPERT, worker)], self._flow.experts[worker]
+        if outbox.link is not link and self.epochs.binding(worker) <= set(self._held[worker]):
+            self._open(outbox, link)
+
+    def _on_serves(self, link: Link, message: dict[str, Any]) -> None:
+        digests = {int(epoch): digest for epoch, digest in message["plans"]}
+        for epoch, digest in ((plan.epoch, plan.digest) for plan in self.epochs.binding_plans):
+            if digests.get(epoch, digest) != digest:
+                link.close(
+                    f"{link.peer.process} has another plan than {self._spec.id} for the same epoch {epoch}"
+                )
+                return
+        outbox = self._flow.routers[link.peer.node]
+        if outbox.link is not link and self.epochs.current.epoch in digests:
+            self._open(outbox, link)
+
+    def _open(self, outbox: Outbox, link: Link) -> None:
+        outbox.opened(link)
+        self._on_change(link.peer.process.role)
+
+    # ---- plans ---------------------------------------------------------------------------------
+
+    def _on_plan(self, kind: str, document: object) -> None:
+        try:
+            plan = Plan.from_json(document)
+            check_plan(
+                plan, moe_layers=self._model.moe_layers, num_experts=self._model.num_experts,
+                nodes=self._base.nodes, experts_per_gpu=self._config.placement.experts_per_gpu,
+            )  # fmt: skip
+        except ConfigError as exc:
+            raise WireError(f"plan of the gateway: {exc}") from exc
+        if kind == "commit":
+            self._decided = plan.epoch
+        if self.epochs.prepare(plan):
+            absent = [w for w in self._flow.experts if plan.residents(w) and w not in self._held]
+            self._changed()
+            if absent:
+                self._impossible(f"expert-{absent[0]} is not connected")
+        self._vote()
+
+    def _vote(self) -> None:
+        """Say that we are ready for the candidate once this node's workers hold what it gives them.
+
+        A candidate that is in force elsewhere then is so here, too.
+        """
+        candidate = self.epochs.candidate
+        if candidate is None:
+            return
+        decided = candidate.plan.epoch == self._decided
+        if not candidate.ready and (decided or not candidate.error):
+            absent = [w for w in self._flow.experts if w not in self._held]
+            if any(candidate.plan.residents(w) for w in absent) or any(
+                self._lacks(held, candidate.plan, w) for w, held in self._held.items()
+            ):
+                return
+            candidate.ready = True
+            try:
+                self._save()  # first: our successor must serve what we promised
+            except ConfigError as exc:
+                candidate.ready = False
+                self._impossible(str(exc))
+                return
+            tell(self.links(Role.ROUTER), self._serves())
+            self._tell_gateways()
+        if decided and candidate.ready and self.epochs.commit(candidate.plan):
+            log.info("in force: %r", candidate.plan)
+            self._changed()
+            tell(self.links(Role.ATTENTION), {"type": "epoch", "epoch": candidate.plan.epoch})
+            self._on_change(Role.EXPERT)
+
+    def _lacks(self, held: dict[Place, str], plan: Plan, worker: int) -> bool:
+        return not set(plan.residents(worker)) <= set(held)
+
+    def _impossible(self, sentence: str) -> None:
+        """The candidate cannot be served here; the gateway will have it dropped, unless it is in force elsewhere."""
+        candidate = self.epochs.candidate
+        if candidate is not None and not candidate.error:
+            log.warning("epoch %d: %s", candidate.plan.epoch, sentence)
+            candidate.error = sentence
+            self._tell_gateways()
+
+    # ---- telling -------------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        """The plans that we serve are others now."""
+        try:
+            self._save()
+        except ConfigError as exc:  # a successor will be told by the gateway
+            log.error("%s", exc)
+        self._ask_to_hold(self.links(Role.EXPERT))
+        for worker in list(self._held):
+            self._look_at(worker)
+        tell(self.links(Role.ROUTER), self._serves())
+        self._tell_gateways()
+
+    def _save(self) -> None:
+        """Raises ConfigError."""
+        epochs = self.epochs
+        write_placement(self._path, self._base, epochs.current.epoch, epochs.binding_plans)
+
+    def _ask_to_hold(self, links: Iterable[Link]) -> None:
+        for link in links:
+            wanted = self.epochs.wanted(link.peer.process.index)
+            if self._asked.get(link) != wanted:
+                self._asked[link] = wanted
+                tell([link], {"type": "hold", "experts": sorted(wanted)})
+
+    def _serves(self) -> dict[str, Any]:
+        plans = [[plan.epoch, plan.digest] for plan in self.epochs.binding_plans]
+        return {"type": "serves", "plans": plans}
+
+    def _report(self) -> Report:
+        epochs, candidate = self.epochs, self.epochs.candidate
+        if candidate is None:
+            return Report(epochs.current, tuple(epochs.served))
+        return Report(
+            epochs.current, tuple(epochs.served), candidate.plan.epoch, candidate.ready, candidate.error
+        )  # fmt: skip
+
+    def _tell_gateways(self) -> None:
+        tell(self.links(Role.GATEWAY), self._report().to_json())
+
+    def links(self, role: Role) -> list[Link]:
+        """Open links to peers of a role, one each."""
+        return [link for process, link in self._links.items() if process.role is role]
