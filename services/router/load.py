@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from common.placement.rebalance import Sample
+
 Int32s = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float64]
@@ -50,9 +52,14 @@ class ExpertLoad:
         scale = np.log(2) / self.half_life_s / self._weight(now_ns)
         return {layer: counts * scale for layer, counts in sorted(self._counts.items())}
 
-    def sample(self) -> dict[int, Ids]:
-        """By layer: the experts of the last rows, [at most max_sample, top_k], in no order."""
-        return {layer: self._samples[layer][:seen] for layer, seen in sorted(self._seen.items())}
+    def sample(self, now_ns: int) -> Sample:
+        """The experts of the last rows of each layer, in no order, and how many rows a second a layer has."""
+        layers = {layer: self._samples[layer][:seen] for layer, seen in sorted(self._seen.items())}
+        rows = [
+            float(rates.sum()) / self._samples[layer].shape[1]
+            for layer, rates in self.rates(now_ns).items()
+        ]
+        return Sample(layers, max(rows, default=0.0))
 
     def to_json(self, now_ns: int) -> dict[str, list[float]]:
         """`rates` for a `status` frame."""

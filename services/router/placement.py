@@ -44,6 +44,7 @@ class Placement:
         self._links: dict[ProcessId, Link] = {}  # of every role
         self._held: dict[int, dict[Place, str]] = {}  # by connected worker: hashes of its experts
         self._asked: dict[Link, set[Place]] = {}  # what the worker at the other end shall hold
+        self._served: dict[Link, set[int]] = {}  # epochs of the router at the other end
         left = read_placement(self._path, self._base)
         if left is not None:
             self.epochs.restore(left.epoch, left.plans)
@@ -73,11 +74,12 @@ class Placement:
     def closed(self, link: Link) -> None:
         """A worker lost before the candidate is in force makes it impossible: its successor would hold us up."""
         peer = link.peer.process
+        self._asked.pop(link, None)
+        self._served.pop(link, None)
         if self._links.get(peer) is not link:
             return
         del self._links[peer]
         if peer.role is Role.EXPERT:
-            self._asked.pop(link, None)
             held, candidate = self._held.pop(peer.index), self.epochs.candidate
             if candidate is not None and set(candidate.plan.residents(peer.index)):
                 did = "loaded" if self._lacks(held, candidate.plan, peer.index) else "was ready"
@@ -148,8 +150,13 @@ class Placement:
                     f"{link.peer.process} has another plan than {self._spec.id} for the same epoch {epoch}"
                 )
                 return
-        outbox = self._flow.routers[link.peer.node]
-        if outbox.link is not link and self.epochs.current.epoch in digests:
+        self._served[link] = set(digests)
+        self._look_at_router(link)
+
+    def _look_at_router(self, link: Link) -> None:
+        """Ask another router for what it owes once it serves what is in force here."""
+        outbox, served = self._flow.routers[link.peer.node], self._served.get(link, ())
+        if outbox.link is not link and self.epochs.current.epoch in served:
             self._open(outbox, link)
 
     def _open(self, outbox: Outbox, link: Link) -> None:
@@ -228,6 +235,8 @@ class Placement:
         self._ask_to_hold(self.links(Role.EXPERT))
         for worker in list(self._held):
             self._look_at(worker)
+        for link in self.links(Role.ROUTER):
+            self._look_at_router(link)
         tell(self.links(Role.ROUTER), self._serves())
         self._tell_gateways()
 

@@ -172,6 +172,9 @@ class RouterWorker:
         elif message.get("type") == "status" and link.peer.process.role is Role.EXPERT:
             (self._expert_status[link.peer.process.index],) = message["processes"]
             self._status.answered(link, message.get("id"))
+        elif message.get("type") == "routing_request":
+            sample = self.flow.load.sample(self.flow.clock_ns())
+            link.send_control({"type": "routing", **sample.to_json()})
         else:
             self.placement.on_control(link, message)
 
