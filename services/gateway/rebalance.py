@@ -6,6 +6,7 @@ force, is brought in line by the same rules.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class Rebalancer:
     _sent: dict[int, str] = field(default_factory=dict)  # by router: the last, until it reports
     _goal: Plan | None = None
     _outcome: "asyncio.Future[None] | None" = None
+    _voted: asyncio.Event = field(default_factory=asyncio.Event)  # on the goal, one way or other
     _committing: bool = False  # the goal may be in force somewhere
     _last_epoch: int = -1  # ever tried
     _samples: dict[int, Sample] = field(default_factory=dict)  # by router
@@ -97,7 +99,9 @@ class Rebalancer:
             if self._sent.get(router) == what:
                 continue
             self._sent[router] = what
-            self._committing = self._committing or (plan is self._goal and kind == "commit")
+            if plan is not None and plan is self._goal and kind == "commit":
+                self._committing = True
+                self._voted.set()
             frame: dict[str, Any] = {"type": kind}
             if plan is not None:
                 frame["plan"] = plan.to_json()
@@ -112,6 +116,7 @@ class Rebalancer:
 
     def _end(self, error: AtollError | None) -> None:
         self._goal, self._committing = None, False
+        self._voted.set()
         if self._outcome is not None and not self._outcome.done():
             if error is None:
                 self._outcome.set_result(None)
@@ -168,17 +173,18 @@ class Rebalancer:
         )  # fmt: skip
         self._last_epoch = epoch = self.next_epoch()
         self._goal = replace(plan, epoch=epoch)
-        self._committing = False
+        self._voted.clear()
         outcome = self._outcome = asyncio.get_running_loop().create_future()
         log.info("rebalance to epoch %d: %d moves", epoch, len(moves(previous, plan)))
         self._advance()
         limit = self.config.limits.start_deadline_s
         try:
-            await asyncio.wait([outcome], timeout=limit)
-            if not outcome.done() and self._committing:
-                await asyncio.wait([outcome], timeout=_RETIRE_S)
-            if not outcome.done() and not self._committing:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit):
+                    await self._voted.wait()
+            if not self._voted.is_set():
                 self._end(Retryable(f"not every router was ready within {limit:g} s"))
+            await asyncio.wait([outcome], timeout=_RETIRE_S)
             if outcome.done():
                 outcome.result()
         except AtollError as exc:
