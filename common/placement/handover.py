@@ -4,8 +4,8 @@ Control frames (JSON objects, `type` says which):
 
     gateway -> router    {"type": "prepare" | "commit", "plan": {...}}   {"type": "abort"}   {"type": "retire"}
     router -> gateway    {"type": "placement", ...Report}   when the link opens, and whenever something changed
-    router -> expert     {"type": "hold", "experts": [[layer, expert], ...]}   all that it shall hold
-    expert -> router     {"type": "held", "experts": [[layer, expert, hash], ...], "error": ""}
+    router -> expert     {"type": "hold", "id": n, "experts": [[layer, expert], ...]}   all that it shall hold
+    expert -> router     {"type": "held", "id": n, "experts": [[layer, expert, hash], ...], "error": ""}
     router -> router     {"type": "serves", "plans": [[epoch, digest], ...]}
     router -> attention  {"type": "epoch", "epoch": e}   the epoch in force: stamp new blocks with it
     attention -> gateway {"type": "epochs", "oldest": e}   no block of an earlier epoch is, or will be, on its way

@@ -27,14 +27,14 @@ class Holdings:
     read: Callable[[Place], tuple[Any, str]]
     num_routers: int
     _wanted: dict[ProcessId, set[Place]] = field(default_factory=dict)
-    _waiting: dict[ProcessId, Link] = field(default_factory=dict)  # who is owed an answer
+    _waiting: dict[ProcessId, tuple[Link, int]] = field(default_factory=dict)  # owed an answer to
     _failed: dict[Place, str] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def want(self, link: Link, experts: list[Place]) -> None:
-        """A router wants these and, for its part, nothing else; it is answered when they are there."""
+    def want(self, link: Link, number: int, experts: list[Place]) -> None:
+        """A router wants these and, for its part, nothing else; question `number` is answered when they are there."""
         self._wanted[link.peer.process] = {(layer, expert) for layer, expert in experts}
-        self._waiting[link.peer.process] = link
+        self._waiting[link.peer.process] = link, number
         self._failed.clear()
         self._wake.set()
 
@@ -70,6 +70,12 @@ class Holdings:
     def _answer(self) -> None:
         experts = [[layer, expert, digest] for (layer, expert), digest in self.bank.hashes.items()]
         waiting, self._waiting = self._waiting, {}
-        for router, link in waiting.items():
+        for router, (link, number) in waiting.items():
             errors = [why for place, why in self._failed.items() if place in self._wanted[router]]
-            tell([link], {"type": "held", "experts": experts, "error": "; ".join(errors[:1])})
+            answer = {
+                "type": "held",
+                "id": number,
+                "experts": experts,
+                "error": "".join(errors[:1]),
+            }
+            tell([link], answer)

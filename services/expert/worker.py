@@ -110,7 +110,7 @@ class ExpertWorker:
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
         """Answer status requests; hold what routers ask for."""
         if message.get("type") == "hold":
-            self.holdings.want(link, message["experts"])
+            self.holdings.want(link, message["id"], message["experts"])
         elif message.get("type") == "status_request":
             rows = {f"{layer}:{expert}": n for (layer, expert), n in self.bank.rows.items()}
             status = ProcessStatus.of(

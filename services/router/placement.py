@@ -43,7 +43,10 @@ class Placement:
         self._decided = -1  # the last epoch that the gateway told us is in force
         self._links: dict[ProcessId, Link] = {}  # of every role
         self._held: dict[int, dict[Place, str]] = {}  # by connected worker: hashes of its experts
-        self._asked: dict[Link, set[Place]] = {}  # what the worker at the other end shall hold
+        self._asked: dict[
+            Link, tuple[int, set[Place]]
+        ] = {}  # of a worker: number, what it shall hold
+        self._announced: dict[Link, int] = {}  # to the attention worker at the other end
         self._served: dict[Link, set[int]] = {}  # epochs of the router at the other end
         left = read_placement(self._path, self._base)
         if left is not None:
@@ -67,7 +70,7 @@ class Placement:
         elif peer.role is Role.ROUTER:
             tell([link], self._serves())
         elif peer.role is Role.ATTENTION:
-            tell([link], {"type": "epoch", "epoch": self.epochs.current.epoch})
+            self._announce()
         elif peer.role is Role.GATEWAY:
             tell([link], self._report().to_json())
 
@@ -76,9 +79,11 @@ class Placement:
         peer = link.peer.process
         self._asked.pop(link, None)
         self._served.pop(link, None)
+        self._announced.pop(link, None)
         if self._links.get(peer) is not link:
             return
         del self._links[peer]
+        self._announce()  # perhaps it was that router which spoke against it
         if peer.role is Role.EXPERT:
             held, candidate = self._held.pop(peer.index), self.epochs.candidate
             if candidate is not None and set(candidate.plan.residents(peer.index)):
@@ -111,6 +116,8 @@ class Placement:
 
     def _on_held(self, link: Link, message: dict[str, Any]) -> None:
         worker = link.peer.process.index
+        if message["id"] != self._asked[link][0]:
+            return  # it may have dropped since what it held then
         try:
             self._held[worker] = self._checked(link, message["experts"])
         except AuthError as exc:
@@ -152,6 +159,7 @@ class Placement:
                 return
         self._served[link] = set(digests)
         self._look_at_router(link)
+        self._announce()
 
     def _look_at_router(self, link: Link) -> None:
         """Ask another router for what it owes once it serves what is in force here."""
@@ -210,7 +218,7 @@ class Placement:
         if decided and candidate.ready and self.epochs.commit(candidate.plan):
             log.info("in force: %r", candidate.plan)
             self._changed()
-            tell(self.links(Role.ATTENTION), {"type": "epoch", "epoch": candidate.plan.epoch})
+            self._announce()
             self._on_change(Role.EXPERT)
 
     def _lacks(self, held: dict[Place, str], plan: Plan, worker: int) -> bool:
@@ -245,12 +253,26 @@ class Placement:
         epochs = self.epochs
         write_placement(self._path, self._base, epochs.current.epoch, epochs.binding_plans)
 
+    def _announce(self) -> None:
+        """Tell attention workers the epoch in force, unless another router shows that ours is out of date."""
+        epoch, served = self.epochs.current.epoch, self._served.values()
+        if self._flow.routers and not (served and all(epoch in each for each in served)):
+            return
+        for link in self.links(Role.ATTENTION):
+            if self._announced.get(link) != epoch:
+                self._announced[link] = epoch
+                tell([link], {"type": "epoch", "epoch": epoch})
+
     def _ask_to_hold(self, links: Iterable[Link]) -> None:
         for link in links:
             wanted = self.epochs.wanted(link.peer.process.index)
-            if self._asked.get(link) != wanted:
-                self._asked[link] = wanted
-                tell([link], {"type": "hold", "experts": sorted(wanted)})
+            number, before = self._asked.get(link, (0, None))
+            if wanted != before:
+                held = self._held[link.peer.process.index]
+                for place in held.keys() - wanted:  # dropped as soon as it reads this
+                    del held[place]
+                self._asked[link] = number + 1, wanted
+                tell([link], {"type": "hold", "id": number + 1, "experts": sorted(wanted)})
 
     def _serves(self) -> dict[str, Any]:
         plans = [[plan.epoch, plan.digest] for plan in self.epochs.binding_plans]
