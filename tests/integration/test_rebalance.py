@@ -19,6 +19,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.hf_config import load_config
 from common.placement.plan import Plan
 from common.plan_file import placement_path, read_placement
+from common.plan_search import search_apart
 from services.gateway.backends import Backends, ProcessReport
 from services.gateway.links import ClusterDialler
 from tests.inproc_cluster import InprocCluster, inproc_cluster
@@ -482,5 +483,35 @@ def test_the_search_sees_the_traffic_and_keeps_the_kind_of_plan(model, expected,
             assert torch.equal(await cluster.logits(TOKENS), expected)
             with_replicas = await gateway.rebalancer.search(replicas=2)
             assert all(sum(map(len, layer)) == 18 for layer in with_replicas.plan.holders.values())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("wanted_gain", "moves"), [(0.0, True), (1.0, False)])
+def test_by_itself_only_when_it_is_worth_it(
+    model, expected, tmp_path, monkeypatch, wanted_gain, moves
+):
+    async def main() -> None:
+        async with running(model, tmp_path) as (cluster, gateway):
+            section = replace(
+                cluster.config.placement, rebalance_every_s=0.01, rebalance_gain=wanted_gain, rebalance_patience=2
+            )  # fmt: skip
+            gateway.rebalancer.config = replace(cluster.config, placement=section)
+            looks = []
+
+            async def counted(wanted, **limit):
+                looks.append(await search_apart(wanted, **limit))
+                return looks[-1]
+
+            monkeypatch.setattr("services.gateway.rebalance.search_apart", counted)
+            watch = cluster.tasks.create_task(gateway.rebalancer.watch())
+            await asyncio.sleep(0.2)
+            assert looks == [], "there was no traffic to look at"
+            stream = Stream(cluster)
+            await until(lambda: len(looks) > 2, "three looks")
+            watch.cancel()
+            for logits in await stream.finish():
+                assert torch.equal(logits, expected)
+            assert (gateway.rebalancer.in_force.epoch > 1) is moves
 
     asyncio.run(main())
