@@ -66,7 +66,7 @@ class _Pending:
 class MoeClient:
     """Blocks of one attention worker that are on their way. `width` is the model's hidden size.
 
-    A block is stamped with `epoch`, the placement that all routers of the node have in force.
+    A block is stamped with `epoch`, the latest that a router of the node has said is in force.
     """
 
     worker: int
@@ -82,7 +82,6 @@ class MoeClient:
     clock_ns: Callable[[], int] = time.monotonic_ns
     times: HopTimes = field(default_factory=HopTimes)
     routers: dict[int, Outbox] = field(default_factory=lambda: {0: Outbox("router-0")})  # by index
-    _epochs: dict[int, int] = field(default_factory=dict)  # by router: what is in force there
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _next_block: int = 0
 
@@ -97,16 +96,17 @@ class MoeClient:
         return self._next_block
 
     def in_force(self, link: Link, epoch: int) -> bool:
-        """A router says which epoch is in force. It is asked once that is ours: then True."""
-        router = link.peer.process.index
-        self._epochs[router] = epoch
-        outbox = self.routers[router]
-        opens = epoch >= self.epoch and outbox.link is not link
-        if len(self._epochs) == len(self.routers):
-            self.epoch = max(self.epoch, min(self._epochs.values()))
-        if opens:
-            outbox.opened(link)
-        return opens
+        """A router says which epoch is in force: all of them serve it then. True when it can be asked from now on.
+
+        One that is out of date is not asked before it has caught up.
+        """
+        outbox = self.routers[link.peer.process.index]
+        if epoch < self.epoch or outbox.link is link:
+            self.epoch = max(self.epoch, epoch)
+            return False
+        self.epoch = epoch
+        outbox.opened(link)
+        return True
 
     @property
     def oldest_epoch(self) -> int:

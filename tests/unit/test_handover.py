@@ -80,6 +80,8 @@ class World:
         self.routers: dict[int, Placement] = {}
         self.moes: dict[int, MoeClient] = {}
         self.told: dict[int, int] = {}
+        self.out_of_date: set[int] = set()  # routers that have lost what they wrote down
+        self.has_been_ready = [False, False]  # attention workers: could have got requests
         self.most = 1  # the latest epoch that was in force anywhere
         self.gateway = self._new_gateway()
         for index in range(2):
@@ -191,7 +193,7 @@ class World:
                 {"type": "held", "id": message["id"], "experts": held, "error": error}
             )
         elif message["type"] == "epoch":
-            self.moes[me.index].in_force(back, message["epoch"])
+            self.has_been_ready[me.index] |= self.moes[me.index].in_force(back, message["epoch"])
 
     def tick(self, index: int) -> None:
         """An attention worker looks at its blocks."""
@@ -231,8 +233,18 @@ class World:
                 index, 8, Wire.FP32, 1, None, 1.0, routers={index: Outbox("router")}
             )
             self.told[index] = 1
+            self.has_been_ready[index] = False
         for peer in peers:
             self.connect(process, peer)
+
+    def boot(self, index: int) -> None:
+        """A host starts anew, and what its router wrote down is lost. Once at a time, and not amid a rebalance."""
+        everywhere = [placement.epochs for placement in self.routers.values()]
+        if all(epochs.served == [self.most] for epochs in everywhere):
+            self.out_of_date.add(index)
+            placement_path(self.config, router(index)).unlink(missing_ok=True)
+            self.restart(attention(index))
+            self.restart(router(index))
 
     # ---- what must hold ------------------------------------------------------------------------
 
@@ -240,9 +252,15 @@ class World:
         for placement in self.routers.values():
             self.most = max(self.most, placement.epochs.current.epoch)
         assert max(p.epochs.current.epoch for p in self.routers.values()) == self.most
-        for placement in self.routers.values():
+        for index, placement in self.routers.items():
             epochs = placement.epochs
             binding = {plan.epoch for plan in epochs.binding_plans}
+            if self.most in binding:
+                self.out_of_date.discard(index)
+            elif index in self.out_of_date:
+                assert self.routers[1 - index]._flow.routers[index].link is None
+                assert self.moes[index].routers[index].link is None, "asked before it knows better"
+                continue
             for moe in self.moes.values():
                 for pending in moe._pending.values():
                     assert pending.epoch in binding, f"{epochs!r} and a block of {pending.epoch}"
@@ -292,7 +310,7 @@ def expert(index: int) -> ProcessId:
 
 
 PROCESSES = [GATEWAY, *map(router, range(2)), *map(attention, range(2)), *map(expert, range(4))]
-MISHAPS = ("restart", "drop", "fail")
+MISHAPS = ("restart", "drop", "fail", "boot")
 
 
 def happen(world: World, kind: str, number: int) -> None:
@@ -306,12 +324,14 @@ def happen(world: World, kind: str, number: int) -> None:
         world.begin(order)
     elif kind == "restart":
         world.restart(PROCESSES[number % len(PROCESSES)])
+    elif kind == "boot":
+        world.boot(number % 2)
     elif kind == "drop":  # a link only: both ends live on
         keys = sorted(world.ends, key=str)
         world.connect(*keys[number % len(keys)])
     elif kind == "block":
         moe = world.moes[number % 2]
-        if moe._epochs:  # else the worker is not ready
+        if world.has_been_ready[number % 2]:
             moe._pending[number] = SimpleNamespace(epoch=moe.epoch)
     elif kind == "answer":
         pending = world.moes[number % 2]._pending
@@ -387,3 +407,42 @@ def test_what_each_router_is_told(reports, oldest, goal, frames, failed, done):
     step = next_frames(reports, oldest, goal)
     assert {router: kind for router, (kind, _) in step.frames.items()} == frames
     assert (step.failed, step.done) == (failed, done)
+
+
+def test_what_a_worker_held_before_it_was_told_to_drop_it_does_not_count():
+    """Prepared, given up and prepared again faster than the worker answers."""
+    with TemporaryDirectory() as directory:
+        world = World(Path(directory))
+        world.settle()
+        placement, worker = world.routers[0], expert(0)
+        gateway, other = world.ends[router(0), GATEWAY], plan_of((1, 0, 2, 3))
+        for epoch in (2, 3):
+            plan = json.loads(json.dumps(Plan(epoch, other.holders, NODES).to_json()))
+            placement.on_control(gateway, {"type": "prepare", "plan": plan})
+            if epoch == 2:
+                world.deliver((router(0), worker))  # it loads; its answer is on its way
+                placement.on_control(gateway, {"type": "abort"})
+        world.deliver((worker, router(0)))
+        assert not placement.epochs.candidate.ready
+        world.check()
+        while any(
+            world.ends[key].queue
+            for key in list(world.ends)
+            if Role.EXPERT in (key[0].role, key[1].role)
+        ):
+            for key in list(world.ends):
+                if Role.EXPERT in (key[0].role, key[1].role) and world.ends[key].queue:
+                    world.deliver(key)
+                    world.check()
+        assert placement.epochs.candidate.ready
+
+
+def test_a_router_that_is_out_of_date_is_not_asked():
+    moe = MoeClient(0, 8, Wire.FP32, 1, None, 1.0, routers={0: Outbox("a"), 1: Outbox("b")})
+    first, second = End(router(0)), End(router(1))
+    assert moe.in_force(first, 2)
+    assert not moe.in_force(second, 1), "a host that booted anew"
+    assert (moe.epoch, moe.routers[1].link) == (2, None)
+    assert moe.in_force(second, 2)
+    assert not moe.in_force(first, 3), "it is asked already"
+    assert moe.epoch == 3
