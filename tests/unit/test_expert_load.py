@@ -1,5 +1,7 @@
 """Counters with decay, the sample of recent rows, and what becomes of them: a trace, and a decision."""
 
+import functools
+import operator
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +38,17 @@ def test_a_steady_stream_is_its_own_rate():
     for tick in range(2000):
         load.add(3, rows([1], [1], [0]), tick * SECOND // 10)
     assert load.rates(200 * SECOND)[3] == pytest.approx([10, 20], rel=0.01)
-    assert load.to_json(200 * SECOND)["3"] == [9.93, 19.86]
+    told = load.to_json(200 * SECOND)["3"]
+    assert told == [round(float(rate), 2) for rate in load.rates(200 * SECOND)[3]]
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30), max_size=12))
+def test_every_row_counts_once_whatever_the_blocks(blocks):
+    load = ExpertLoad(5, half_life_s=1.0, max_sample=7)
+    for block in blocks:
+        load.add(1, rows(*([expert] for expert in block)), 0)
+    expected = np.bincount(np.array(functools.reduce(operator.iadd, blocks, []), np.int64), minlength=5) * np.log(2)
+    assert not blocks or load.rates(0)[1] == pytest.approx(expected)
 
 
 @given(st.lists(st.integers(0, 400), min_size=2, max_size=20), st.integers(0, 3))
