@@ -47,7 +47,9 @@ def test_every_row_counts_once_whatever_the_blocks(blocks):
     load = ExpertLoad(5, half_life_s=1.0, max_sample=7)
     for block in blocks:
         load.add(1, rows(*([expert] for expert in block)), 0)
-    expected = np.bincount(np.array(functools.reduce(operator.iadd, blocks, []), np.int64), minlength=5) * np.log(2)
+    expected = np.bincount(
+        np.array(functools.reduce(operator.iadd, blocks, []), np.int64), minlength=5
+    ) * np.log(2)
     assert not blocks or load.rates(0)[1] == pytest.approx(expected)
 
 
