@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from common.config import ClusterConfig
 from common.errors import ConfigError
 from common.ids import ProcessId, Role
@@ -68,7 +70,7 @@ def write_plan(path: Path, plan: Plan) -> None:
 def _replace(path: Path, document: dict[str, Any], what: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(document) + "\n")
+        partial.write_bytes(orjson.dumps(document) + b"\n")
         partial.replace(path)
     except OSError as exc:
         raise ConfigError(f"{what} {path}: {exc.strerror}") from exc
@@ -90,7 +92,7 @@ def placement_path(config: ClusterConfig, router: ProcessId) -> Path:
 def read_placement(path: Path, base: Plan) -> Placement | None:
     """What a router left; None when it left nothing for the TOML's plan `base`, or the file is damaged."""
     try:
-        document = json.loads(path.read_bytes())
+        document = orjson.loads(path.read_bytes())
         if document["base"] != [base.epoch, base.digest]:
             return None
         plans = tuple(Plan.from_json(plan) for plan in document["plans"])

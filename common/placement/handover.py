@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import ConfigError, WireError
+from common.errors import WireError
 from common.placement.plan import Plan
 
 
@@ -42,15 +42,15 @@ class Report:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, frame: dict[str, Any]) -> "Report":
-        """Raises WireError for what no router sends."""
+    def from_json(cls, frame: dict[str, Any], plan: Plan) -> "Report":
+        """`plan` is the frame's, which is long and rarely new. Raises WireError for what no router sends."""
         try:
             candidate = frame["candidate"]
             return cls(
-                Plan.from_json(frame["plan"]), tuple(map(int, frame["served"])),
-                None if candidate is None else int(candidate), bool(frame["ready"]), str(frame["error"]),
+                plan, tuple(map(int, frame["served"])), None if candidate is None else int(candidate),
+                bool(frame["ready"]), str(frame["error"]),
             )  # fmt: skip
-        except (ConfigError, LookupError, TypeError, ValueError) as exc:
+        except (LookupError, TypeError, ValueError) as exc:
             raise WireError(f"malformed placement frame: {exc}") from exc
 
 

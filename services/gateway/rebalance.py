@@ -47,6 +47,10 @@ class Rebalancer:
     _voted: asyncio.Event = field(default_factory=asyncio.Event)  # on the goal, one way or other
     _committing: bool = False  # the goal may be in force somewhere
     _last_epoch: int = -1  # ever tried
+    _known: tuple[object, Plan | None] = (
+        None,
+        None,
+    )  # the last plan reported, as it came and as it is
     _samples: dict[int, Sample] = field(default_factory=dict)  # by router
     _sampled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -78,7 +82,11 @@ class Rebalancer:
         """`placement` and `routing` of routers, `epochs` of attention workers. Raises WireError."""
         match message["type"], process.role:
             case "placement", Role.ROUTER:
-                self._reports[process.index] = Report.from_json(message)
+                document, plan = self._known
+                if plan is None or message["plan"] != document:
+                    plan = Plan.from_json(message["plan"])
+                    self._known = message["plan"], plan
+                self._reports[process.index] = Report.from_json(message, plan)
                 self._sent.pop(process.index, None)
                 self._advance()
             case "epochs", Role.ATTENTION:

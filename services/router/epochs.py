@@ -10,7 +10,7 @@ to it or to the gateway meanwhile: others may have committed. Hence a plan is *b
 this router was ready for it; a worker is not asked for anything before it holds the experts of all binding plans.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.errors import WireError
@@ -38,6 +38,8 @@ class Epochs:
     candidate: Candidate | None = None
     _routes: dict[int, Routes] = field(default_factory=dict)
     _plans: dict[int, Plan] = field(default_factory=dict)
+    _digests: dict[int, str] = field(default_factory=dict)  # by epoch
+    _residents: dict[tuple[int, int], frozenset[Place]] = field(default_factory=dict)
     _in_use: frozenset[int] = frozenset()  # workers that the plan in force uses
     has_replicas: bool = False  # in any plan served
 
@@ -81,13 +83,26 @@ class Epochs:
         """Whether a worker holds anything by the plan in force."""
         return worker in self._in_use
 
+    def residents(self, epoch: int, worker: int) -> frozenset[Place]:
+        """What a worker holds by one of the plans; asked often, and a large plan is long."""
+        known = self._residents.get((epoch, worker))
+        if known is None:
+            known = frozenset(self._plans[epoch].residents(worker))
+            self._residents[epoch, worker] = known
+        return known
+
     def wanted(self, worker: int) -> set[Place]:
         """What a worker of this node shall hold, the candidate's included."""
-        return _residents(self._plans.values(), worker)
+        return set().union(*(self.residents(epoch, worker) for epoch in self._plans))
 
     def binding(self, worker: int) -> set[Place]:
         """What it must hold before it is asked for anything."""
-        return _residents(self.binding_plans, worker)
+        return set().union(*(self.residents(p.epoch, worker) for p in self.binding_plans))
+
+    @property
+    def digests(self) -> dict[int, str]:
+        """Of the binding plans, by epoch."""
+        return {plan.epoch: self._digests[plan.epoch] for plan in self.binding_plans}
 
     def prepare(self, plan: Plan) -> bool:
         """Begin with a candidate; False when it is known already, or over."""
@@ -114,7 +129,7 @@ class Epochs:
         """Drop the candidate; False when there is none."""
         if self.candidate is None:
             return False
-        del self._plans[self.candidate.plan.epoch], self._routes[self.candidate.plan.epoch]
+        self._drop(self.candidate.plan.epoch)
         self.candidate = None
         return True
 
@@ -122,28 +137,32 @@ class Epochs:
         """Drop the plans before the one in force; False when there is none."""
         old = [epoch for epoch in self._plans if epoch < self.current.epoch]
         for epoch in old:
-            del self._plans[epoch], self._routes[epoch]
+            self._drop(epoch)
         return bool(old)
 
     def restore(self, epoch: int, plans: Sequence[Plan]) -> None:
         """Take up what a predecessor left: of `plans` that of `epoch` is in force, a later one it was ready for."""
-        self._plans, self._routes, self.candidate = {}, {}, None
+        self.candidate = None
+        for known in self.served:
+            self._drop(known)
         self.current = next(plan for plan in plans if plan.epoch == epoch)
         for plan in plans:
             self._serve(plan)
             if plan.epoch > epoch:
                 self.candidate = Candidate(plan, ready=True)
 
+    def _drop(self, epoch: int) -> None:
+        del self._plans[epoch], self._routes[epoch], self._digests[epoch]
+        for key in [key for key in self._residents if key[0] == epoch]:
+            del self._residents[key]
+
     def _serve(self, plan: Plan) -> None:
         if plan.epoch not in self._plans:
             self._plans[plan.epoch] = plan
+            self._digests[plan.epoch] = plan.digest
             self._routes[plan.epoch] = Routes(
                 plan, self.node, rail=self.rail, num_rails=self.num_rails
             )
         holders = self.current.holders.values()
         self._in_use = frozenset(w for layer in holders for workers in layer for w in workers)
         self.has_replicas = any(p.has_replicas(n) for p in self.plans for n in p.holders)
-
-
-def _residents(plans: Iterable[Plan], worker: int) -> set[Place]:
-    return {place for plan in plans for place in plan.residents(worker)}

@@ -86,9 +86,12 @@ class Placement:
         self._announce()  # perhaps it was that router which spoke against it
         if peer.role is Role.EXPERT:
             held, candidate = self._held.pop(peer.index), self.epochs.candidate
-            if candidate is not None and set(candidate.plan.residents(peer.index)):
-                did = "loaded" if self._lacks(held, candidate.plan, peer.index) else "was ready"
-                self._impossible(f"{peer} was lost while it {did} for epoch {candidate.plan.epoch}")
+            if candidate is not None:
+                epoch = candidate.plan.epoch
+                lacking = self.epochs.residents(epoch, peer.index) - held.keys()
+                if self.epochs.residents(epoch, peer.index):
+                    did = "loaded" if lacking else "was ready"
+                    self._impossible(f"{peer} was lost while it {did} for epoch {epoch}")
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
         """Take a frame. Raises WireError for what no gateway sends."""
@@ -151,7 +154,7 @@ class Placement:
 
     def _on_serves(self, link: Link, message: dict[str, Any]) -> None:
         digests = {int(epoch): digest for epoch, digest in message["plans"]}
-        for epoch, digest in ((plan.epoch, plan.digest) for plan in self.epochs.binding_plans):
+        for epoch, digest in self.epochs.digests.items():
             if digests.get(epoch, digest) != digest:
                 link.close(
                     f"{link.peer.process} has another plan than {self._spec.id} for the same epoch {epoch}"
@@ -173,7 +176,23 @@ class Placement:
 
     # ---- plans ---------------------------------------------------------------------------------
 
-    def _on_plan(self, kind: str, document: object) -> None:
+    def _on_plan(self, kind: str, document: dict[str, Any]) -> None:
+        candidate = self.epochs.candidate
+        if candidate is not None and document.get("epoch") == candidate.plan.epoch:
+            plan = candidate.plan
+        else:
+            plan = self._parsed(document)
+        if kind == "commit":
+            self._decided = plan.epoch
+        if self.epochs.prepare(plan):
+            self._changed()
+            absent = [w for w in self._flow.experts if w not in self._held]
+            absent = [w for w in absent if self.epochs.residents(plan.epoch, w)]
+            if absent:
+                self._impossible(f"expert-{absent[0]} is not connected")
+        self._vote()
+
+    def _parsed(self, document: dict[str, Any]) -> Plan:
         try:
             plan = Plan.from_json(document)
             check_plan(
@@ -182,14 +201,7 @@ class Placement:
             )  # fmt: skip
         except ConfigError as exc:
             raise WireError(f"plan of the gateway: {exc}") from exc
-        if kind == "commit":
-            self._decided = plan.epoch
-        if self.epochs.prepare(plan):
-            absent = [w for w in self._flow.experts if plan.residents(w) and w not in self._held]
-            self._changed()
-            if absent:
-                self._impossible(f"expert-{absent[0]} is not connected")
-        self._vote()
+        return plan
 
     def _vote(self) -> None:
         """Say that we are ready for the candidate once this node's workers hold what it gives them.
@@ -201,11 +213,10 @@ class Placement:
             return
         decided = candidate.plan.epoch == self._decided
         if not candidate.ready and (decided or not candidate.error):
-            absent = [w for w in self._flow.experts if w not in self._held]
-            if any(candidate.plan.residents(w) for w in absent) or any(
-                self._lacks(held, candidate.plan, w) for w, held in self._held.items()
-            ):
-                return
+            for worker in self._flow.experts:
+                wanted = self.epochs.residents(candidate.plan.epoch, worker)
+                if not wanted <= self._held.get(worker, {}).keys():
+                    return
             candidate.ready = True
             try:
                 self._save()  # first: our successor must serve what we promised
@@ -220,9 +231,6 @@ class Placement:
             self._changed()
             self._announce()
             self._on_change(Role.EXPERT)
-
-    def _lacks(self, held: dict[Place, str], plan: Plan, worker: int) -> bool:
-        return not set(plan.residents(worker)) <= set(held)
 
     def _impossible(self, sentence: str) -> None:
         """The candidate cannot be served here; the gateway will have it dropped, unless it is in force elsewhere."""
@@ -275,8 +283,7 @@ class Placement:
                 tell([link], {"type": "hold", "id": number + 1, "experts": sorted(wanted)})
 
     def _serves(self) -> dict[str, Any]:
-        plans = [[plan.epoch, plan.digest] for plan in self.epochs.binding_plans]
-        return {"type": "serves", "plans": plans}
+        return {"type": "serves", "plans": list(self.epochs.digests.items())}
 
     def _report(self) -> Report:
         epochs, candidate = self.epochs, self.epochs.candidate
