@@ -1,7 +1,6 @@
 """Messages through a router: split, fan out, gather, sum, answer. Plain calls, no await, one pass per message.
 
-Decides nothing about links coming and going (services.router.worker), about indices (services.router.plan), nor about
-replicas (services.router.routes).
+Decides nothing about links, indices, replicas and epochs: services.router.{worker,plan,routes,epochs}.
 Invariant: a request is in `_sources` or `_works` exactly while its origin waits for an answer; every message that is
 owed an answer is in an outbox.
 """
