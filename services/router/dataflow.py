@@ -50,6 +50,7 @@ class Dataflow:
     index: int = 0  # of this router in the cluster
     rail: int = 0
     num_rails: int = 1
+    split: Callable[..., list[NodeShare]] = split_by_node  # a block by destination
     answer_rows: RowType = RowType.FP32  # compute dtype of the attention workers' device
     trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
@@ -132,7 +133,7 @@ class Dataflow:
     def _on_dispatch(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
         rows, experts, weights = payloads.read_dispatch(header, payload, self.num_experts)
         table = routes.senders(header.layer, experts, self.calls.fleet)
-        shares = split_by_node(experts, weights, routes.node_of_worker[table[experts]])
+        shares = self.split(experts, weights, routes.node_of_worker[table[experts]])
         self.counters.blocks += 1
         source = SourceWork(header, link, routes, rows)
         if not shares:  # every pair is for the node's other rails

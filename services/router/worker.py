@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from common.config import ClusterConfig, ProcessSpec
@@ -28,6 +29,7 @@ from common.waiting import poll_until
 from common.wire.blocks import combined_rows
 from common.wire.header import Header, Wire
 from services.router.dataflow import Dataflow
+from services.router.plan import split_by_node, split_unicast
 from services.router.routes import rail_between, rail_of_worker
 from services.router.status import StatusGather
 
@@ -68,6 +70,7 @@ class RouterWorker:
         self.needed = [w for w in own if self.plan.residents(w)]
         self.has_replicas = any(map(self.plan.has_replicas, self.plan.holders))
         routers = self._counterparts()
+        unicast = self.config.placement.dispatch == "unicast"
         self.flow = Dataflow(
             self.spec.node, self.plan, model.num_experts, self.transport.pool,
             experts={w: Outbox(f"expert-{w}") for w in own},
@@ -75,6 +78,7 @@ class RouterWorker:
             index=self.spec.id.index, rail=self.spec.rail, num_rails=self.num_rails,
             answer_rows=combined_rows(Wire.parse(self.config.cluster.wire), self.config.cluster.device),
             trace=self.trace, seam=self.transport.seam,
+            split=partial(split_unicast, self.spec.node) if unicast else split_by_node,
         )  # fmt: skip
         await self.transport.listen(self.spec.address, self._hello(), self)
         for spec in routers.values():
