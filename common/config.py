@@ -2,7 +2,7 @@
 
     [cluster]   name, wire, epoch, run_dir, secret_file, device, trace_events, spin_us
     [model]     path, served_name, cache_dir
-    [placement] experts_per_gpu, plan, dispatch
+    [placement] experts_per_gpu, plan, dispatch, expert_slices
     [topology]  gpu, nic_gbit_s, uplink_gbit_s, nic_latency_us, nvlink_latency_us
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
@@ -76,11 +76,13 @@ class PlacementSection:
 
     `plan` is a file of `atoll plan`; without it expert e of every layer is on worker e // experts_per_gpu. `dispatch`
     hierarchical sends a row to a node once and gets the node's sum back; unicast, the baseline, sends a copy per expert
-    and gets every expert's answer.
+    and gets every expert's answer. `expert_slices` cuts every expert along its hidden dimension into so many,
+    each placed as an expert of its own.
     """
 
     experts_per_gpu: int = _in(1, 1, 4096)
     plan: Path | None = None
+    expert_slices: int = _in(1, 1, 64)
     dispatch: str = _one_of("hierarchical", "hierarchical", "unicast")
 
 

@@ -18,11 +18,12 @@ def cluster_plan(config: ClusterConfig, model: ModelConfig) -> Plan:
     """
     nodes = tuple(spec.node for spec in config.of_role(Role.EXPERT))
     epoch, per_gpu = config.cluster.epoch, config.placement.experts_per_gpu
+    num_experts = model.num_experts * config.placement.expert_slices
     if config.placement.plan is None:
         return column_plan(
             epoch=epoch,
             moe_layers=model.moe_layers,
-            num_experts=model.num_experts,
+            num_experts=num_experts,
             experts_per_gpu=per_gpu,
             nodes=nodes,
         )
@@ -31,7 +32,7 @@ def cluster_plan(config: ClusterConfig, model: ModelConfig) -> Plan:
         check_plan(
             plan,
             moe_layers=model.moe_layers,
-            num_experts=model.num_experts,
+            num_experts=num_experts,
             nodes=nodes,
             experts_per_gpu=per_gpu,
         )

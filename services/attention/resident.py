@@ -5,7 +5,7 @@ from typing import Self
 
 from common.config import ClusterConfig
 from common.model.hf_config import ModelConfig, load_config
-from common.model.manifest import build_manifest
+from common.model.manifest import cluster_manifest
 from services.attention.latent_cache import LatentCache
 from services.attention.model import AttentionModel
 from services.attention.pages import PageAllocator
@@ -27,7 +27,7 @@ class Resident:
     def load(cls, config: ClusterConfig) -> Self:
         """Read every weight but the routed experts'. Raises ModelError."""
         model_config = load_config(config.model.path)
-        manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
+        manifest = cluster_manifest(config)
         limits = config.attention
         model = AttentionModel.load(
             config.model.path, max_context=limits.max_context or model_config.max_position

@@ -6,10 +6,10 @@ from typing import Self
 import torch
 
 from common.config import ClusterConfig
-from common.model.checkpoint import Checkpoint
 from common.model.hf_config import load_config
 from common.model.loader import FfnWeights, load_expert
-from common.model.manifest import build_manifest, hash_expert
+from common.model.manifest import cluster_manifest, hash_expert
+from common.model.slices import SlicedCheckpoint, sliced_config
 from common.plan_file import cluster_plan
 from kernels.reference.ffn import ffn
 from kernels.reference.linear import resident
@@ -30,10 +30,12 @@ class Bank:
     @classmethod
     def load(cls, config: ClusterConfig, worker: int) -> Self:
         """Read what the plan gives this worker, and nothing else of the checkpoint. Raises ModelError."""
-        model = load_config(config.model.path)
-        manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
-        places = cluster_plan(config, model).residents(worker)
-        with Checkpoint(config.model.path) as checkpoint:
+        slices = config.placement.expert_slices
+        stored = load_config(config.model.path)
+        model = sliced_config(stored, slices)
+        manifest = cluster_manifest(config)
+        places = cluster_plan(config, stored).residents(worker)
+        with SlicedCheckpoint(config.model.path, slices) as checkpoint:
             weights = {
                 place: _resident(load_expert(checkpoint, model, *place, keep_16_bit=True))
                 for place in places

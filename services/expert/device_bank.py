@@ -15,7 +15,8 @@ from common.model import names
 from common.model.checkpoint import Checkpoint
 from common.model.hf_config import ModelConfig, load_config
 from common.model.loader import load_expert
-from common.model.manifest import build_manifest, hash_expert
+from common.model.manifest import cluster_manifest, hash_expert
+from common.model.slices import SlicedCheckpoint, sliced_config
 from common.plan_file import cluster_plan
 from common.wire.header import Wire
 from kernels import ops
@@ -70,10 +71,11 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
     device = config.cluster.device
     if device == "cpu":
         return Bank.load(config, worker)
-    model, wire = load_config(config.model.path), Wire.parse(config.cluster.wire)
-    manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
-    places = cluster_plan(config, model).residents(worker)
-    with Checkpoint(config.model.path) as checkpoint:
+    stored, slices = load_config(config.model.path), config.placement.expert_slices
+    model, wire = sliced_config(stored, slices), Wire.parse(config.cluster.wire)
+    manifest = cluster_manifest(config)
+    places = cluster_plan(config, stored).residents(worker)
+    with SlicedCheckpoint(config.model.path, slices) as checkpoint:
         experts = {p: load_device_expert(checkpoint, model, p, wire, device) for p in places}
         hashes = {place: hash_expert(checkpoint, *place) for place in places}
     counts = dict.fromkeys(places, 0)

@@ -16,7 +16,7 @@ from common.config import ClusterConfig, ProcessSpec
 from common.errors import AuthError, LinkClosed
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
-from common.model.manifest import build_manifest
+from common.model.manifest import cluster_manifest
 from common.obs.trace import open_recorder
 from common.plan_file import cluster_plan
 from common.status import ProcessStatus, State, status_frame
@@ -58,9 +58,7 @@ class RouterWorker:
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Listen for attention workers, experts and later routers; dial the earlier routers."""
         model = load_config(self.config.model.path)
-        self.manifest = build_manifest(
-            self.config.model.path, cache_dir=self.config.model.cache_dir
-        )
+        self.manifest = cluster_manifest(self.config)
         self.plan = cluster_plan(self.config, model)
         own = [w for w, node in enumerate(self.plan.nodes) if node == self.spec.node]
         self.num_rails = len(self.config.routers_of(self.spec.node))
@@ -70,9 +68,10 @@ class RouterWorker:
         self.needed = [w for w in own if self.plan.residents(w)]
         self.has_replicas = any(map(self.plan.has_replicas, self.plan.holders))
         routers = self._counterparts()
+        slices = self.config.placement.expert_slices
         unicast = self.config.placement.dispatch == "unicast"
         self.flow = Dataflow(
-            self.spec.node, self.plan, model.num_experts, self.transport.pool,
+            self.spec.node, self.plan, model.num_experts * slices, self.transport.pool, slices=slices,
             experts={w: Outbox(f"expert-{w}") for w in own},
             routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
             index=self.spec.id.index, rail=self.spec.rail, num_rails=self.num_rails,
