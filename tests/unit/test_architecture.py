@@ -37,6 +37,7 @@ PURE = (
     "services.expert.batcher",
     "services.gateway.admission",
     "deploy.trace",
+    "deploy.discover",
     "deploy.slurm.allocation",
     "deploy.render.description",
     "deploy.doctor.finding",
