@@ -1,6 +1,6 @@
 """The nodes of one layer's experts: replicas spread, the rest found by search. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ _GOLDEN, _PLASTIC = 0.6180339887498949, 0.7548776662466927
 _CAPS = (1.0, 0.99, 0.97, 0.94, 0.9, 0.85)
 _SLACK = 1 + 1e-9
 _GROUPS = Budget(kicks=24, kick_swaps=2)
+_GROUP_TOKENS = 2048  # tell which groups go together
 _GLANCE = Budget(rounds=3, kicks=0)  # enough to compare ways
 
 LayerNodes = list[list[int]]  # by expert: the node of each replica
@@ -96,10 +97,11 @@ def _group_homes(task: LayerTask) -> list[Ints]:
     places = task.slots.room(len(task.links.sources)) // size
     if task.num_groups == 1 or places.sum() < task.num_groups:
         return []
-    wanted = np.zeros((int(places.sum()), len(task.ids)), np.float32)
-    wanted[task.ids // size, np.arange(len(task.ids))[:, None]] = 1
+    ids = task.ids[:: -(-len(task.ids) // _GROUP_TOKENS)]
+    wanted = np.zeros((int(places.sum()), len(ids)), np.float32)
+    wanted[ids // size, np.arange(len(ids))[:, None]] = 1
     weights = wanted.mean(axis=1, dtype=np.float64)
-    lane, seconds, fixed = _lanes(task, {})
+    lane, seconds, fixed = _lanes(replace(task, ids=ids), {})
     free = np.full(len(places), np.inf)
     fits = np.ones((len(weights), len(places)), np.bool_)
     groups = Assignment(wanted, lane, seconds, weights, free, fixed, fits)
