@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup check test test-oracle test-ep256 test-systemd test-slurm demo bench
+.PHONY: setup check test test-oracle test-ep256 test-systemd test-slurm demo bench bench-namespaces
 
 setup: $(VENV)/.ready
 
@@ -47,4 +47,11 @@ bench: setup
 	$(BIN)/python -m tests.bench.serving --size small --out tests/bench/results/serving-small.json
 	$(BIN)/python -m tests.bench.serving --size medium --tokens 32 --out tests/bench/results/serving-medium.json
 	$(BIN)/python -m tests.bench.rebalance --size small --out tests/bench/results/rebalance.json
+	$(BIN)/python -m tests.bench.placement --out tests/bench/results/placement.json
+	$(BIN)/python -m tests.bench.router_cost --out tests/bench/results/router_cost.json --graph tests/bench/results/router_cost.svg
+	$(BIN)/python -m tests.bench.report
+
+# as root: four nodes in network namespaces, rate-limited; leaves nothing behind
+bench-namespaces: setup
+	$(BIN)/python -m tests.bench.namespaces --out tests/bench/results/namespaces.json
 	$(BIN)/python -m tests.bench.report

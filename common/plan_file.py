@@ -26,28 +26,32 @@ def cluster_plan(config: ClusterConfig, model: ModelConfig) -> Plan:
 
     Raises ConfigError when the expert workers cannot hold every expert, or the plan file is for another cluster.
     """
-    nodes = tuple(spec.node for spec in config.of_role(Role.EXPERT))
-    epoch, per_gpu = config.cluster.epoch, config.placement.experts_per_gpu
+    epoch = config.cluster.epoch
     if config.placement.plan is None:
         return column_plan(
             epoch=epoch,
             moe_layers=model.moe_layers,
-            num_experts=model.num_experts,
-            experts_per_gpu=per_gpu,
-            nodes=nodes,
+            num_experts=model.num_experts * config.placement.expert_slices,
+            experts_per_gpu=config.placement.experts_per_gpu,
+            nodes=tuple(spec.node for spec in config.of_role(Role.EXPERT)),
         )
     plan = read_plan(config.placement.plan)
     try:
-        check_plan(
-            plan,
-            moe_layers=model.moe_layers,
-            num_experts=model.num_experts,
-            nodes=nodes,
-            experts_per_gpu=per_gpu,
-        )
+        check_cluster_plan(plan, config, model)
     except ConfigError as exc:
         raise ConfigError(f"plan {config.placement.plan}: {exc}") from exc
     return Plan(epoch, plan.holders, plan.nodes)
+
+
+def check_cluster_plan(plan: Plan, config: ClusterConfig, model: ModelConfig) -> None:
+    """Raises ConfigError unless the plan is for this cluster and model."""
+    check_plan(
+        plan,
+        moe_layers=model.moe_layers,
+        num_experts=model.num_experts * config.placement.expert_slices,
+        nodes=tuple(spec.node for spec in config.of_role(Role.EXPERT)),
+        experts_per_gpu=config.placement.experts_per_gpu,
+    )
 
 
 def read_plan(path: Path) -> Plan:

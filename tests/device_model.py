@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from common.model.checkpoint import open_checkpoint
 from common.model.hf_config import load_config
 from common.model.loader import load_expert
+from common.model.source import open_checkpoint
 from kernels.reference.ffn import ffn
 from services.attention.batch import Span
 from services.attention.device_model import DeviceModel

@@ -106,6 +106,8 @@ async def inproc_cluster(
     trace_events: int = 0,
     new_pool: Callable[[], BufferPool] = BufferPool,
     plan: Plan | None = None,
+    dispatch: str = "hierarchical",
+    expert_slices: int = 1,
     **layout: Any,
 ) -> AsyncIterator[InprocCluster]:
     """Start every service of a local cluster (`layout` as for `common.config.local_cluster`) and wait until ready."""
@@ -119,6 +121,9 @@ async def inproc_cluster(
         config, limits=replace(config.limits, block_deadline_s=block_deadline_s),
         cluster=replace(config.cluster, trace_events=trace_events),
     )  # fmt: skip
+    config = replace(
+        config, placement=replace(config.placement, dispatch=dispatch, expert_slices=expert_slices)
+    )
     if plan is not None:
         write_plan(run_dir / "plan.json", plan)
         config = replace(config, placement=replace(config.placement, plan=run_dir / "plan.json"))

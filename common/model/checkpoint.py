@@ -7,8 +7,6 @@ import torch
 
 from common.errors import ModelError
 from common.model.hf_config import read_json
-from common.model.presets import RANDOM_FILE
-from common.model.random_weights import RandomWeights
 from common.model.safetensors_file import SafetensorsFile, TensorEntry
 
 SINGLE = "model.safetensors"
@@ -106,13 +104,3 @@ class Checkpoint:
             if not isinstance(file, str) or "/" in file or file in ("", ".", ".."):
                 raise ModelError(f"{path}: tensor {name} is said to be in {file!r}, no file name")
         return weight_map
-
-
-Source = Checkpoint | RandomWeights
-
-
-def open_checkpoint(directory: Path) -> Source:
-    """The tensors of a directory, from its files or made as its random.json says. Raises ModelError."""
-    if (directory / RANDOM_FILE).exists():
-        return RandomWeights(directory)
-    return Checkpoint(directory)

@@ -10,8 +10,8 @@ import torch
 
 from common.errors import ModelError
 from common.model import names
-from common.model.checkpoint import Source
 from common.model.hf_config import GateKind, ModelConfig
+from common.model.source import Source
 
 _STORED_16_BIT = {"F16": torch.float16, "BF16": torch.bfloat16}
 _WEIGHT_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F64")

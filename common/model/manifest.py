@@ -11,10 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.config import ClusterConfig
 from common.errors import ModelError
-from common.model.checkpoint import Source, open_checkpoint
 from common.model.hf_config import load_config, read_json
 from common.model.loader import expert_tensor_names
+from common.model.slices import sliced_config
+from common.model.source import Source, open_checkpoint
 
 HASH_NBYTES = 16
 
@@ -38,11 +40,21 @@ def hash_expert(checkpoint: Source, layer: int, expert: int) -> str:
     return digest.hexdigest()
 
 
-def build_manifest(directory: Path, *, cache_dir: Path | None = None) -> Manifest:
-    """Hash a whole checkpoint, or take the cached result when no file changed. Raises ModelError."""
-    config = load_config(directory)
-    with open_checkpoint(directory) as checkpoint:
-        key = _file_key(directory, checkpoint)
+def cluster_manifest(config: ClusterConfig) -> Manifest:
+    """The manifest that every process of a cluster computes. Raises ModelError."""
+    return build_manifest(
+        config.model.path, cache_dir=config.model.cache_dir, slices=config.placement.expert_slices
+    )
+
+
+def build_manifest(directory: Path, *, cache_dir: Path | None = None, slices: int = 1) -> Manifest:
+    """Hash a whole checkpoint, or take the cached result when no file changed. Raises ModelError.
+
+    With `slices` each expert's slices are hashed by themselves, as experts (`common.model.slices`).
+    """
+    config = sliced_config(load_config(directory), slices)
+    with open_checkpoint(directory, slices) as checkpoint:
+        key = _file_key(directory, checkpoint, slices)
         cached = _load(cache_dir, key)
         if cached is not None:
             return cached
@@ -62,8 +74,8 @@ def build_manifest(directory: Path, *, cache_dir: Path | None = None) -> Manifes
     return manifest
 
 
-def _file_key(directory: Path, checkpoint: Source) -> str:
-    digest = hashlib.blake2b(digest_size=HASH_NBYTES)
+def _file_key(directory: Path, checkpoint: Source, slices: int) -> str:
+    digest = hashlib.blake2b(b"" if slices == 1 else bytes(slices), digest_size=HASH_NBYTES)
     for path in [directory / "config.json", *checkpoint.files]:
         try:
             stat = path.stat()

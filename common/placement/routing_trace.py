@@ -76,6 +76,14 @@ class RoutingTrace:
             self.expert_ids[:, start:stop], self.layers, self.num_experts, self.num_groups, self.top_k_groups
         )  # fmt: skip
 
+    def sliced(self, slices: int) -> "RoutingTrace":
+        """The same choices where expert e is cut into experts e * slices and the next ones."""
+        ids = self.expert_ids[..., None] * np.int16(slices) + np.arange(slices, dtype=np.int16)
+        shape = (*self.expert_ids.shape[:2], self.top_k * slices)
+        return RoutingTrace(
+            ids.reshape(shape), self.layers, self.num_experts * slices, self.num_groups, self.top_k_groups
+        )  # fmt: skip
+
     def halves(self) -> tuple["RoutingTrace", "RoutingTrace"]:
         """What plans are fitted on, and what they are scored on."""
         middle = self.num_tokens // 2

@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 
 from common.errors import ModelError
 from common.model import names
-from common.model.checkpoint import Source
 from common.model.hf_config import GateKind, ModelConfig
 from common.model.loader import dequantise
+from common.model.source import Source
 from kernels import ops
 from kernels.reference.ffn import silu
 

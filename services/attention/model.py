@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from common.model.checkpoint import open_checkpoint
 from common.model.hf_config import GateKind, ModelConfig, load_config
 from common.model.loader import AttentionWeights, FfnWeights, GateWeights, load_attention_weights
+from common.model.source import open_checkpoint
 from kernels.reference.ffn import ffn
 from kernels.reference.gate import gate_v2, gate_v3
 from kernels.reference.linear import linear, pad_out, resident

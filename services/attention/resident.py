@@ -7,9 +7,9 @@ from typing import Protocol, Self
 import torch
 
 from common.config import ClusterConfig
-from common.model.checkpoint import open_checkpoint
 from common.model.hf_config import ModelConfig, load_config
-from common.model.manifest import build_manifest
+from common.model.manifest import cluster_manifest
+from common.model.source import open_checkpoint
 from common.obs.trace import Recorder
 from services.attention.lane import Lane, StepTimes
 from services.attention.latent_cache import LatentCache
@@ -46,7 +46,7 @@ class Resident:
     def load(cls, config: ClusterConfig) -> Self:
         """Read every weight but the routed experts'. Raises ModelError."""
         model_config = load_config(config.model.path)
-        manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
+        manifest = cluster_manifest(config)
         max_context = config.attention.max_context or model_config.max_position
         load = _on_cpu if config.cluster.device == "cpu" else _on_gpu
         cache, max_context, new_lane = load(config, model_config, max_context)

@@ -6,10 +6,11 @@ from typing import Self
 import torch
 
 from common.config import ClusterConfig
-from common.model.checkpoint import Source, open_checkpoint
 from common.model.hf_config import ModelConfig, load_config
 from common.model.loader import FfnWeights, load_expert
-from common.model.manifest import build_manifest, hash_expert
+from common.model.manifest import cluster_manifest, hash_expert
+from common.model.slices import sliced_config
+from common.model.source import Source, open_checkpoint
 from common.placement.plan import Place
 from common.plan_file import first_residents
 from kernels.reference.ffn import Network, network
@@ -30,10 +31,10 @@ class Bank:
     @classmethod
     def load(cls, config: ClusterConfig, worker: int) -> Self:
         """Read what the plan gives this worker, and nothing else of the checkpoint. Raises ModelError."""
-        model = load_config(config.model.path)
-        manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
-        places = first_residents(config, model, worker)
-        with open_checkpoint(config.model.path) as checkpoint:
+        slices, stored = config.placement.expert_slices, load_config(config.model.path)
+        model, manifest = sliced_config(stored, slices), cluster_manifest(config)
+        places = first_residents(config, stored, worker)
+        with open_checkpoint(config.model.path, slices) as checkpoint:
             weights = {place: read_expert(checkpoint, model, place) for place in places}
             hashes = {place: hash_expert(checkpoint, *place) for place in places}
         return cls(

@@ -13,10 +13,11 @@ from torch.nn.functional import linear
 from common.config import ClusterConfig
 from common.errors import ModelError
 from common.model import names
-from common.model.checkpoint import Source, open_checkpoint
 from common.model.hf_config import ModelConfig, load_config
 from common.model.loader import FfnWeights, load_expert
-from common.model.manifest import build_manifest, hash_expert
+from common.model.manifest import cluster_manifest, hash_expert
+from common.model.slices import sliced_config
+from common.model.source import Source, open_checkpoint
 from common.placement.plan import Place
 from common.plan_file import first_residents
 from common.wire.header import Wire
@@ -28,7 +29,7 @@ from services.expert.bank import Bank, read_expert
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DeviceExpert:
     """gate_up [2 * hidden, width], gate first; down [width, hidden]. e4m3 where there are scales per 128x128 block."""
 
@@ -82,13 +83,13 @@ class GraphedExperts:
         self._scales[:n].copy_(scales)
         given = self._rows[:bucket].view(torch.float8_e4m3fn), self._scales[:bucket]
         out = self._out[:bucket]
-        self._graphs.run((id(expert), bucket), lambda: copy_into(out, expert(*given)))
+        self._graphs.run((expert, bucket), lambda: copy_into(out, expert(*given)))
         return self._out[:n].clone()
 
     def forget(self, expert: DeviceExpert) -> None:
-        """Its weights are given up: a graph would read them, and a later expert may have its id."""
+        """Its weights are given up: a graph would read them."""
         for bucket in self.BUCKETS:
-            self._graphs.forget((id(expert), bucket))
+            self._graphs.forget((expert, bucket))
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
@@ -137,10 +138,11 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
     device = config.cluster.device
     if device == "cpu":
         return Bank.load(config, worker)
-    model, wire = load_config(config.model.path), Wire.parse(config.cluster.wire)
-    manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
-    places = first_residents(config, model, worker)
-    with open_checkpoint(config.model.path) as checkpoint:
+    slices, stored = config.placement.expert_slices, load_config(config.model.path)
+    model, wire = sliced_config(stored, slices), Wire.parse(config.cluster.wire)
+    manifest = cluster_manifest(config)
+    places = first_residents(config, stored, worker)
+    with open_checkpoint(config.model.path, slices) as checkpoint:
         distinct = {place: checkpoint.stands_for(*place) for place in places}  # each held once
         held = {
             place: load_device_expert(checkpoint, model, place, wire, device)
@@ -156,8 +158,9 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
 @torch.inference_mode()
 def read_one(config: ClusterConfig, place: Place) -> tuple[FfnWeights | DeviceExpert, str]:
     """One expert for a bank, and its hash; may run in a thread. Raises ModelError."""
-    model, device = load_config(config.model.path), config.cluster.device
-    with open_checkpoint(config.model.path) as checkpoint:
+    slices, device = config.placement.expert_slices, config.cluster.device
+    model = sliced_config(load_config(config.model.path), slices)
+    with open_checkpoint(config.model.path, slices) as checkpoint:
         digest = hash_expert(checkpoint, *place)
         if device == "cpu":
             return read_expert(checkpoint, model, place), digest

@@ -4,7 +4,7 @@ import os
 
 from common.config import ClusterConfig
 from common.ids import Role
-from common.model.manifest import build_manifest
+from common.model.manifest import cluster_manifest
 from common.transport.base import Handler, Hello, Transport
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
@@ -18,7 +18,7 @@ class ClusterDialler:
     ) -> None:
         spec = config.process(Role.GATEWAY, index)
         # Both ends of a link must serve the same model.
-        manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
+        manifest = cluster_manifest(config)
         self._hello = Hello(
             process=spec.id,
             node=spec.node,

@@ -44,13 +44,15 @@ class Dataflow:
 
     node: int
     plan: Plan
-    num_experts: int
+    num_experts: int  # slices count
     pool: BufferPool
     experts: dict[int, Outbox]  # by worker index: the workers of this node
     routers: dict[int, Outbox]  # by node id: the router at the other end of this rail
     index: int = 0  # of this router in the cluster
     rail: int = 0
     num_rails: int = 1
+    slices: int = 1  # of an expert
+    split: Callable[..., list[NodeShare]] = split_by_node  # a block by destination
     answer_rows: RowType = RowType.FP32  # compute dtype of the attention workers' device
     trace: Recorder | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
@@ -128,9 +130,11 @@ class Dataflow:
         self.counters.split_us += (self.clock_ns() - started) // 1000
 
     def _on_dispatch(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
-        rows, experts, weights = payloads.read_dispatch(header, payload, self.num_experts)
+        rows, experts, weights = payloads.read_dispatch(
+            header, payload, self.num_experts, self.slices
+        )
         table = routes.senders(header.layer, experts, self.calls.fleet)
-        shares = split_by_node(experts, weights, routes.node_of_worker[table[experts]])
+        shares = self.split(experts, weights, routes.node_of_worker[table[experts]])
         self.counters.blocks += 1
         if self.rail == 0:
             self.load.add(header.layer, experts, self.clock_ns())
@@ -172,15 +176,9 @@ class Dataflow:
         self._start_work(header.block, link, header, routes, share, payload, rows)
 
     def _start_work(
-        self,
-        key: int,
-        link: Link,
-        request: Header,
-        routes: Routes,
-        share: NodeShare,
-        payload: Buffer,
-        segment: RowSegment,
-    ) -> None:
+        self, key: int, link: Link, request: Header, routes: Routes, share: NodeShare,
+        payload: Buffer, segment: RowSegment,
+    ) -> None:  # fmt: skip
         """Fan a node's share out to its workers; its rows index the segment."""
         calls = self.calls
         table = routes.workers(request.layer, share.experts, calls.fleet)

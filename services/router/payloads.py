@@ -28,9 +28,12 @@ Floats = npt.NDArray[np.float32]
 
 
 def read_dispatch(
-    header: Header, payload: Buffer, num_experts: int
+    header: Header, payload: Buffer, num_experts: int, slices: int
 ) -> tuple[RowSegment, Int32s, Floats]:
-    """Where the rows lie, and the experts and gate weights of each, [num_rows, top_k]."""
+    """Where the rows lie, and the experts and gate weights of each, [num_rows, top_k * slices].
+
+    `num_experts` counts slices: expert e of the model is e * slices and the next ones.
+    """
     top_k, odd = divmod(header.num_pairs, header.num_rows)
     layout = dispatch_layout(header.num_rows, header.width, top_k, header.wire)
     check_payload("DISPATCH", header.payload_nbytes, layout.nbytes)
@@ -38,7 +41,10 @@ def read_dispatch(
         raise WireError(f"{header.num_pairs} pairs for {header.num_rows} rows")
     experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
     weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
-    check_experts(experts, num_experts)
+    check_experts(experts, num_experts // slices)
+    if slices > 1:
+        every = experts[:, None] * np.int32(slices) + np.arange(slices, dtype=np.int32)
+        experts, weights, top_k = every.ravel(), weights.repeat(slices), top_k * slices
     return layout.rows, experts.reshape(-1, top_k), weights.reshape(-1, top_k)
 
 

@@ -4,7 +4,7 @@ A *pair* is (row, expert, gate weight). Pairs are always sorted by row, then by 
 order of the weighted sum, so the result does not depend on who answers first.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -76,6 +76,21 @@ def _rows_of_pairs(num_rows: int, top_k: int) -> tuple[Ints, Int32s, Ints]:
     """
     rows = np.arange(num_rows)
     return rows, rows.astype(np.int32).repeat(top_k), rows[:, None] * top_k
+
+
+def split_unicast(home: int, experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeShare]:
+    """`split_by_node`, but what leaves node `home` goes in shares of one expert each, a copy of each row per expert.
+
+    So nothing that crosses nodes is de-duplicated or summed: the baseline.
+    """
+    shares = []
+    for s in split_by_node(experts, weights, nodes):
+        if s.node == home:
+            shares.append(s)
+            continue
+        parts = split_pairs(s.rows, s.pair_rows, s.experts, s.weights, s.experts)
+        shares += [replace(part, node=s.node) for part in parts]
+    return shares
 
 
 def split_share(share: NodeShare, nodes: Int32s) -> list[NodeShare]:

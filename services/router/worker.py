@@ -9,13 +9,14 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from common.config import ClusterConfig, ProcessSpec
 from common.errors import AuthError, LinkClosed
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
-from common.model.manifest import build_manifest
+from common.model.manifest import cluster_manifest
 from common.obs.trace import open_recorder
 from common.plan_file import cluster_plan
 from common.status import ProcessStatus, State, status_frame
@@ -29,6 +30,7 @@ from common.wire.blocks import combined_rows
 from common.wire.header import Header, Wire
 from services.router.dataflow import Dataflow
 from services.router.placement import Placement
+from services.router.plan import split_by_node, split_unicast
 from services.router.routes import rail_between, rail_of_worker
 from services.router.status import StatusGather
 
@@ -57,9 +59,7 @@ class RouterWorker:
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Listen for attention workers, experts and later routers; dial the earlier routers."""
         model = load_config(self.config.model.path)
-        self.manifest = build_manifest(
-            self.config.model.path, cache_dir=self.config.model.cache_dir
-        )
+        self.manifest = cluster_manifest(self.config)
         self.plan = cluster_plan(self.config, model)
         own = [w for w, node in enumerate(self.plan.nodes) if node == self.spec.node]
         self.num_rails = len(self.config.routers_of(self.spec.node))
@@ -67,13 +67,16 @@ class RouterWorker:
             w for w in own if rail_of_worker(w, self.plan.nodes, self.num_rails) == self.spec.rail
         ]
         routers = self._counterparts()
+        slices = self.config.placement.expert_slices
+        unicast = self.config.placement.dispatch == "unicast"
         self.flow = Dataflow(
-            self.spec.node, self.plan, model.num_experts, self.transport.pool,
+            self.spec.node, self.plan, model.num_experts * slices, self.transport.pool, slices=slices,
             experts={w: Outbox(f"expert-{w}") for w in own},
             routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
             index=self.spec.id.index, rail=self.spec.rail, num_rails=self.num_rails,
             answer_rows=combined_rows(Wire.parse(self.config.cluster.wire), self.config.cluster.device),
             trace=self.trace, seam=self.transport.seam,
+            split=partial(split_unicast, self.spec.node) if unicast else split_by_node,
         )  # fmt: skip
         self.placement = Placement(
             self.config, self.spec, model, self.manifest, self.flow, self._look

@@ -148,6 +148,88 @@ def rebalance() -> str:
     return "\n".join([*lines, "", f"{note}: {where(facts)}"])
 
 
+def placement() -> str:
+    """Placements against EPLB's: means over traces by fabric and layout, and every trace on equal nodes."""
+    facts = read(RESULTS / "placement.json")
+    rows = facts["rows"]
+    lines = [
+        "| trace, 4 equal nodes | layout | rows between nodes: unicast / ours / EPLB | busiest link against EPLB's, "
+        "round-robin's, random's | busiest GPU over mean, ours / EPLB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["fabric"] != "equal":
+            continue
+        blind = [row.get(f"{name}_link_ratio") for name in ("round_robin", "random")]
+        ratios = [f"{r:.2f}" for r in (row["link_ratio"], *blind) if r is not None]
+        lines.append(
+            f"| {row['trace']} | {row['layout']} | {row['unicast_rows']:.2f} / {row['rows']:.2f} / "
+            f"{row['eplb_rows']:.2f} | {', '.join(ratios)} | {row['gpu_load']:.2f} / {row['eplb_gpu_load']:.2f} |"
+        )
+    fabrics = list(dict.fromkeys(row["fabric"] for row in rows))
+    means = [(f, [row["link_ratio"] for row in rows if row["fabric"] == f]) for f in fabrics]
+    every = [row["link_ratio"] for row in rows]
+    worse = [row for row in rows if row["gpu_load"] > row["eplb_gpu_load"] * 1.0001]
+    most = max((row["gpu_load"] / row["eplb_gpu_load"] - 1 for row in worse), default=0.0)
+    saved = [row["saved_of_possible"] for row in rows if "saved_of_possible" in row]
+    search = facts["search"]
+    return "\n".join([
+        *lines, "",
+        "Busiest link against EPLB's, mean over traces and layouts: "
+        + ", ".join(f"{fabric} {sum(r) / len(r):.3f} ({len(r)})" for fabric, r in means)
+        + f"; all {sum(every) / len(every):.3f} ({len(every)}), from {min(every):.2f} to {max(every):.2f}. "
+        f"The busiest GPU is worse than EPLB's in {len(worse)} of {len(every)} (by at most {100 * most:.1f} %). "
+        f"Of the rows that the best placement known in hindsight saves, ours save "
+        f"{100 * min(saved):.0f} to {100 * max(saved):.0f} %. "
+        f"Placing 58 layers of 256 experts by two processes: {search['0']['wall_s']} s ({search['0']['cpu_s']} s of "
+        f"CPU, load {search['load']}), with 32 replicas {search['32']['wall_s']} s ({search['32']['cpu_s']} s).",
+        "", f"`{facts['command']}`: {where(facts)}",
+    ])  # fmt: skip
+
+
+def namespaces() -> str:
+    """Hierarchical dispatch against unicast on limited links."""
+    facts = read(RESULTS / "namespaces.json")
+    lines = [
+        "| dispatch | tokens/s | use of the cables, least to most | rows between nodes against unicast's |",
+        "|---|---|---|---|",
+    ]
+    for way, r in facts["ways"].items():
+        use = r["use_percent"].values()
+        lines.append(
+            f"| {way} | {r['tokens_per_s']} | {min(use):.0f} to {max(use):.0f} % | "
+            f"{r['rows'] / r['unicast_rows']:.2f} |"
+        )
+    return "\n".join([
+        *lines, "",
+        f"{facts['ratio']:.2f}x the tokens. {facts['kbit_s'] / 1000:g} Mbit/s each way, {facts['concurrency']} "
+        f"streams, V3's gate in small (top-8 of 32 experts in 4 of 8 groups). `{facts['command']}`: {where(facts)}",
+    ])  # fmt: skip
+
+
+def router_cost() -> str:
+    """CPU of routers by cluster size, operations by rails."""
+    facts = read(RESULTS / "router_cost.json")
+    lines = [
+        "| experts | routers | CPU us per message | CPU us per row handed on | router operations per block |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['experts']} | {r['nodes']} | {r['cpu_us_per_message']} | {r['cpu_us_per_row']} "
+        f"| {r['operations_per_block']} |"
+        for r in facts["rows"]
+    ]
+    rails = ", ".join(
+        f"{r['rails']}: {r['per_router_and_layer']} (busiest {r['busiest']})"
+        for r in facts["rails"]
+    )
+    return "\n".join([
+        *lines, "", "![the same as a graph](tests/bench/results/router_cost.svg)", "",
+        f"EP256 on 32 nodes, a block of 128 rows from every node: messages that one router receives and posts for a "
+        f"layer, by rails per node: {rails}.", "", f"`{facts['command']}`: {where(facts)}",
+    ])  # fmt: skip
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "oracle": oracle,
     "cluster": cluster,
@@ -156,6 +238,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "transport": transport,
     "gpu": gpu,
     "rebalance": rebalance,
+    "placement": placement,
+    "namespaces": namespaces,
+    "router_cost": router_cost,
 }
 
 

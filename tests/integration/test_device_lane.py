@@ -26,7 +26,7 @@ KL = 0.02  # nats: bf16 against fp32 on the way through the attention side
 def device_lane(cluster, attention):
     """A second lane for the same attention worker, in bf16 on graphs' buffers."""
     model_config = attention.resident.config
-    from common.model.checkpoint import open_checkpoint
+    from common.model.source import open_checkpoint
 
     with open_checkpoint(cluster.config.model.path) as checkpoint:
         weights = load_device_weights(checkpoint, model_config, device="cpu", dtype=torch.bfloat16)

@@ -186,3 +186,25 @@ def test_buffers_come_back_after_a_lost_worker(model, tmp_path, new_pool):
         assert set(outstanding.values()) == {(0, 0)}, outstanding
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("new_pool", [BufferPool, rows_apart], ids=["rows-inside", "rows-apart"])
+@pytest.mark.parametrize("routers", [1, 3])
+def test_unicast_computes_the_same_and_sends_every_copy(
+    model, expected, tmp_path, routers, new_pool
+):
+    async def main() -> torch.Tensor:
+        options = LAYOUT | {"routers": routers, "new_pool": new_pool, "dispatch": "unicast"}
+        async with inproc_cluster(model, tmp_path, **options) as cluster:
+            logits = await cluster.logits(TOKENS)
+            traffic = [
+                link
+                for router in cluster.of(Role.ROUTER)
+                for both in router.flow.counters.links.values()
+                for link in both
+            ]
+            assert sum(link.rows for link in traffic) > 0
+            assert all(link.rows == link.unicast_rows for link in traffic)
+            return logits
+
+    assert torch.equal(asyncio.run(main()), expected)

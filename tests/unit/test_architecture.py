@@ -39,6 +39,7 @@ PURE = (
     "services.expert.batcher",
     "services.gateway.admission",
     "deploy.trace",
+    "deploy.discover",
     "deploy.slurm.allocation",
     "deploy.render.description",
     "deploy.doctor.finding",

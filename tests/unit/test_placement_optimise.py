@@ -15,7 +15,7 @@ from common.placement.links import RowBytes, build_links
 from common.placement.optimise import Options, layer_slots, moves, optimise
 from common.placement.plan import Plan, check_plan
 from common.placement.routing_trace import RoutingTrace
-from common.placement.score import score, worker_loads
+from common.placement.score import node_rows, score, worker_loads
 from common.placement.swap import Budget
 from common.placement.topology import GPUS, NodeSpec, Topology, cluster_topology, uniform
 
@@ -97,6 +97,11 @@ def test_a_plan_keeps_every_constraint_or_one_sentence_says_why_not(trace, topol
             for one in (holders, theirs)
         )
         assert ours_most <= most * (1 + 1e-9), layer
+        link_s, their_link_s = (
+            links.loads(node_rows(one, nodes, trace.expert_ids[i], links.sources)).max(initial=0.0)
+            for one in (holders, theirs)
+        )
+        assert link_s <= their_link_s * (1 + 1e-9), layer
 
 
 @settings(max_examples=25, deadline=None)
@@ -133,6 +138,26 @@ def test_better_than_eplb_where_it_fits(name, replicas):
     ours, eplb = (score(p, trace, links) for p in (found, Plan(1, theirs, topology.worker_nodes)))
     assert ours.link_s < eplb.link_s * 0.99
     assert ours.gpu_load <= eplb.gpu_load * (1 + 1e-9)
+
+
+def test_groups_that_are_chosen_together_share_a_node():
+    """Groups 0 and 5, 1 and 4, 2 and 7, 3 and 6: found group by group, which single swaps cannot. One expert of each is
+    always wanted and gets the replica."""
+    partner = np.array([5, 4, 7, 6, 1, 0, 3, 2])
+    rng = np.random.default_rng(3)
+    first = rng.integers(0, 8, 4096)
+    groups = np.stack([first, partner[first]], axis=1).repeat(4, axis=1)
+    liking = rng.random((4096, 2, 8)) - (np.arange(8) == 0)
+    within = np.argsort(liking, axis=2)[:, :, :4].reshape(4096, 8)
+    trace = RoutingTrace((groups * 8 + within).astype(np.int16)[None], (0,), 64, 8, 2)
+    for replicas in (0, 8):
+        topology = uniform(4, (64 + replicas) // 4)
+        plan = optimise(trace, topology, Options(replicas=replicas))
+        home = [
+            {plan.nodes[w] for e in plan.holders[0][8 * g : 8 * g + 8] for w in e} for g in range(8)
+        ]
+        assert all(len(nodes) == 1 for nodes in home)
+        assert all(home[g] == home[partner[g]] for g in range(8))
 
 
 def test_a_slow_gpu_gets_light_experts():

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from common.errors import ConfigError, ModelError
-from common.model.checkpoint import open_checkpoint
 from common.model.hf_config import load_config
 from common.model.loader import dequantise, load_attention_weights, load_expert
 from common.model.manifest import build_manifest
 from common.model.names import SCALE_SUFFIX
 from common.model.presets import PRESETS, RANDOM_FILE, preset_config, write_random_source
 from common.model.small import small_config
+from common.model.source import open_checkpoint
 from common.model.writer import write_random
 from deploy.cli import main
 

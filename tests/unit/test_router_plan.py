@@ -14,6 +14,7 @@ from services.router.plan import (
     fan_out,
     split_by_node,
     split_share,
+    split_unicast,
 )
 
 
@@ -148,3 +149,21 @@ def test_a_worker_share_divided_anew_covers_the_same_places(segments):
         assert part.stop == stop
         assert {workers[expert] for expert in part.segments[:, 0]} == {part.worker}
     assert stop == old.stop
+
+
+@given(blocks(), st.integers(0, 5))
+def test_unicast_sends_a_copy_per_expert_of_another_node(block, home):
+    experts, weights, worker_of, node_of_worker = block
+    nodes = node_of_worker[worker_of][experts]
+    by_node = {share.node: share for share in split_by_node(experts, weights, nodes)}
+    copies = 0
+    for share in split_unicast(home, experts, weights, nodes):
+        if share.node == home:
+            assert (share.pair_rows == by_node[home].pair_rows).all()
+            continue
+        assert len(set(share.experts.tolist())) == 1
+        assert share.pair_rows.tolist() == list(range(len(share.rows)))
+        chosen = experts[share.rows] == share.experts[0]
+        assert (weights[share.rows][chosen] == share.weights).all()
+        copies += len(share.rows)
+    assert copies == sum(len(s.pair_rows) for s in by_node.values() if s.node != home)
