@@ -221,7 +221,7 @@ class AttentionWorker:
                 "cache_pages_free": scheduler.pages.num_free,
                 "owed": sum(map(len, self.moe.routers.values())),
                 "resent": sum(outbox.num_resent for outbox in self.moe.routers.values()),
-                "links": self.transport.carriers(),
+                "carriers": self.transport.carriers(),
             },
             missing=f"not connected: {', '.join(absent)}" if (absent := self._absent()) else "",
         )  # fmt: skip

@@ -239,7 +239,7 @@ class RouterWorker:
                 "epoch": self.placement.epochs.current.epoch, "epochs_served": self.placement.epochs.served,
                 "expert_load": self.flow.load.to_json(self.flow.clock_ns()),
                 "resent": resent, "owed_by_expert": owed,
-                "links": self.transport.carriers(),
+                "carriers": self.transport.carriers(),
             },
         )  # fmt: skip
         return [own.to_json(), *(self._expert_entry(w) for w in self.reported)]

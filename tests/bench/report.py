@@ -172,7 +172,11 @@ def placement() -> str:
     worse = [row for row in rows if row["gpu_load"] > row["eplb_gpu_load"] * 1.0001]
     most = max((row["gpu_load"] / row["eplb_gpu_load"] - 1 for row in worse), default=0.0)
     saved = [row["saved_of_possible"] for row in rows if "saved_of_possible" in row]
-    search = facts["search"]
+    search = facts.get("search")
+    took = "" if search is None else (
+        f" Placing 58 layers of 256 experts by two processes: {search['0']['wall_s']} s ({search['0']['cpu_s']} s of "
+        f"CPU, load {search['load']}), with 32 replicas {search['32']['wall_s']} s ({search['32']['cpu_s']} s)."
+    )  # fmt: skip
     return "\n".join([
         *lines, "",
         "Busiest link against EPLB's, mean over traces and layouts: "
@@ -180,15 +184,15 @@ def placement() -> str:
         + f"; all {sum(every) / len(every):.3f} ({len(every)}), from {min(every):.2f} to {max(every):.2f}. "
         f"The busiest GPU is worse than EPLB's in {len(worse)} of {len(every)} (by at most {100 * most:.1f} %). "
         f"Of the rows that the best placement known in hindsight saves, ours save "
-        f"{100 * min(saved):.0f} to {100 * max(saved):.0f} %. "
-        f"Placing 58 layers of 256 experts by two processes: {search['0']['wall_s']} s ({search['0']['cpu_s']} s of "
-        f"CPU, load {search['load']}), with 32 replicas {search['32']['wall_s']} s ({search['32']['cpu_s']} s).",
+        f"{100 * min(saved):.0f} to {100 * max(saved):.0f} %.{took}",
         "", f"`{facts['command']}`: {where(facts)}",
     ])  # fmt: skip
 
 
 def namespaces() -> str:
     """Hierarchical dispatch against unicast on limited links."""
+    if not (RESULTS / "namespaces.json").exists():
+        return "Not measured yet: `make bench-namespaces`."
     facts = read(RESULTS / "namespaces.json")
     lines = [
         "| dispatch | tokens/s | use of the cables, least to most | rows between nodes against unicast's |",
@@ -209,6 +213,8 @@ def namespaces() -> str:
 
 def router_cost() -> str:
     """CPU of routers by cluster size, operations by rails."""
+    if not (RESULTS / "router_cost.json").exists():
+        return "Not measured yet: `python -m tests.bench.router_cost`."
     facts = read(RESULTS / "router_cost.json")
     lines = [
         "| experts | routers | CPU us per message | CPU us per row handed on | router operations per block |",

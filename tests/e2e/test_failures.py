@@ -93,7 +93,7 @@ def test_ten_killed_experts_cost_no_request_and_no_token(model):
 
         results = asyncio.run(scenario())
         resent = sum(counters["resent"] for counters in cluster.counters("router"))
-        links = [counters["links"] for counters in cluster.counters("router")]
+        links = [counters["carriers"] for counters in cluster.counters("router")]
         assert [sum(name.startswith("expert") for name in peers) for peers in links] == [8, 8]
         assert all(carriers == ["tcp/lo"] for peers in links for carriers in peers.values())
     assert resent >= 10, "no block was owed by a killed expert"

@@ -208,3 +208,14 @@ def test_unicast_computes_the_same_and_sends_every_copy(
             return logits
 
     assert torch.equal(asyncio.run(main()), expected)
+
+
+def test_the_rows_of_each_link_are_in_the_status(model, tmp_path):
+    async def main() -> None:
+        async with inproc_cluster(model, tmp_path, **LAYOUT) as cluster:
+            await cluster.logits(TOKENS)
+            entry = cluster.of(Role.ROUTER)[0]._entries()[0]
+            assert list(entry["counters"]["links"]) == ["1"]
+            assert entry["counters"]["links"]["1"]["out"]["rows"] > 0
+
+    asyncio.run(main())
