@@ -73,7 +73,7 @@ class Mps:
         if done.returncode != 0:
             words = said.read_text(errors="replace").strip().splitlines()
             raise MpsError(f"{CONTROL} -d: {' '.join(words[-1:]) or f'exit {done.returncode}'}")
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + ANSWER_S
         while not answers(self.pipes):
             if time.monotonic() > deadline:
                 stop(self.pipes)

@@ -109,9 +109,8 @@ def test_somebody_elses_process_is_not_killed(daemon):
 )
 def test_why_it_cannot_be_had(daemon, monkeypatch, how, sentence):
     monkeypatch.setenv("FAKE_MPS", how)
-    for limit in ("START_S", "ANSWER_S"):
+    for limit in ("ANSWER_S", "STOP_S"):
         monkeypatch.setattr(mps, limit, 0.3)
-    monkeypatch.setattr(mps, "STOP_S", 0.3)
     with pytest.raises(MpsError, match=sentence):
         daemon.ensure()
 
