@@ -127,6 +127,12 @@ def transport() -> str:
             f"| {row['send_cpu_us']:.0f} / {row['receive_cpu_us']:.0f} | {' | '.join(cells)} |"
         )
     idle = f"{facts['idle_processes']} connected idle processes: {facts['idle_percent']:.2f} % of one core together."
+    if alone := facts.get("ucx_alone"):
+        share = facts["results"]["asyncio streams"]["64"]["p50_us"] / alone["p50_us"]
+        idle += (
+            f" UCX alone, without our header, credits and buffers: a round trip of {alone['p50_us']:.0f} us, "
+            f"{share:.2f} of what asyncio streams reach."
+        )
     return "\n".join([*lines, "", f"`python -m tests.bench.transport`: {where(facts)} {idle}"])
 
 

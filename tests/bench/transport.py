@@ -26,6 +26,7 @@ from common.transport.base import Hello
 from common.transport.environment import set_ucx_environment
 from common.wire.header import Header, Kind
 from tests.bench.environment import facts
+from tests.bench.ucx_alone import round_trip
 
 SIZES = (64, 4096, 65536, 1 << 20)
 WINDOW = 64
@@ -388,14 +389,11 @@ def main():
         results = {s.name: measure(s, folder, options.seconds) for s in SYSTEMS}
         idle = measure_idle(folder, options.idle, max(3.0, options.seconds))
     show(results, idle, options.idle)
+    figures = {"results": results, "ucx_alone": round_trip(), "idle_percent": idle}
+    print("UCX alone:", figures["ucx_alone"])
     if options.json:
-        options.json.write_text(
-            json.dumps(
-                facts()
-                | {"results": results, "idle_percent": idle, "idle_processes": options.idle},
-                indent=1,
-            )
-        )
+        figures |= facts() | {"idle_processes": options.idle}
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
