@@ -99,11 +99,18 @@ def serving() -> str:
         lines += [
             f"| {facts['model']} | {r['concurrency']} | {r['ours']:.0f} | {r['transformers']:.0f} "
             f"({r['transformers_best']}) | {r['ratio']:.2f} "
-            f"| {r['cpu_us'] / 1000:.2f} / {r['transformers_cpu_us'] / 1000:.2f} |"
+            f"| {cpu_ms(r)} |"
             for r in facts["rows"]
         ]
         notes.append(f"{facts['model']}: {where(facts)}")
     return "\n".join([*lines, "", "`python -m tests.bench.serving`. " + " ".join(notes)])
+
+
+def cpu_ms(row: dict[str, Any]) -> str:
+    """Ours and theirs; results of before 2026-11-25 have neither."""
+    if "cpu_us" not in row:
+        return "not measured"
+    return f"{row['cpu_us'] / 1000:.2f} / {row['transformers_cpu_us'] / 1000:.2f}"
 
 
 def transport() -> str:
