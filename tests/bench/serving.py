@@ -15,6 +15,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,21 +47,27 @@ def prompts_for(batch: int, vocab_size: int) -> list[list[int]]:
     return torch.randint(3, vocab_size, (batch, PROMPT_TOKENS), generator=generator).tolist()
 
 
-def cluster_cpu_s(cluster: Cluster) -> float:
-    """CPU seconds that the cluster's processes have used."""
-    return sum(cpu_s(process["pid"]) for process in cluster.processes)
+def cluster_cpu_us(cluster: Cluster) -> Counter[str]:
+    """CPU microseconds that the cluster's processes have used, by role."""
+    used: Counter[str] = Counter()
+    for process in cluster.processes:
+        used[process["role"]] += round(cpu_s(process["pid"]) * 1e6)
+    return used
 
 
-def cluster_rate(cluster: Cluster, prompts: list[list[int]], tokens: int) -> Rate:
-    """`REPEATS` runs, all prompts at once."""
+def cluster_rate(
+    cluster: Cluster, prompts: list[list[int]], tokens: int
+) -> tuple[list[float], dict[str, float]]:
+    """Rates of `REPEATS` runs, all prompts at once, and CPU microseconds per token by role."""
     cluster.generate(prompts, tokens)  # a warm-up
-    rates, made, before = [], 0, cluster_cpu_s(cluster)
+    rates, made, before = [], 0, cluster_cpu_us(cluster)
     for _ in range(REPEATS):
         started = time.perf_counter()
         count = sum(map(len, cluster.generate(prompts, tokens)))
         rates.append(count / (time.perf_counter() - started))
         made += count
-    return rates, "", (cluster_cpu_s(cluster) - before) / made * 1e6
+    used = cluster_cpu_us(cluster) - before
+    return rates, {role: us / made for role, us in sorted(used.items())}
 
 
 def transformers_rate(models: dict[str, Any], prompts: list[list[int]], tokens: int) -> Rate:
@@ -120,12 +127,14 @@ def main() -> None:
         prompts = prompts_for(size, vocab_size)
         theirs, how, their_cpu_us = transformers_rate(models, prompts, args.tokens)
         with Cluster("--model", str(args.model), *options) as cluster:
-            ours, _, our_cpu_us = cluster_rate(cluster, prompts, args.tokens)
+            ours, roles_cpu_us = cluster_rate(cluster, prompts, args.tokens)
+        our_cpu_us = sum(roles_cpu_us.values())
         rows.append(
             {
                 "concurrency": size, "ours": median(ours), "ours_min": min(ours), "ours_max": max(ours),
                 "transformers": median(theirs), "transformers_best": how,
                 "ratio": median(ours) / median(theirs), "cpu_us": our_cpu_us, "transformers_cpu_us": their_cpu_us,
+                "cpu_us_by_role": roles_cpu_us,
             }
         )  # fmt: skip
         print(f"concurrency {size:3}: ours {median(ours):7.1f} tokens/s, transformers {median(theirs):7.1f}"
