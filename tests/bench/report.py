@@ -103,7 +103,35 @@ def serving() -> str:
             for r in facts["rows"]
         ]
         notes.append(f"{facts['model']}: {where(facts)}")
-    return "\n".join([*lines, "", "`python -m tests.bench.serving`. " + " ".join(notes)])
+    return "\n".join([*lines, "", "`python -m tests.bench.serving`. " + " ".join(notes), *floor()])
+
+
+def floor() -> list[str]:
+    """Why sixteen small experts on two cores cannot be as fast as one process: CPU per token at 16 requests."""
+    small = read(RESULTS / "serving-small.json")
+    (row,) = (r for r in small["rows"] if r["concurrency"] == 16)
+    if "cpu_us_by_role" not in row:
+        return []
+    turns = read(RESULTS / "expert-turns.json")
+    message = read(RESULTS / "transport.json")["results"]["atoll"]["4096"]
+    layers, experts, tokens = 3, 16, 16  # of the small model; a step of 16 tokens asks every expert
+    calls = layers * experts / tokens
+    messages = 2 * calls  # to experts and back
+    call_ms = calls * turns["call_us_16"] / 1000
+    message_ms = messages * (message["send_cpu_us"] + message["receive_cpu_us"]) / 1000
+    roles = row["cpu_us_by_role"]
+    rest_ms = (roles["attention"] + roles["gateway"]) / 1000
+    least, theirs = call_ms + message_ms + rest_ms, row["transformers_cpu_us"] / 1000
+    by_role = ", ".join(f"{role} {us / 1000:.2f}" for role, us in roles.items())
+    return [
+        "",
+        f"The floor at 16 requests on small-random, in ms of CPU per token: {calls:.0f} calls of experts of "
+        f"{turns['call_us_16'] / 1000:.2f} ms, messages apart ({turns['call_us_1'] / 1000:.2f} ms in one process; with "
+        f"sixteen taking turns on a core nothing is left in its caches; `python -m tests.bench.expert_turns`), make "
+        f"{call_ms:.2f}; their {messages:.0f} messages {message_ms:.2f}; attention and gateway {rest_ms:.2f}. "
+        f"Together {least:.2f}, with a router that computes nothing, against {theirs:.2f} of transformers: "
+        f"{theirs / least:.2f}x at best. Measured: {by_role}.",
+    ]
 
 
 def cpu_ms(row: dict[str, Any]) -> str:
