@@ -185,7 +185,7 @@ def rebalance() -> str:
         for r in facts["rows"]
     ]
     streams = f"{facts['streams']} streams of {facts['tokens']} tokens"
-    note = f"`python -m tests.bench.rebalance --size {facts['size']}`, {streams}"
+    note = f"`python -m tests.bench.rebalance --size {facts['size']} --tokens {facts['tokens']}`, {streams}"
     return "\n".join([*lines, "", f"{note}: {where(facts)}"])
 
 
