@@ -28,11 +28,9 @@ def _stream(
 ) -> Tensor:
     width, hidden = down.shape
     c, d = cut(2 * hidden, width, 2), cut(width, hidden, 1)
-    partial = stream_gemm(rows, scales, gate_up, gate_up_scales, c, prefetch_units=4)
+    partial = stream_gemm(rows, scales, gate_up, gate_up_scales, c)
     h, h_scales = swiglu_runs(partial, c, hidden)
-    # Of 0, 2, 4, 8 and 14 units ahead, 4 and 2 were best; adding the runs up in the down product itself, by whoever
-    # stores a tile's last one, cost 3 us of 24 (16 rows, hidden 2048, H100, 2026-11-23).
-    partial = stream_gemm(h, h_scales, down, down_scales, d, prefetch_units=2)
+    partial = stream_gemm(h, h_scales, down, down_scales, d)
     return store_runs(partial, d, width)
 
 

@@ -23,9 +23,7 @@ def fp8_linear(rows: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tens
     m, (n, k) = rows.shape[0], weight.shape
     c = cut(n, k, 1)
     if m <= STREAM_ROWS:
-        return store_runs(
-            stream_gemm(rows, scales, weight, weight_scales, c, prefetch_units=4), c, n
-        )
+        return store_runs(stream_gemm(rows, scales, weight, weight_scales, c), c, n)
     if n % 128 or k % 128:
         out = torch.empty(m, n, dtype=torch.bfloat16, device=rows.device)
         tile_gemm(rows, scales, weight, weight_scales, out, c)

@@ -23,15 +23,15 @@ def _swiglu(gate, up):
 @triton.jit
 def _swiglu_runs(
     PARTIAL, Q, S, M, hidden, units, workers, slots, kb, half_tiles,
-    RUNS: tl.constexpr, R: tl.constexpr, MIN: tl.constexpr,
+    PAIR: tl.constexpr, RUNS: tl.constexpr, R: tl.constexpr, MIN: tl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
     gdc_wait()
     tile = tl.program_id(0)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = row < M
-    gate = sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
-    up = sum_of_runs(PARTIAL, tile + half_tiles, row, ok, M, units, workers, slots, kb, RUNS)
+    gate = sum_of_runs(PARTIAL, tile, 0, row, ok, M, units, workers, slots, kb, PAIR, RUNS)
+    up = sum_of_runs(PARTIAL, tile, 1, row, ok, M, units, workers, slots, kb, PAIR, RUNS)
     column = tile * 128 + tl.arange(0, 128)
     inside = ok[:, None] & (column < hidden)[None, :]
     q, scale = quantise_blocks(tl.where(inside, _swiglu(gate, up), 0.0), MIN)
@@ -41,14 +41,16 @@ def _swiglu_runs(
 
 @triton.jit
 def _store_runs(
-    PARTIAL, OUT, M, width, units, workers, slots, kb, RUNS: tl.constexpr, R: tl.constexpr
+    PARTIAL, OUT, M, width, units, workers, slots, kb, PAIR: tl.constexpr, RUNS: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     gdc_launch_dependents()
     gdc_wait()
     tile = tl.program_id(0)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = row < M
-    total = sum_of_runs(PARTIAL, tile, row, ok, M, units, workers, slots, kb, RUNS)
+    group, sub = tile // PAIR, tile % PAIR
+    total = sum_of_runs(PARTIAL, group, sub, row, ok, M, units, workers, slots, kb, PAIR, RUNS)
     column = tile * 128 + tl.arange(0, 128)
     inside = ok[:, None] & (column < width)[None, :]
     tl.store(OUT + row[:, None] * width + column[None, :], total, mask=inside)
@@ -79,7 +81,7 @@ def swiglu_runs(partial: Tensor, c: Cut, hidden: int) -> tuple[Tensor, Tensor]:
     block = 4 if num_rows > 16 else 1
     _swiglu_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
         partial, q, s, num_rows, hidden, c.units, c.workers, c.slots, c.kb, c.half_tiles,
-        c.runs, block, SCALE_MIN, num_warps=4 if block == 4 else 1, launch_pdl=True,
+        c.pair, c.runs, block, SCALE_MIN, num_warps=4 if block == 4 else 1, launch_pdl=True,
     )  # fmt: skip
     return q, s
 
@@ -90,7 +92,7 @@ def store_runs(partial: Tensor, c: Cut, width: int) -> Tensor:
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=partial.device)
     block = 4 if num_rows > 16 else 1
     _store_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
-        partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.runs, block,
+        partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.pair, c.runs, block,
         num_warps=4 if block == 4 else 1, launch_pdl=True,
     )  # fmt: skip
     return out
