@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
 
@@ -43,6 +44,7 @@ def _combine(
     SOURCE, SLOTS, WEIGHTS, OUT, width, K: tl.constexpr,
     WEIGHTED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < width
@@ -55,6 +57,7 @@ def _combine_fp8(
     SOURCE, SLOTS, WEIGHTS, ROWS, SCALES, width, per_row, K: tl.constexpr,
     WEIGHTED: tl.constexpr, C: tl.constexpr, MIN: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor()
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * C
     column = first + tl.arange(0, C)
@@ -86,7 +89,7 @@ def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) 
     columns = _columns(n)
     _combine[(n, triton.cdiv(width, columns))](
         source, slots, weights, out, width, depth, weights is not None,
-        tl.float64 if exact else tl.float32, columns, num_warps=4, enable_fp_fusion=False,
+        tl.float64 if exact else tl.float32, columns, num_warps=4, enable_fp_fusion=False, **PROGRAMMATIC,
     )  # fmt: skip
 
 
@@ -110,7 +113,7 @@ def combine_fp8(
     columns = _columns(n)
     _combine_fp8[(n, triton.cdiv(width, columns))](
         source, slots, weights, rows, scales, width, per_row, depth, weights is not None,
-        columns, SCALE_MIN, num_warps=4, enable_fp_fusion=False,
+        columns, SCALE_MIN, num_warps=4, enable_fp_fusion=False, **PROGRAMMATIC,
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 Three regimes, chosen by the number of rows alone; within each a row's bits depend on no other row:
 
-- up to `STREAM_ROWS` rows, reading the weights is all the work: two `stream_gemm` launches with the sums of
-  runs, SwiGLU and requantisation between them and sums after, four launches chained as programmatic dependents;
+- up to `STREAM_ROWS` rows, reading the weights is all the work: one launch that never stops reading them
+  (`stream_expert`);
 - above, torch's block-scaled scaled_mm, with SwiGLU and requantisation in one launch;
 - `reproducible`: the same bits for any number of rows, `tile_gemm` instead of the library above STREAM_ROWS.
 
@@ -14,24 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad, scaled_mm
 
-from kernels.block_gemm import STREAM_ROWS, cut, stream_gemm, tile_gemm
-from kernels.swiglu import store_runs, swiglu_dense, swiglu_runs
-
-
-def _stream(
-    rows: Tensor,
-    scales: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
-    down_scales: Tensor,
-) -> Tensor:
-    width, hidden = down.shape
-    c, d = cut(2 * hidden, width, 2), cut(width, hidden, 1)
-    partial = stream_gemm(rows, scales, gate_up, gate_up_scales, c)
-    h, h_scales = swiglu_runs(partial, c, hidden)
-    partial = stream_gemm(h, h_scales, down, down_scales, d)
-    return store_runs(partial, d, width)
+from kernels.block_gemm import cut, tile_gemm
+from kernels.stream import STREAM_ROWS, fits, stream_expert
+from kernels.swiglu import swiglu_dense
 
 
 def scaled_product(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
@@ -95,8 +80,8 @@ def expert_ffn(
     weights = (gate_up, gate_up_scales, down, down_scales)
     if m == 0:
         return torch.empty(0, down.shape[0], dtype=torch.bfloat16, device=rows.device)
-    if m <= STREAM_ROWS:
-        return _stream(rows, scales, *weights)
+    if m <= STREAM_ROWS and fits(rows.device):
+        return stream_expert(rows, scales, *weights)
     if reproducible or hidden % 128 or rows.shape[1] % 128:
         return _tiles(rows, scales, *weights)
     return _library(rows, scales, *weights)

@@ -1,6 +1,6 @@
 """Projections of the attention side on the GPU. Semantics: kernels/reference/projection.py.
 
-`fp8_linear` reads the weight once: up to `STREAM_ROWS` rows that is all the work (`stream_gemm`), above it is torch's
+`fp8_linear` reads the weight once: up to `STREAM_ROWS` rows that is all the work (`stream_linear`), above it is torch's
 block-scaled product where the shapes allow. Floor: max(bytes / read bandwidth, 2 * M * N * K / FP8 peak).
 """
 
@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.block_gemm import STREAM_ROWS, cut, stream_gemm, tile_gemm
+from kernels.block_gemm import cut, tile_gemm
 from kernels.expert_ffn import scaled_product
-from kernels.swiglu import store_runs
+from kernels.stream import STREAM_ROWS, stream_linear
 
 
 def fp8_linear(rows: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def fp8_linear(rows: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tens
     m, (n, k) = rows.shape[0], weight.shape
     c = cut(n, k, 1)
     if m <= STREAM_ROWS:
-        return store_runs(stream_gemm(rows, scales, weight, weight_scales, c), c, n)
+        return stream_linear(rows, scales, weight, weight_scales, c)
     if n % 128 or k % 128:
         out = torch.empty(m, n, dtype=torch.bfloat16, device=rows.device)
         tile_gemm(rows, scales, weight, weight_scales, out, c)

@@ -1,208 +1,202 @@
-"""The weight stream of few-row FP8 products for Hopper, in Gluon: one warp fetches, two warpgroups multiply.
+"""Few-row FP8 products for Hopper, in Gluon: a whole expert in one launch, and one matrix.
 
-Reading the weights is all the work, so their requests must never wait for arithmetic: a producer warp keeps a ring of
-stages in shared memory full, from before its predecessor has ended. A stage is one unit (block_gemm): 128 columns of
-PAIR weight tiles of 128 rows, and of the rows of x. Rows are the 64 rows of a wgmma, or 128, one half per warpgroup;
-with 64, each warpgroup takes half of the weight rows. Neither choice changes a sum's order.
+In `expert_units` all programs run at once and wait for each other three times through counters in memory: for the sums
+of gate and up, for the hidden rows, for the sums of down. The weights of down are on their way meanwhile.
 """
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from kernels.stream_ring import (
+    arrive,
+    await_all,
+    block_scale,
+    consume,
+    magnitude,
+    produce,
+    quantised,
+    make_ring,
+    swiglu,
+)
 
 
 @gluon.jit
-def _fetch_weights(w_rows, ready, ring, i, u, kb, step, sub_rows, PAIR: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    group = u // kb
-    k = u - group * kb
-    for s in gl.static_range(PAIR):
-        row = group * step * 128 + s * sub_rows
-        _load(w_rows, [row, k * 128], ready, ring.index(i % STAGES * PAIR + s))
+def _sum_splits(partial, group, sub, row, ok, M, whole, FUSED: gl.constexpr, SPLITS: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+    """Sum of a tile's splits in order, fp32 [4, 128]; whole groups' sums lie before those of splits unless FUSED."""
+    column = gl.arange(0, 128, gl.SliceLayout(0, ROWS))
+    first = (group - whole) * SPLITS
+    if not FUSED:
+        first = gl.where(group < whole, group, whole + first)
+    total = gl.zeros([4, 128], gl.float32, ROWS)
+    for s in gl.static_range(SPLITS):
+        here = ok if s == 0 else ok & (group >= whole)
+        at = ((first + s).to(gl.int64) * 2 + sub) * M * 128 + row[:, None] * 128 + column[None, :]
+        total += gl.load(partial + at, mask=here[:, None], other=0.0)
+    return total
 
 
 @gluon.jit
-def _produce(
-    x_rows, w_rows, xs, ws, full, empty, start, end, kb, step, sub_rows, BM: gl.constexpr,
-    PAIR: gl.constexpr, STAGES: gl.constexpr,
+def _hide(
+    partial, q, q_scales, hidden, blocks, M, whole, me, everyone, SPLITS: gl.constexpr, MIN: gl.constexpr
 ):  # fmt: skip
-    """Fill the ring with units start .. end: the first weights before the predecessor's end, rows after it."""
-    BYTES: gl.constexpr = BM * 128 + PAIR * 128 * 128
-    first = gl.minimum(end - start, STAGES)
-    for i in range(first):
-        ready = full.index(i)
-        mbarrier.expect(ready, BYTES)
-        _fetch_weights(w_rows, ready, ws, i, start + i, kb, step, sub_rows, PAIR, STAGES)
-    gdc_wait()
-    for i in range(first):
-        _load(x_rows, [0, (start + i) % kb * 128], full.index(i), xs.index(i))
-    for i in range(STAGES, end - start):
-        b = i % STAGES
-        mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
-        ready = full.index(b)
-        mbarrier.expect(ready, BYTES)
-        _fetch_weights(w_rows, ready, ws, i, start + i, kb, step, sub_rows, PAIR, STAGES)
-        _load(x_rows, [0, (start + i) % kb * 128], ready, xs.index(b))
+    """SwiGLU and quantisation of the groups that were split: four rows of a block at a time, shared out to all."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    blocks_of_rows = gl.cdiv(M, 4)
+    for work in range(me, (blocks - whole) * blocks_of_rows, everyone):
+        group = whole + work // blocks_of_rows
+        row = work % blocks_of_rows * 4 + gl.arange(0, 4, gl.SliceLayout(1, ROWS))
+        ok = row < M
+        gate = _sum_splits(partial, group, 0, row, ok, M, whole, True, SPLITS, ROWS)
+        up = _sum_splits(partial, group, 1, row, ok, M, whole, True, SPLITS, ROWS)
+        column = group * 128 + gl.arange(0, 128, gl.SliceLayout(0, ROWS))
+        inside = ok[:, None] & (column < hidden)[None, :]
+        x = gl.where(inside, swiglu(gate, up), 0.0)
+        scale = block_scale(magnitude(x), MIN)
+        gl.store(q + row[:, None] * hidden + column[None, :], quantised(x, scale), mask=inside)
+        gl.store(q_scales + row * blocks + group, scale, mask=ok)
 
 
 @gluon.jit
-def _add(product, scale, acc):
-    """acc + product * scale [64, 1], in place among the products: the compiler would hold all products to the end."""
-    return gl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, acc], dtype=gl.float32,
-        is_pure=False, pack=1,
+def _finish(partial, out, width, M, whole, me, everyone, SPLITS: gl.constexpr):
+    """Sums of splits to out bf16 [M, width]: four rows of a tile at a time, shared out to all."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    blocks_of_rows = gl.cdiv(M, 4)
+    for work in range(me, gl.cdiv(width, 128) * blocks_of_rows, everyone):
+        tile = work // blocks_of_rows
+        row = work % blocks_of_rows * 4 + gl.arange(0, 4, gl.SliceLayout(1, ROWS))
+        ok = row < M
+        total = _sum_splits(partial, tile // 2, tile % 2, row, ok, M, whole, False, SPLITS, ROWS)
+        column = tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, ROWS))
+        inside = ok[:, None] & (column < width)[None, :]
+        gl.store(out + row[:, None] * width + column[None, :], total.to(gl.bfloat16), mask=inside)
+
+
+@gluon.jit
+def _expert_consumer(
+    x_scales, g_scales, d_scales, partial, d_partial, q, q_scales, out, counters, M, kb, g_blocks,
+    g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups, hidden, width, xs, ws, full, empty,
+    peaks, met, worker, everyone, WG: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    G_SPLITS: gl.constexpr, D_SPLITS: gl.constexpr, MIN: gl.constexpr,
+):  # fmt: skip
+    me = worker * 2 + WG
+    gdc_wait()
+    i = consume(
+        x_scales, g_scales, partial, M, kb, 1, g_blocks, 2 * g_blocks, g_whole, g_splits, g_blocks, q,
+        q_scales, hidden, xs, ws, full, empty, peaks, met, worker, worker * 0, WG, BM, STAGES, True, MIN,
+    )  # fmt: skip
+    arrive(counters)
+    await_all(counters, everyone)
+    _hide(partial, q, q_scales, hidden, g_blocks, M, g_whole, me, everyone, G_SPLITS, MIN)
+    arrive(counters + 1)
+    await_all(counters + 1, everyone)
+    consume(
+        q_scales, d_scales, d_partial, M, d_kb, 2, 1, d_tiles, d_whole, d_splits, d_groups, q, q_scales,
+        hidden, xs, ws, full, empty, peaks, met, worker, i, WG, BM, STAGES, False, MIN,
+    )  # fmt: skip
+    arrive(counters + 2)
+    await_all(counters + 2, everyone)
+    _finish(d_partial, out, width, M, d_whole, me, everyone, D_SPLITS)
+    if gl.atomic_add(counters + 3, 1, sem="acq_rel", scope="gpu") == everyone - 1:
+        for c in gl.static_range(4):  # no one waits any more: as the next call wants to find them
+            gl.store(counters + c, 0)
+
+
+@gluon.jit
+def _expert_producer(
+    x_rows, g_rows, h_rows, d_rows, counters, kb, g_blocks, half_rows, g_whole, g_splits, d_kb, d_whole,
+    d_splits, d_groups, xs, ws, full, empty, worker, everyone, BM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    i = produce(
+        x_rows, g_rows, kb, 1, half_rows, g_whole, g_splits, g_blocks, xs, ws, full, empty, worker, worker * 0,
+        counters, everyone, BM, STAGES, False,
+    )  # fmt: skip
+    produce(
+        h_rows, d_rows, d_kb, 2, 128, d_whole, d_splits, d_groups, xs, ws, full, empty, worker, i,
+        counters + 1, everyone, BM, STAGES, True,
     )  # fmt: skip
 
 
 @gluon.jit
-def _multiply(x, ring, b, zeros, CHUNK: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
-    """Start the product with this warpgroup's CHUNK of 64 weight rows of stage b."""
-    w = ring.index(b * PAIR + _sub(CHUNK, WG, BM, PAIR)).slice(_column(CHUNK, WG, BM, PAIR), 64, 0)
-    return warpgroup_mma(x, w.permute((1, 0)), zeros, use_acc=False, is_async=True)
+def expert_units(
+    x_rows, x_scales, g_rows, g_scales, h_rows, q, q_scales, d_rows, d_scales, partial, d_partial, out,
+    counters, M, kb, g_blocks, half_rows, g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups,
+    hidden, width, BM: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    G_SPLITS: gl.constexpr, D_SPLITS: gl.constexpr, MIN: gl.constexpr,
+):  # fmt: skip
+    """A whole expert: out bf16 [M, width]. x_rows, g_rows, h_rows (of q) and d_rows are descriptors of blocks.
 
-
-@gluon.constexpr_function
-def _sub(chunk, wg, rows, pair):
-    """Which tile of a group a warpgroup's chunk of 64 weight rows lies in."""
-    return (wg if rows == 64 else chunk // 2) if pair == 2 else 0
-
-
-@gluon.constexpr_function
-def _column(chunk, wg, rows, pair):
-    """The chunk's first row in its tile."""
-    return 64 * (wg if rows == 64 and pair == 1 else chunk % 2)
+    partial and d_partial hold sums of splits; counters, four zeros, are zeros again at the end. All programs must run
+    at once.
+    """
+    worker = gl.program_id(0)
+    everyone = gl.num_programs(0) * 2
+    gdc_launch_dependents()
+    xs, ws, full, empty, met, peaks = make_ring(x_rows, g_rows, BM, STAGES)
+    gl.warp_specialize(
+        [
+            (_expert_consumer, (
+                x_scales, g_scales, d_scales, partial, d_partial, q, q_scales, out, counters, M, kb,
+                g_blocks, g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups, hidden, width,
+                xs, ws, full, empty, peaks, met, worker, everyone, 0, BM, STAGES, G_SPLITS, D_SPLITS,
+                MIN)),
+            (_expert_consumer, (
+                x_scales, g_scales, d_scales, partial, d_partial, q, q_scales, out, counters, M, kb,
+                g_blocks, g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups, hidden, width,
+                xs, ws, full, empty, peaks, met, worker, everyone, 1, BM, STAGES, G_SPLITS, D_SPLITS,
+                MIN)),
+            (_expert_producer, (
+                x_rows, g_rows, h_rows, d_rows, counters, kb, g_blocks, half_rows, g_whole, g_splits,
+                d_kb, d_whole, d_splits, d_groups, xs, ws, full, empty, worker, everyone, BM, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
 
 
 @gluon.jit
-def _store(
-    partial, slot, row, ok, M, acc, ACC: gl.constexpr, CHUNK: gl.constexpr, WG: gl.constexpr,
-    BM: gl.constexpr, PAIR: gl.constexpr,
+def _linear_consumer(
+    x_scales, w_scales, partial, M, kb, tiles, whole, splits, groups, xs, ws, full, empty, peaks, met,
+    worker, WG: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    slot = slot * PAIR + _sub(CHUNK, WG, BM, PAIR)
-    column = _column(CHUNK, WG, BM, PAIR) + gl.arange(0, 64, gl.SliceLayout(0, ACC))
-    at = (slot.to(gl.int64) * M + row)[:, None] * 128 + column[None, :]
-    gl.store(partial + at, acc, mask=ok[:, None])
-
-
-@gluon.jit
-def _consume(
-    x_scales, w_scales, partial, M, xs, ws, full, empty, start, end, kb, step, sub_tiles, tiles,
-    first_slot, WG: gl.constexpr, BM: gl.constexpr, PAIR: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Multiply units start .. end and store each group's sum; this warpgroup's part is WG."""
-    CHUNKS: gl.constexpr = BM * PAIR // 64
-    SUB: gl.constexpr = _sub(0, WG, BM, PAIR)
-    ROW: gl.constexpr = WG * 64 if BM == 128 else 0
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
-    row = ROW + gl.arange(0, 64, gl.SliceLayout(1, ACC))
-    ok = row < M
-    zeros = gl.zeros([64, 64], gl.float32, ACC)
-    a0, a1, a2, a3 = zeros, zeros, zeros, zeros
     gdc_wait()
-    group = start // kb
-    k = start - group * kb
-    tile = gl.minimum(group * step + SUB * sub_tiles, tiles - 1)
-    x_scale = gl.load(x_scales + row * kb + k, mask=ok, other=0.0)
-    w_scale = gl.load(w_scales + tile * kb + k)
-    w_scale2 = w_scale
-    if CHUNKS == 4:
-        w_scale2 = gl.load(w_scales + gl.minimum(group * step + sub_tiles, tiles - 1) * kb + k)
-    for u in range(start, end):
-        b = (u - start) % STAGES
-        scale = (x_scale * w_scale)[:, None]
-        scale2 = (x_scale * w_scale2)[:, None]
-        last = k == kb - 1
-        this = group
-        # The next unit's scales are asked for before this unit is waited for; after the last one they are any.
-        group = gl.minimum(gl.where(last, group + 1, group), (tiles - 1) // step)
-        k = gl.where(last, 0, k + 1)
-        tile = gl.minimum(group * step + SUB * sub_tiles, tiles - 1)
-        x_scale = gl.load(x_scales + row * kb + k, mask=ok, other=0.0)
-        w_scale = gl.load(w_scales + tile * kb + k)
-        if CHUNKS == 4:
-            w_scale2 = gl.load(w_scales + gl.minimum(group * step + sub_tiles, tiles - 1) * kb + k)
-        mbarrier.wait(full.index(b), (u - start) // STAGES & 1)
-        x = xs.index(b)
-        if BM == 128:
-            x = x.slice(ROW, 64, 0)
-        p0 = _multiply(x, ws, b, zeros, 0, WG, BM, PAIR)
-        if CHUNKS == 1:
-            p0 = warpgroup_mma_wait(0, deps=(p0,))
-            _barrier()
-            mbarrier.arrive(empty.index(b), count=1)
-            a0 = _add(p0, scale, a0)
-        else:
-            p1 = _multiply(x, ws, b, zeros, 1, WG, BM, PAIR)
-            p0 = warpgroup_mma_wait(1, deps=(p0,))
-            a0 = _add(p0, scale, a0)
-            if CHUNKS == 4:
-                p2 = _multiply(x, ws, b, p0, 2, WG, BM, PAIR)
-                p1 = warpgroup_mma_wait(1, deps=(p1,))
-                a1 = _add(p1, scale, a1)
-                p3 = _multiply(x, ws, b, p1, 3, WG, BM, PAIR)
-                p2 = warpgroup_mma_wait(1, deps=(p2,))
-                a2 = _add(p2, scale2, a2)
-                p3 = warpgroup_mma_wait(0, deps=(p3,))
-                _barrier()
-                mbarrier.arrive(empty.index(b), count=1)
-                a3 = _add(p3, scale2, a3)
-            else:
-                p1 = warpgroup_mma_wait(0, deps=(p1,))
-                _barrier()
-                mbarrier.arrive(empty.index(b), count=1)
-                a1 = _add(p1, scale, a1)
-        if last | (u == end - 1):
-            slot = first_slot + this
-            _store(partial, slot, row, ok, M, a0, ACC, 0, WG, BM, PAIR)
-            a0 = zeros
-            if CHUNKS > 1:
-                _store(partial, slot, row, ok, M, a1, ACC, 1, WG, BM, PAIR)
-                a1 = zeros
-            if CHUNKS == 4:
-                _store(partial, slot, row, ok, M, a2, ACC, 2, WG, BM, PAIR)
-                _store(partial, slot, row, ok, M, a3, ACC, 3, WG, BM, PAIR)
-                a2, a3 = zeros, zeros
+    consume(
+        x_scales, w_scales, partial, M, kb, 2, 1, tiles, whole, splits, groups, partial, partial, 0, xs,
+        ws, full, empty, peaks, met, worker, worker * 0, WG, BM, STAGES, False, 0.0,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _linear_producer(
+    x_rows, w_rows, counters, kb, whole, splits, groups, xs, ws, full, empty, worker, BM: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    produce(
+        x_rows, w_rows, kb, 2, 128, whole, splits, groups, xs, ws, full, empty, worker, worker * 0, counters, 0,
+        BM, STAGES, False,
+    )  # fmt: skip
 
 
 @gluon.jit
 def stream_units(
-    x_rows, x_scales, w_rows, w_scales, partial, M, kb, units, workers, slots, step, sub_rows,
-    sub_tiles, tiles, BM: gl.constexpr, PAIR: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    x_rows, x_scales, w_rows, w_scales, partial, M, kb, tiles, whole, splits, groups,
+    BM: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Sums of runs to partial [workers * slots * PAIR, M, 128]; x_rows and w_rows are descriptors of blocks."""
+    """Sums of one matrix to partial [whole + splits, 2, M, 128]; x_rows and w_rows are descriptors of blocks."""
     worker = gl.program_id(0)
-    start = worker * units // workers
-    end = (worker + 1) * units // workers
     gdc_launch_dependents()
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 128], x_rows.layout)
-    ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * PAIR, 128, 128], w_rows.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    fence_async_shared()
-    _barrier()
-    first_slot = worker * slots - start // kb
+    xs, ws, full, empty, met, peaks = make_ring(x_rows, w_rows, BM, STAGES)
     gl.warp_specialize(
         [
-            (_consume, (x_scales, w_scales, partial, M, xs, ws, full, empty, start, end, kb, step,
-                        sub_tiles, tiles, first_slot, 0, BM, PAIR, STAGES)),
-            (_consume, (x_scales, w_scales, partial, M, xs, ws, full, empty, start, end, kb, step,
-                        sub_tiles, tiles, first_slot, 1, BM, PAIR, STAGES)),
-            (_produce, (x_rows, w_rows, xs, ws, full, empty, start, end, kb, step, sub_rows, BM,
-                        PAIR, STAGES)),
+            (_linear_consumer, (
+                x_scales, w_scales, partial, M, kb, tiles, whole, splits, groups, xs, ws, full, empty,
+                peaks, met, worker, 0, BM, STAGES)),
+            (_linear_consumer, (
+                x_scales, w_scales, partial, M, kb, tiles, whole, splits, groups, xs, ws, full, empty,
+                peaks, met, worker, 1, BM, STAGES)),
+            (_linear_producer, (
+                x_rows, w_rows, partial, kb, whole, splits, groups, xs, ws, full, empty, worker, BM,
+                STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -1,16 +1,13 @@
-"""The steps between and after the two products of an expert: sums of runs, SwiGLU and requantisation.
+"""SwiGLU and requantisation between the two products of an expert with many rows.
 
-h = silu(gate) * up in fp32, quantised to e4m3 with 1x128 scales; gate and up come as sums of runs (see block_gemm) or
-as one matrix [M, 2 * hidden]. Floor: bytes in and out / copy bandwidth; at few rows everything stays in L2.
+h = silu(gate) * up in fp32, quantised to e4m3 with 1x128 scales. Floor: bytes in and out / copy bandwidth.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.block_gemm import Cut, sum_of_runs
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import SCALE_MIN
 
@@ -18,42 +15,6 @@ from kernels.reference.quant import SCALE_MIN
 @triton.jit
 def _swiglu(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def _swiglu_runs(
-    PARTIAL, Q, S, M, hidden, units, workers, slots, kb, half_tiles,
-    PAIR: tl.constexpr, RUNS: tl.constexpr, R: tl.constexpr, MIN: tl.constexpr,
-):  # fmt: skip
-    gdc_launch_dependents()
-    gdc_wait()
-    tile = tl.program_id(0)
-    row = tl.program_id(1) * R + tl.arange(0, R)
-    ok = row < M
-    gate = sum_of_runs(PARTIAL, tile, 0, row, ok, M, units, workers, slots, kb, PAIR, RUNS)
-    up = sum_of_runs(PARTIAL, tile, 1, row, ok, M, units, workers, slots, kb, PAIR, RUNS)
-    column = tile * 128 + tl.arange(0, 128)
-    inside = ok[:, None] & (column < hidden)[None, :]
-    q, scale = quantise_blocks(tl.where(inside, _swiglu(gate, up), 0.0), MIN)
-    tl.store(Q + row[:, None] * hidden + column[None, :], q, mask=inside)
-    tl.store(S + row * half_tiles + tile, scale, mask=ok)
-
-
-@triton.jit
-def _store_runs(
-    PARTIAL, OUT, M, width, units, workers, slots, kb, PAIR: tl.constexpr, RUNS: tl.constexpr,
-    R: tl.constexpr,
-):  # fmt: skip
-    gdc_launch_dependents()
-    gdc_wait()
-    tile = tl.program_id(0)
-    row = tl.program_id(1) * R + tl.arange(0, R)
-    ok = row < M
-    group, sub = tile // PAIR, tile % PAIR
-    total = sum_of_runs(PARTIAL, group, sub, row, ok, M, units, workers, slots, kb, PAIR, RUNS)
-    column = tile * 128 + tl.arange(0, 128)
-    inside = ok[:, None] & (column < width)[None, :]
-    tl.store(OUT + row[:, None] * width + column[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -71,31 +32,6 @@ def _swiglu_dense(
     q, scale = quantise_blocks(_swiglu(gate, up), MIN)
     tl.store(Q + row[:, None] * hidden + column, q, mask=inside)
     tl.store(S + row * s_row + block * s_block, scale, mask=b < num_blocks)
-
-
-def swiglu_runs(partial: Tensor, c: Cut, hidden: int) -> tuple[Tensor, Tensor]:
-    """SwiGLU of the sums of runs of gate and up: e4m3 [M, hidden] and scales [M, ceil(hidden / 128)]."""
-    num_rows = partial.shape[1]
-    q = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=partial.device)
-    s = torch.empty(num_rows, c.half_tiles, device=partial.device)
-    block = 4 if num_rows > 16 else 1
-    _swiglu_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
-        partial, q, s, num_rows, hidden, c.units, c.workers, c.slots, c.kb, c.half_tiles,
-        c.pair, c.runs, block, SCALE_MIN, num_warps=4 if block == 4 else 1, launch_pdl=True,
-    )  # fmt: skip
-    return q, s
-
-
-def store_runs(partial: Tensor, c: Cut, width: int) -> Tensor:
-    """Sums of runs: bf16 [M, width]."""
-    num_rows = partial.shape[1]
-    out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=partial.device)
-    block = 4 if num_rows > 16 else 1
-    _store_runs[(c.half_tiles, triton.cdiv(num_rows, block))](
-        partial, out, num_rows, width, c.units, c.workers, c.slots, c.kb, c.pair, c.runs, block,
-        num_warps=4 if block == 4 else 1, launch_pdl=True,
-    )  # fmt: skip
-    return out
 
 
 def swiglu_dense(both: Tensor, *, scales_by_block: bool) -> tuple[Tensor, Tensor]:
