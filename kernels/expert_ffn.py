@@ -2,8 +2,8 @@
 
 Three regimes, chosen by the number of rows alone; within each a row's bits depend on no other row:
 
-- up to `STREAM_ROWS` rows, reading the weights is all the work: one launch that never stops reading them
-  (`stream_expert`);
+- up to `STREAM_ROWS` rows, reading the weights is all the work: `stream_expert`, three launches that begin to
+  read before their predecessor has ended;
 - above, torch's block-scaled scaled_mm, with SwiGLU and requantisation in one launch;
 - `reproducible`: the same bits for any number of rows, `tile_gemm` instead of the library above STREAM_ROWS.
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad, scaled_mm
 
-from kernels.block_gemm import cut, tile_gemm
-from kernels.stream import STREAM_ROWS, fits, stream_expert
+from kernels.block_gemm import tile_gemm
+from kernels.stream import STREAM_ROWS, stream_expert
 from kernels.swiglu import swiglu_dense
 
 
@@ -53,11 +53,10 @@ def _tiles(
 ) -> Tensor:  # fmt: skip
     m, width, hidden = rows.shape[0], down.shape[-2], down.shape[-1]
     both = torch.empty(m, 2 * hidden, device=rows.device)
-    c = cut(2 * hidden, width, 2)
-    tile_gemm(rows, scales, gate_up, gate_up_scales, both, c, offsets, max_rows)
+    tile_gemm(rows, scales, gate_up, gate_up_scales, both, 2, offsets, max_rows)
     h, h_scales = swiglu_dense(both, scales_by_block=False)
     out = torch.empty(m, width, dtype=torch.bfloat16, device=rows.device)
-    tile_gemm(h, h_scales, down, down_scales, out, cut(width, hidden, 1), offsets, max_rows)
+    tile_gemm(h, h_scales, down, down_scales, out, 1, offsets, max_rows)
     return out
 
 
@@ -80,7 +79,7 @@ def expert_ffn(
     weights = (gate_up, gate_up_scales, down, down_scales)
     if m == 0:
         return torch.empty(0, down.shape[0], dtype=torch.bfloat16, device=rows.device)
-    if m <= STREAM_ROWS and fits(rows.device):
+    if m <= STREAM_ROWS:
         return stream_expert(rows, scales, *weights)
     if reproducible or hidden % 128 or rows.shape[1] % 128:
         return _tiles(rows, scales, *weights)

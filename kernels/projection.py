@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.block_gemm import cut, tile_gemm
+from kernels.block_gemm import tile_gemm
 from kernels.expert_ffn import scaled_product
 from kernels.stream import STREAM_ROWS, stream_linear
 
@@ -21,12 +21,11 @@ def fp8_linear(rows: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tens
     weight_scales fp32 [ceil(N / 128), ceil(K / 128)]; scales multiply, products are added in fp32. K a multiple of 16.
     """
     m, (n, k) = rows.shape[0], weight.shape
-    c = cut(n, k, 1)
     if m <= STREAM_ROWS:
-        return stream_linear(rows, scales, weight, weight_scales, c)
+        return stream_linear(rows, scales, weight, weight_scales)
     if n % 128 or k % 128:
         out = torch.empty(m, n, dtype=torch.bfloat16, device=rows.device)
-        tile_gemm(rows, scales, weight, weight_scales, out, c)
+        tile_gemm(rows, scales, weight, weight_scales, out, 1)
         return out
     if m % 4:  # the scales of a block of columns must start at multiples of 16 bytes
         rows = pad(rows.view(torch.uint8), (0, 0, 0, -m % 4)).view(rows.dtype)

@@ -1,202 +1,454 @@
-"""Few-row FP8 products for Hopper, in Gluon: a whole expert in one launch, and one matrix.
+"""Few-row FP8 products for Hopper, in Gluon: one warp fetches, two warpgroups multiply.
 
-In `expert_units` all programs run at once and wait for each other three times through counters in memory: for the sums
-of gate and up, for the hidden rows, for the sums of down. The weights of down are on their way meanwhile.
+Reading the weights is all the work, so their requests must never wait for arithmetic: a producer warp keeps a ring of
+stages in shared memory full, from before its predecessor has ended. Every worker has its own weight rows over the whole
+of K: nothing is split and added up through memory, at the price of reading x once per worker and item.
+
+An item is a pair of weight tiles: gate and up of the same columns, or neighbours. A worker has BIG items of 2 x 128
+rows, then small ones of 2 x N (stream.py shares them out). A stage holds 128 columns of a big item, or KU times 128 of
+a small one. Rows of x are the 64 rows of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half of
+both big tiles or one of the small ones. Neither choice changes a sum's order, which is ascending along K.
 """
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.stream_ring import (
-    arrive,
-    await_all,
-    block_scale,
-    consume,
-    magnitude,
-    produce,
-    quantised,
-    make_ring,
-    swiglu,
-)
+# renamed between Triton 3.6 and 3.9
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
 
 
 @gluon.jit
-def _sum_splits(partial, group, sub, row, ok, M, whole, FUSED: gl.constexpr, SPLITS: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
-    """Sum of a tile's splits in order, fp32 [4, 128]; whole groups' sums lie before those of splits unless FUSED."""
-    column = gl.arange(0, 128, gl.SliceLayout(0, ROWS))
-    first = (group - whole) * SPLITS
-    if not FUSED:
-        first = gl.where(group < whole, group, whole + first)
-    total = gl.zeros([4, 128], gl.float32, ROWS)
-    for s in gl.static_range(SPLITS):
-        here = ok if s == 0 else ok & (group >= whole)
-        at = ((first + s).to(gl.int64) * 2 + sub) * M * 128 + row[:, None] * 128 + column[None, :]
-        total += gl.load(partial + at, mask=here[:, None], other=0.0)
-    return total
-
-
-@gluon.jit
-def _hide(
-    partial, q, q_scales, hidden, blocks, M, whole, me, everyone, SPLITS: gl.constexpr, MIN: gl.constexpr
+def _fetch_w(
+    big_rows, small_rows, ready, ws, b, tile_row, k, sub_rows, KU: gl.constexpr, N: gl.constexpr,
+    BIG: gl.constexpr, SMALL: gl.constexpr,
 ):  # fmt: skip
-    """SwiGLU and quantisation of the groups that were split: four rows of a block at a time, shared out to all."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    blocks_of_rows = gl.cdiv(M, 4)
-    for work in range(me, (blocks - whole) * blocks_of_rows, everyone):
-        group = whole + work // blocks_of_rows
-        row = work % blocks_of_rows * 4 + gl.arange(0, 4, gl.SliceLayout(1, ROWS))
-        ok = row < M
-        gate = _sum_splits(partial, group, 0, row, ok, M, whole, True, SPLITS, ROWS)
-        up = _sum_splits(partial, group, 1, row, ok, M, whole, True, SPLITS, ROWS)
-        column = group * 128 + gl.arange(0, 128, gl.SliceLayout(0, ROWS))
-        inside = ok[:, None] & (column < hidden)[None, :]
-        x = gl.where(inside, swiglu(gate, up), 0.0)
-        scale = block_scale(magnitude(x), MIN)
-        gl.store(q + row[:, None] * hidden + column[None, :], quantised(x, scale), mask=inside)
-        gl.store(q_scales + row * blocks + group, scale, mask=ok)
+    """Ask for a stage's weights: two tiles of 128 rows, or of N for each of KU blocks of columns."""
+    for s in gl.static_range(2):
+        if SMALL:
+            for j in gl.static_range(KU):
+                place = ws.index((b * KU + j) * 2 + s)
+                if BIG:
+                    place = place.slice(0, N, 0)
+                _load(small_rows, [tile_row + s * sub_rows, (k + j) * 128], ready, place)
+        else:
+            _load(big_rows, [tile_row + s * sub_rows, k * 128], ready, ws.index(b * 2 + s))
 
 
 @gluon.jit
-def _finish(partial, out, width, M, whole, me, everyone, SPLITS: gl.constexpr):
-    """Sums of splits to out bf16 [M, width]: four rows of a tile at a time, shared out to all."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    blocks_of_rows = gl.cdiv(M, 4)
-    for work in range(me, gl.cdiv(width, 128) * blocks_of_rows, everyone):
-        tile = work // blocks_of_rows
-        row = work % blocks_of_rows * 4 + gl.arange(0, 4, gl.SliceLayout(1, ROWS))
-        ok = row < M
-        total = _sum_splits(partial, tile // 2, tile % 2, row, ok, M, whole, False, SPLITS, ROWS)
-        column = tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, ROWS))
-        inside = ok[:, None] & (column < width)[None, :]
-        gl.store(out + row[:, None] * width + column[None, :], total.to(gl.bfloat16), mask=inside)
+def _fetch_x(x_rows, ready, xs, b, k, KU: gl.constexpr, BM: gl.constexpr, XR: gl.constexpr):
+    for j in gl.static_range(KU):
+        place = xs.index(b * KU + j)
+        if XR < BM:  # what stands in the other rows is never stored
+            place = place.slice(0, XR, 0)
+        _load(x_rows, [0, (k + j) * 128], ready, place)
 
 
 @gluon.jit
-def _expert_consumer(
-    x_scales, g_scales, d_scales, partial, d_partial, q, q_scales, out, counters, M, kb, g_blocks,
-    g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups, hidden, width, xs, ws, full, empty,
-    peaks, met, worker, everyone, WG: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    G_SPLITS: gl.constexpr, D_SPLITS: gl.constexpr, MIN: gl.constexpr,
+def _produce(
+    x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws, full, empty,
+    worker, step: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
 ):  # fmt: skip
-    me = worker * 2 + WG
+    """Fetch all of a worker's units, the first weights before the predecessor has ended."""
+    X: gl.constexpr = XR * 128 * KU
+    BIG_BYTES: gl.constexpr = X + 2 * 128 * 128
+    BYTES: gl.constexpr = X + 2 * N * 128 * KU
+    early = gl.minimum(gl.cdiv(kb, KU), STAGES)
+    row = first_row + worker * N * step
+    if not BIG:
+        early = gl.where(worker < groups, early, 0)
+    for i in range(early):
+        ready = full.index(i)
+        if BIG:
+            mbarrier.expect(ready, BIG_BYTES)
+            _fetch_w(big_rows, small_rows, ready, ws, i, worker * 128 * step, i, sub_rows, KU, N, BIG, False)
+        else:
+            mbarrier.expect(ready, BYTES)
+            _fetch_w(big_rows, small_rows, ready, ws, i, row, i * KU, small_sub, KU, N, BIG, True)
     gdc_wait()
-    i = consume(
-        x_scales, g_scales, partial, M, kb, 1, g_blocks, 2 * g_blocks, g_whole, g_splits, g_blocks, q,
-        q_scales, hidden, xs, ws, full, empty, peaks, met, worker, worker * 0, WG, BM, STAGES, True, MIN,
-    )  # fmt: skip
-    arrive(counters)
-    await_all(counters, everyone)
-    _hide(partial, q, q_scales, hidden, g_blocks, M, g_whole, me, everyone, G_SPLITS, MIN)
-    arrive(counters + 1)
-    await_all(counters + 1, everyone)
-    consume(
-        q_scales, d_scales, d_partial, M, d_kb, 2, 1, d_tiles, d_whole, d_splits, d_groups, q, q_scales,
-        hidden, xs, ws, full, empty, peaks, met, worker, i, WG, BM, STAGES, False, MIN,
-    )  # fmt: skip
-    arrive(counters + 2)
-    await_all(counters + 2, everyone)
-    _finish(d_partial, out, width, M, d_whole, me, everyone, D_SPLITS)
-    if gl.atomic_add(counters + 3, 1, sem="acq_rel", scope="gpu") == everyone - 1:
-        for c in gl.static_range(4):  # no one waits any more: as the next call wants to find them
-            gl.store(counters + c, 0)
+    i = worker * 0
+    if BIG:
+        for item in range(rounds):
+            big_row = (item * WORKERS + worker) * 128 * step
+            for k in range(kb):
+                b = i % STAGES
+                ready = full.index(b)
+                if i >= early:
+                    if i >= STAGES:
+                        mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
+                    mbarrier.expect(ready, BIG_BYTES)
+                    _fetch_w(big_rows, small_rows, ready, ws, b, big_row, k, sub_rows, KU, N, BIG, False)
+                _fetch_x(x_rows, ready, xs, b, k, KU, BM, XR)
+                i += 1
+    for group in range(worker, groups, WORKERS):
+        row = first_row + group * N * step
+        for k in range(0, kb, KU):
+            b = i % STAGES
+            ready = full.index(b)
+            if i >= early:
+                if i >= STAGES:
+                    mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
+                mbarrier.expect(ready, BYTES)
+                _fetch_w(big_rows, small_rows, ready, ws, b, row, k, small_sub, KU, N, BIG, True)
+            _fetch_x(x_rows, ready, xs, b, k, KU, BM, XR)
+            i += 1
 
 
 @gluon.jit
-def _expert_producer(
-    x_rows, g_rows, h_rows, d_rows, counters, kb, g_blocks, half_rows, g_whole, g_splits, d_kb, d_whole,
-    d_splits, d_groups, xs, ws, full, empty, worker, everyone, BM: gl.constexpr, STAGES: gl.constexpr,
+def _add(product, scale, acc):
+    """acc + product * scale, in place among the products: the compiler would hold all products to the end."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale[:, None], acc], dtype=gl.float32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _release(empty):
+    _barrier()  # all warps have read the stage
+    mbarrier.arrive(empty, count=1)
+
+
+@gluon.jit
+def _swiglu(gate, up):
+    return gate / (1.0 + gl.exp(-gate)) * up
+
+
+@gluon.jit
+def _magnitude(x):
+    """Bits of the largest magnitude of each row: NaN is the largest, so a bad number reaches the scale."""
+    return gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@gluon.jit
+def _block_scale(magnitude, MIN: gl.constexpr):
+    peak = magnitude.to(gl.float32, bitcast=True)
+    scale = gl.div_rn(peak, gl.full_like(peak, 448.0))
+    return gl.where(scale < MIN, MIN, scale)
+
+
+@gluon.jit
+def _quantised(x, scale):
+    return gl.div_rn(x, scale[:, None] + gl.zeros_like(x)).to(gl.float8e4nv)
+
+
+@gluon.jit
+def _store_hidden(
+    a0, a1, a2, a3, q, q_scales, hidden, blocks, group, item, row, ok, peaks, met, ACC: gl.constexpr,
+    WG: gl.constexpr, BM: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
-    i = produce(
-        x_rows, g_rows, kb, 1, half_rows, g_whole, g_splits, g_blocks, xs, ws, full, empty, worker, worker * 0,
-        counters, everyone, BM, STAGES, False,
-    )  # fmt: skip
-    produce(
-        h_rows, d_rows, d_kb, 2, 128, d_whole, d_splits, d_groups, xs, ws, full, empty, worker, i,
-        counters + 1, everyone, BM, STAGES, True,
-    )  # fmt: skip
+    """SwiGLU and quantisation of a group whose sums are whole: the same bits as from stored sums."""
+    column = group * 128 + gl.arange(0, 64, gl.SliceLayout(0, ACC))
+    at = row[:, None] * hidden + column[None, :]
+    to_scale = q_scales + row * blocks + group
+    if BM == 64:
+        column += WG * 64
+        inside = (column < hidden)[None, :]
+        x = gl.where(inside, _swiglu(a0, a1), 0.0)
+        peak = _magnitude(x)
+        # The other half of the block's columns is the other warpgroup's.
+        peaks.index(item % 2 * 2 + WG).store(peak)
+        _barrier()
+        mbarrier.arrive(met, count=1)
+        mbarrier.wait(met, item & 1)
+        other = peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC))
+        scale = _block_scale(gl.maximum(peak, other), MIN)
+        gl.store(q + at + WG * 64, _quantised(x, scale), mask=ok[:, None] & inside)
+        if WG == 0:
+            gl.store(to_scale, scale, mask=ok)
+    else:
+        inside = (column < hidden)[None, :]
+        inside2 = (column + 64 < hidden)[None, :]
+        x = gl.where(inside, _swiglu(a0, a2), 0.0)
+        y = gl.where(inside2, _swiglu(a1, a3), 0.0)
+        scale = _block_scale(gl.maximum(_magnitude(x), _magnitude(y)), MIN)
+        gl.store(q + at, _quantised(x, scale), mask=ok[:, None] & inside)
+        gl.store(q + at + 64, _quantised(y, scale), mask=ok[:, None] & inside2)
+        gl.store(to_scale, scale, mask=ok)
 
 
 @gluon.jit
-def expert_units(
-    x_rows, x_scales, g_rows, g_scales, h_rows, q, q_scales, d_rows, d_scales, partial, d_partial, out,
-    counters, M, kb, g_blocks, half_rows, g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups,
-    hidden, width, BM: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    G_SPLITS: gl.constexpr, D_SPLITS: gl.constexpr, MIN: gl.constexpr,
+def _multiply(x, ws, b, out, CHUNK: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr):
+    """Start the product with this warpgroup's CHUNK of 64 rows of a big item, into out's registers."""
+    SUB: gl.constexpr = CHUNK if BM == 64 else CHUNK // 2
+    FIRST: gl.constexpr = 64 * (WG if BM == 64 else CHUNK % 2)
+    w = ws.index(b * 2 + SUB).slice(FIRST, 64, 0)
+    return warpgroup_mma(x, w.permute((1, 0)), out, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _store(out, at, sub, first, limit, acc, ok, N: gl.constexpr, ACC: gl.constexpr):
+    """Store acc [64, N] at columns first .. first + N of tile `sub` of a row, below the tile's limit."""
+    column = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
+    inside = ok[:, None] & (column < limit)[None, :]
+    gl.store(out + at[:, None] + sub + column[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _big_items(
+    x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales, hidden, xs,
+    ws, full, empty, peaks, met, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
+    STAGES: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
-    """A whole expert: out bf16 [M, width]. x_rows, g_rows, h_rows (of q) and d_rows are descriptors of blocks.
-
-    partial and d_partial hold sums of splits; counters, four zeros, are zeros again at the end. All programs must run
-    at once.
-    """
-    worker = gl.program_id(0)
-    everyone = gl.num_programs(0) * 2
-    gdc_launch_dependents()
-    xs, ws, full, empty, met, peaks = make_ring(x_rows, g_rows, BM, STAGES)
-    gl.warp_specialize(
-        [
-            (_expert_consumer, (
-                x_scales, g_scales, d_scales, partial, d_partial, q, q_scales, out, counters, M, kb,
-                g_blocks, g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups, hidden, width,
-                xs, ws, full, empty, peaks, met, worker, everyone, 0, BM, STAGES, G_SPLITS, D_SPLITS,
-                MIN)),
-            (_expert_consumer, (
-                x_scales, g_scales, d_scales, partial, d_partial, q, q_scales, out, counters, M, kb,
-                g_blocks, g_whole, g_splits, d_kb, d_tiles, d_whole, d_splits, d_groups, hidden, width,
-                xs, ws, full, empty, peaks, met, worker, everyone, 1, BM, STAGES, G_SPLITS, D_SPLITS,
-                MIN)),
-            (_expert_producer, (
-                x_rows, g_rows, h_rows, d_rows, counters, kb, g_blocks, half_rows, g_whole, g_splits,
-                d_kb, d_whole, d_splits, d_groups, xs, ws, full, empty, worker, everyone, BM, STAGES)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )  # fmt: skip
+    """Multiply a worker's big items, from stage i of the ring on; to q and q_scales after SwiGLU, or to out."""
+    ROW: gl.constexpr = WG * 64 if BM == 128 else 0
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    row = ROW + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+    ok = row < M
+    zeros = gl.zeros([64, 64], gl.float32, ACC)
+    for item in range(rounds):
+        group = item * WORKERS + worker
+        a0, a1, a2, a3 = zeros, zeros, zeros, zeros
+        tile = group * step
+        w_at = w_scales + gl.minimum(tile, tiles - 1) * kb
+        w_at2 = w_scales + gl.minimum(tile + sub_tiles, tiles - 1) * kb
+        x_scale = gl.load(x_scales + row * kb, mask=ok, other=0.0)
+        w_scale, w_scale2 = gl.load(w_at), gl.load(w_at2)
+        for k in range(kb):
+            b = i % STAGES
+            scale, scale2 = x_scale * w_scale, x_scale * w_scale2
+            # The next unit's scales are asked for before this unit is waited for.
+            ahead = gl.minimum(k + 1, kb - 1)
+            x_scale = gl.load(x_scales + row * kb + ahead, mask=ok, other=0.0)
+            w_scale, w_scale2 = gl.load(w_at + ahead), gl.load(w_at2 + ahead)
+            mbarrier.wait(full.index(b), i // STAGES & 1)
+            i += 1
+            x = xs.index(b)
+            if BM == 128:
+                x = x.slice(ROW, 64, 0)
+            p0 = _multiply(x, ws, b, zeros, 0, WG, BM)
+            p1 = _multiply(x, ws, b, zeros, 1, WG, BM)
+            p0 = warpgroup_mma_wait(1, deps=(p0,))
+            a0 = _add(p0, scale, a0)
+            if BM == 64:
+                p1 = warpgroup_mma_wait(0, deps=(p1,))
+                _release(empty.index(b))
+                a1 = _add(p1, scale2, a1)
+            else:
+                p2 = _multiply(x, ws, b, p0, 2, WG, BM)
+                p1 = warpgroup_mma_wait(1, deps=(p1,))
+                a1 = _add(p1, scale, a1)
+                p3 = _multiply(x, ws, b, p1, 3, WG, BM)
+                p2 = warpgroup_mma_wait(1, deps=(p2,))
+                a2 = _add(p2, scale2, a2)
+                p3 = warpgroup_mma_wait(0, deps=(p3,))
+                _release(empty.index(b))
+                a3 = _add(p3, scale2, a3)
+        if SWIGLU:
+            _store_hidden(
+                a0, a1, a2, a3, q, q_scales, hidden, sub_tiles, group, item, row, ok, peaks, met, ACC,
+                WG, BM, MIN,
+            )  # fmt: skip
+        else:
+            at = row.to(gl.int64) * out_stride
+            first = group * 256
+            if BM == 64:
+                _store(out, at, 0, first + WG * 64, limit, a0, ok, 64, ACC)
+                _store(out, at, 0, first + 128 + WG * 64, limit, a1, ok, 64, ACC)
+            else:
+                _store(out, at, 0, first, limit, a0, ok, 64, ACC)
+                _store(out, at, 0, first + 64, limit, a1, ok, 64, ACC)
+                _store(out, at, 0, first + 128, limit, a2, ok, 64, ACC)
+                _store(out, at, 0, first + 192, limit, a3, ok, 64, ACC)
+    return i
 
 
 @gluon.jit
-def _linear_consumer(
-    x_scales, w_scales, partial, M, kb, tiles, whole, splits, groups, xs, ws, full, empty, peaks, met,
-    worker, WG: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+def _multiply_small(
+    xs, ws, b, zeros, J: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
+    N: gl.constexpr, BIG: gl.constexpr,
+):  # fmt: skip
+    """Start product J of a stage: with 64 rows block J of columns, with 128 tile J % 2 of block J // 2."""
+    SUB: gl.constexpr = WG if BM == 64 else J % 2
+    BLOCK: gl.constexpr = J if BM == 64 else J // 2
+    x = xs.index(b * KU + BLOCK)
+    if BM == 128:
+        x = x.slice(WG * 64, 64, 0)
+    w = ws.index((b * KU + BLOCK) * 2 + SUB)
+    if BIG:
+        w = w.slice(0, N, 0)
+    return warpgroup_mma(x, w.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _scales(x_scales, w_at, w_at2, row, ok, k, kb, J: gl.constexpr, BM: gl.constexpr):
+    """Scales [64] of product J of the stage from block k on; beyond K they are 0, as is what is multiplied."""
+    block = k + (J if BM == 64 else J // 2)
+    there = block < kb
+    block = gl.minimum(block, kb - 1)
+    if J % 2 == 1 and BM == 128:
+        w_at = w_at2
+    w_scale = gl.load(w_at + block)
+    x_scale = gl.load(x_scales + row * kb + block, mask=ok & there, other=0.0)
+    return x_scale, w_scale
+
+
+@gluon.jit
+def _small_items(
+    x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
+    limit, xs, ws, full, empty, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
+    KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
+):  # fmt: skip
+    """Multiply a worker's small items, from stage i of the ring on, to out."""
+    PRODUCTS: gl.constexpr = KU * BM // 64
+    ROW: gl.constexpr = WG * 64 if BM == 128 else 0
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
+    row = ROW + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+    ok = row < M
+    at = row.to(gl.int64) * out_stride
+    zeros = gl.zeros([64, N], gl.float32, ACC)
+    for group in range(worker, groups, WORKERS):
+        a0, a1 = zeros, zeros
+        w_row = first_row + group * N * step
+        first = w_row
+        tile = w_row // 128
+        tile2 = tile + sub_tiles
+        if step == 1:
+            first = group * N  # out has the rest alone, gate and up each
+        else:
+            tile2 = gl.minimum((w_row + small_sub) // 128, tiles - 1)
+        w_at = w_scales + tile * kb
+        w_at2 = w_scales + tile2 * kb
+        if BM == 64 and WG == 1:
+            w_at = w_at2
+        x0, w0 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 0, BM)
+        x1, w1, x2, w2, x3, w3 = x0, w0, x0, w0, x0, w0
+        if PRODUCTS > 1:
+            x1, w1 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 1, BM)
+        if PRODUCTS == 4:
+            x2, w2 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 2, BM)
+            x3, w3 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 3, BM)
+        for k in range(0, kb, KU):
+            b = i % STAGES
+            s0, s1, s2, s3 = x0 * w0, x1 * w1, x2 * w2, x3 * w3
+            # The next stage's scales are asked for before this one is waited for.
+            x0, w0 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 0, BM)
+            if PRODUCTS > 1:
+                x1, w1 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 1, BM)
+            if PRODUCTS == 4:
+                x2, w2 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 2, BM)
+                x3, w3 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 3, BM)
+            mbarrier.wait(full.index(b), i // STAGES & 1)
+            i += 1
+            p0 = _multiply_small(xs, ws, b, zeros, 0, WG, BM, KU, N, BIG)
+            if PRODUCTS == 1:
+                p0 = warpgroup_mma_wait(0, deps=(p0,))
+                _release(empty.index(b))
+                a0 = _add(p0, s0, a0)
+            else:
+                p1 = _multiply_small(xs, ws, b, zeros, 1, WG, BM, KU, N, BIG)
+                if PRODUCTS == 2:
+                    p0 = warpgroup_mma_wait(1, deps=(p0,))
+                    a0 = _add(p0, s0, a0)
+                    p1 = warpgroup_mma_wait(0, deps=(p1,))
+                    _release(empty.index(b))
+                    if BM == 64:
+                        a0 = _add(p1, s1, a0)
+                    else:
+                        a1 = _add(p1, s1, a1)
+                else:
+                    p2 = _multiply_small(xs, ws, b, zeros, 2, WG, BM, KU, N, BIG)
+                    p3 = _multiply_small(xs, ws, b, zeros, 3, WG, BM, KU, N, BIG)
+                    p0 = warpgroup_mma_wait(3, deps=(p0,))
+                    a0 = _add(p0, s0, a0)
+                    p1 = warpgroup_mma_wait(2, deps=(p1,))
+                    if BM == 64:
+                        a0 = _add(p1, s1, a0)
+                    else:
+                        a1 = _add(p1, s1, a1)
+                    p2 = warpgroup_mma_wait(1, deps=(p2,))
+                    a0 = _add(p2, s2, a0)
+                    p3 = warpgroup_mma_wait(0, deps=(p3,))
+                    _release(empty.index(b))
+                    if BM == 64:
+                        a0 = _add(p3, s3, a0)
+                    else:
+                        a1 = _add(p3, s3, a1)
+        limit2 = limit  # of either half's rows, or of all rows
+        if step == 2:
+            limit2 = limit - out_sub
+        if BM == 64:
+            if WG == 0:
+                _store(out, at, 0, first, limit, a0, ok, N, ACC)
+            else:
+                _store(out, at, out_sub, first, limit2, a0, ok, N, ACC)
+        else:
+            _store(out, at, 0, first, limit, a0, ok, N, ACC)
+            _store(out, at, out_sub, first, limit2, a1, ok, N, ACC)
+
+
+@gluon.jit
+def _consume(
+    x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
+    tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, step: gl.constexpr,
+    WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    BIG: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
-    consume(
-        x_scales, w_scales, partial, M, kb, 2, 1, tiles, whole, splits, groups, partial, partial, 0, xs,
-        ws, full, empty, peaks, met, worker, worker * 0, WG, BM, STAGES, False, 0.0,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _linear_producer(
-    x_rows, w_rows, counters, kb, whole, splits, groups, xs, ws, full, empty, worker, BM: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    produce(
-        x_rows, w_rows, kb, 2, 128, whole, splits, groups, xs, ws, full, empty, worker, worker * 0, counters, 0,
-        BM, STAGES, False,
+    i = worker * 0
+    if BIG:
+        i = _big_items(
+            x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales,
+            hidden, xs, ws, full, empty, peaks, met, worker, i, step, WG, BM, STAGES, SWIGLU, MIN,
+        )  # fmt: skip
+    _small_items(
+        x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles,
+        tiles, limit, xs, ws, full, empty, worker, i, step, WG, BM, KU, N, STAGES, BIG,
     )  # fmt: skip
 
 
 @gluon.jit
 def stream_units(
-    x_rows, x_scales, w_rows, w_scales, partial, M, kb, tiles, whole, splits, groups,
-    BM: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
+    first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, STEP: gl.constexpr,
+    XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    BIG: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
-    """Sums of one matrix to partial [whole + splits, 2, M, 128]; x_rows and w_rows are descriptors of blocks."""
+    """Products of x [M, K] with the rows of w; x_rows, big_rows, small_rows: descriptors of blocks of x and w.
+
+    Groups are numbered along the first tile of the pair (STEP 1: gate, the second is sub_rows further) or along both
+    (STEP 2). Small items start at first_row; their sums go to out, row r's at r * out_stride, the second tile's out_sub
+    further. Big items go to q and q_scales (SWIGLU) or, as there are no small ones before them, to out.
+    """
     worker = gl.program_id(0)
     gdc_launch_dependents()
-    xs, ws, full, empty, met, peaks = make_ring(x_rows, w_rows, BM, STAGES)
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU, BM, 128], x_rows.layout)
+    WR: gl.constexpr = 128 if BIG else N
+    ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU * 2, WR, 128], small_rows.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    peaks = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(met, count=2)
+    fence_async_shared()
+    _barrier()
     gl.warp_specialize(
         [
-            (_linear_consumer, (
-                x_scales, w_scales, partial, M, kb, tiles, whole, splits, groups, xs, ws, full, empty,
-                peaks, met, worker, 0, BM, STAGES)),
-            (_linear_consumer, (
-                x_scales, w_scales, partial, M, kb, tiles, whole, splits, groups, xs, ws, full, empty,
-                peaks, met, worker, 1, BM, STAGES)),
-            (_linear_producer, (
-                x_rows, w_rows, partial, kb, whole, splits, groups, xs, ws, full, empty, worker, BM,
-                STAGES)),
+            (_consume, (
+                x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
+                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
+                STEP, 0, BM, KU, N, STAGES, BIG, SWIGLU, MIN)),
+            (_consume, (
+                x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
+                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
+                STEP, 1, BM, KU, N, STAGES, BIG, SWIGLU, MIN)),
+            (_produce, (
+                x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
+                full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG)),
         ],
         [4, 1],
         [REGISTERS, 24],

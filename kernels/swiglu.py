@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import SCALE_MIN
 
@@ -19,8 +20,10 @@ def _swiglu(gate, up):
 
 @triton.jit
 def _swiglu_dense(
-    BOTH, Q, S, num_blocks, hidden, per_row, s_row, s_block, MIN: tl.constexpr, G: tl.constexpr
+    BOTH, Q, S, num_blocks, hidden, per_row, q_row, s_row, s_block, MIN: tl.constexpr,
+    G: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor()
     b = tl.program_id(0) * G + tl.arange(0, G)
     row = (b // per_row).to(tl.int64)
     block = b % per_row
@@ -30,8 +33,23 @@ def _swiglu_dense(
     gate = tl.load(BOTH + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(BOTH + at + hidden, mask=inside, other=0.0).to(tl.float32)
     q, scale = quantise_blocks(_swiglu(gate, up), MIN)
-    tl.store(Q + row[:, None] * hidden + column, q, mask=inside)
+    tl.store(Q + row[:, None] * q_row + column, q, mask=inside)
     tl.store(S + row * s_row + block * s_block, scale, mask=b < num_blocks)
+
+
+def swiglu_dense_into(both: Tensor, q: Tensor, s: Tensor, first: int) -> None:
+    """SwiGLU of both [M, 2 * n] (bf16, fp32), gate first: e4m3 to columns `first` .. first + n of q, and their scales.
+
+    q [M, first + n] has stride 1 along columns, `first` is a multiple of 128; s [M, blocks] any strides.
+    """
+    num_rows, n = both.shape[0], both.shape[1] // 2
+    per_row = -(-n // 128)
+    blocks = num_rows * per_row
+    group = min(16, triton.next_power_of_2(max(1, blocks // 264)))  # fill 132 SMs twice
+    _swiglu_dense[(triton.cdiv(blocks, group),)](
+        both, q[:, first:], s[:, first // 128 :], blocks, n, per_row, q.stride(0), s.stride(0),
+        s.stride(1), SCALE_MIN, group, num_warps=4 if group > 1 else 1, **PROGRAMMATIC,
+    )  # fmt: skip
 
 
 def swiglu_dense(both: Tensor, *, scales_by_block: bool) -> tuple[Tensor, Tensor]:
@@ -46,9 +64,5 @@ def swiglu_dense(both: Tensor, *, scales_by_block: bool) -> tuple[Tensor, Tensor
         s = torch.empty(per_row, num_rows, device=both.device).t()
     else:
         s = torch.empty(num_rows, per_row, device=both.device)
-    group = 16
-    _swiglu_dense[(triton.cdiv(num_rows * per_row, group),)](
-        both, q, s, num_rows * per_row, hidden, per_row, s.stride(0), s.stride(1), SCALE_MIN,
-        group, num_warps=4,
-    )  # fmt: skip
+    swiglu_dense_into(both, q, s, 0)
     return q, s
