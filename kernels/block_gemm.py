@@ -4,7 +4,6 @@ A row's product with a weight row is added up in ascending blocks of 128 columns
 kernel for few rows (stream_hopper) has the same order: a row's bits depend on neither their number nor the kernel.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -16,7 +16,7 @@ from kernels.quant import quantise_blocks
 from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
 
 _COLUMNS = 1024
-_SPLIT_ROWS = 512  # below, narrower programs fill the card
+_SPLIT_ROWS = 512  # below, programs of more threads fill the card
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def _combine_fp8(
     tl.store(SCALES + row * per_row + block, scale, mask=block < per_row)
 
 
-def _columns(num_rows: int) -> int:
-    return _COLUMNS if num_rows >= _SPLIT_ROWS else _COLUMNS // 2
+def _warps(num_rows: int) -> int:
+    return 4 if num_rows >= _SPLIT_ROWS else 8
 
 
 def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) -> None:
@@ -86,10 +86,10 @@ def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) 
     if n == 0:
         return
     exact = torch.float64 in (out.dtype, source.dtype)
-    columns = _columns(n)
-    _combine[(n, triton.cdiv(width, columns))](
+    _combine[(n, triton.cdiv(width, _COLUMNS))](
         source, slots, weights, out, width, depth, weights is not None,
-        tl.float64 if exact else tl.float32, columns, num_warps=4, enable_fp_fusion=False, **PROGRAMMATIC,
+        tl.float64 if exact else tl.float32, _COLUMNS, num_warps=_warps(n), enable_fp_fusion=False,
+        **PROGRAMMATIC,
     )  # fmt: skip
 
 
@@ -110,10 +110,9 @@ def combine_fp8(
     scales = rows_view(payload, scales_offset, n, per_row, torch.float32)
     if n == 0:
         return
-    columns = _columns(n)
-    _combine_fp8[(n, triton.cdiv(width, columns))](
+    _combine_fp8[(n, triton.cdiv(width, _COLUMNS))](
         source, slots, weights, rows, scales, width, per_row, depth, weights is not None,
-        columns, SCALE_MIN, num_warps=4, enable_fp_fusion=False, **PROGRAMMATIC,
+        _COLUMNS, SCALE_MIN, num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
     )  # fmt: skip
 
 

@@ -145,10 +145,9 @@ def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, .
     rows = queries.view(-1, queries.shape[2])
     asked = _blocks(rows, 128), _blocks(rows, rope)
     if cache.dtype is torch.uint8:
-        kinds = torch.int32, torch.float32, torch.bfloat16
-        return (*asked, None, None, *(cache.view(kind) for kind in kinds))
+        return (*asked, None, None, cache.view(torch.int32), cache.view(torch.float32))
     entries = cache.view(-1, cache.shape[2])
-    return (*asked, _blocks(entries, 64), _blocks(entries, rope), None, None, None)
+    return (*asked, _blocks(entries, 64), _blocks(entries, rope), None, None)
 
 
 def mla_decode_paged(
@@ -185,7 +184,15 @@ def mla_decode_paged(
     if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
         inputs = _hopper_inputs(queries, cache, rope)
         mla_hopper.decode_blocks[grid](
-            *inputs, *given, *sizes, rope, page, SPLIT_TOKENS, fp8, num_warps=8, maxnreg=168
+            *inputs,
+            *given,
+            *sizes,
+            rope,
+            page,
+            SPLIT_TOKENS,
+            fp8,
+            num_warps=8,
+            maxnreg=128 if fp8 else 168,
         )
     else:
         shape = (latent, rope, page, SPLIT_TOKENS)

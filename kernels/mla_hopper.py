@@ -22,9 +22,20 @@ _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
+_RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 HEADS = 64  # of a program
 LATENTS = 512
-FETCH_REGISTERS = gl.constexpr(120)  # per thread, where it scales an FP8 cache
+FETCH_REGISTERS = gl.constexpr(64)  # per thread, where it scales an FP8 cache
+
+
+@gluon.jit
+def _view(shared, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as tiles of another kind."""
+    if _RENAMED:
+        return shared.reinterpret(dtype, shape, layout)
+    else:  # noqa: RET505 (only one branch is compiled)
+        return shared._reinterpret(dtype, shape, layout)
 
 
 @gluon.jit
@@ -61,24 +72,40 @@ def _fetch(
 
 
 @gluon.jit
-def _read_chunk(
-    cache, scales, table, token, end, CHUNK: gl.constexpr, PAGE: gl.constexpr, WIDTH: gl.constexpr
-):  # fmt: skip
-    """Latents of a chunk of the keys from `token` on, four e4m3 in an int32 [128, 32], and scales [128]; 0 beyond `end`."""
-    L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, 128, gl.SliceLayout(1, L))
+def _entries(table, token, end, PAGE: gl.constexpr, ROWS: gl.constexpr):
+    """Numbers [128] of the cache entries of the keys from `token` on."""
+    row = gl.arange(0, 128, ROWS)
     token0 = _entry(table, token, end, PAGE)
     token1 = _entry(table, token + 64, end, PAGE)
-    entry = gl.where(row < 64, token0 + row, token1 + row - 64).to(gl.int64) * (WIDTH // 4)
-    ok = row < end - token
+    return gl.where(row < 64, token0 + row, token1 + row - 64)
+
+
+@gluon.jit
+def _prefetch(cache, table, token, end, PAGE: gl.constexpr, WIDTH: gl.constexpr):
+    """Ask for the entries of the keys from `token` on to be brought into L2."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    at = cache + _entries(table, token, end, PAGE, ROWS).to(gl.int64) * (WIDTH // 4)
+    nbytes = gl.full([128], WIDTH, gl.int32, ROWS)
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [at.to(gl.int64, bitcast=True), nbytes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _read_chunk(cache, scales, entry, left, CHUNK: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):  # fmt: skip
+    """Latents of a chunk, four e4m3 in an int32 [128, 32], and scales [128]; zeros from the key `left` on."""
+    ok = gl.arange(0, 128, gl.SliceLayout(1, L)) < left
+    at = entry.to(gl.int64) * (WIDTH // 4)
     column = CHUNK * 32 + gl.arange(0, 32, gl.SliceLayout(0, L))
-    values = gl.load(cache + entry[:, None] + column[None, :], mask=ok[:, None], other=0)
-    return values, gl.load(scales + entry + 128 + CHUNK, mask=ok, other=0.0)
+    values = gl.load(cache + at[:, None] + column[None, :], mask=ok[:, None], other=0)
+    return values, gl.load(scales + at + 128 + CHUNK, mask=ok, other=0.0)
 
 
 @gluon.jit
 def _write_chunk(values, scale, keys, ready, free, step, CHUNK: gl.constexpr):
     """Scale a chunk, in fp32, into shared memory as bf16, two of them in an int32."""
+    mbarrier.wait(free.index(CHUNK), (step + 1) & 1)
     left, right = gl.inline_asm_elementwise(
         """{
         .reg .b16 l, h, a, b, c, d;
@@ -103,7 +130,6 @@ def _write_chunk(values, scale, keys, ready, free, step, CHUNK: gl.constexpr):
         "=r,=r,r,f", [values, scale[:, None]], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     pairs = gl.join(left, right).reshape(128, 64)
-    mbarrier.wait(free.index(CHUNK), (step + 1) & 1)
     keys.index(CHUNK).store(pairs)
     fence_async_shared()
     _barrier()
@@ -112,36 +138,34 @@ def _write_chunk(values, scale, keys, ready, free, step, CHUNK: gl.constexpr):
 
 @gluon.jit
 def _fetch_fp8(
-    cache, scales, ropes, keys, key_ropes, ready, free, table, start, end, PAGE: gl.constexpr,
+    cache, scales, keys, key_ropes, ready, free, table, start, end, PAGE: gl.constexpr,
     ROPE: gl.constexpr,
 ):  # fmt: skip
-    """As `_fetch`, from an FP8 cache; two chunks are on their way while one is scaled."""
+    """As `_fetch`, from an FP8 cache: a block is asked for into L2, then chunk after chunk into registers."""
     WIDTH: gl.constexpr = 512 + 16 + 2 * ROPE
-    R: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, 128, gl.SliceLayout(1, R))
-    column = 264 + gl.arange(0, ROPE, gl.SliceLayout(0, R))
-    v0, s0 = _read_chunk(cache, scales, table, start, end, 0, PAGE, WIDTH)
-    v1, s1 = _read_chunk(cache, scales, table, start, end, 1, PAGE, WIDTH)
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0])
+    ROWS: gl.constexpr = gl.SliceLayout(1, L)
+    column = 132 + gl.arange(0, ROPE // 2, gl.SliceLayout(0, L))
+    row = gl.arange(0, 128, ROWS)
+    entry = _entries(table, start, end, PAGE, ROWS)
+    values, scale = _read_chunk(cache, scales, entry, end - start, 0, WIDTH, L)
     for step in range(gl.cdiv(end - start, 128)):
-        token = start + step * 128
-        _write_chunk(v0, s0, keys, ready, free, step, 0)
-        v0, s0 = _read_chunk(cache, scales, table, token, end, 2, PAGE, WIDTH)
-        _write_chunk(v1, s1, keys, ready, free, step, 1)
-        v1, s1 = _read_chunk(cache, scales, table, token, end, 3, PAGE, WIDTH)
-        _write_chunk(v0, s0, keys, ready, free, step, 2)
-        token0 = _entry(table, token, end, PAGE)
-        token1 = _entry(table, token + 64, end, PAGE)
-        entry = gl.where(row < 64, token0 + row, token1 + row - 64).to(gl.int64)
-        at = ropes + entry[:, None] * (WIDTH // 2) + column[None, :]
-        rope = gl.load(at, mask=(row < end - token)[:, None], other=0.0)
-        _write_chunk(v1, s1, keys, ready, free, step, 3)
-        v0, s0 = _read_chunk(cache, scales, table, token + 128, end, 0, PAGE, WIDTH)
+        left = end - start - step * 128
+        if left > 128:
+            _prefetch(cache, table, end - left + 128, end, PAGE, WIDTH)
+        for c in gl.static_range(3):
+            _write_chunk(values, scale, keys, ready, free, step, c)
+            values, scale = _read_chunk(cache, scales, entry, left, c + 1, WIDTH, L)
+        _write_chunk(values, scale, keys, ready, free, step, 3)
+        at = cache + entry.to(gl.int64)[:, None] * (WIDTH // 4) + column[None, :]
+        rope = gl.load(at, mask=(row < left)[:, None], other=0)
+        entry = _entries(table, end - left + 128, end, PAGE, ROWS)
+        values, scale = _read_chunk(cache, scales, entry, left - 128, 0, WIDTH, L)
         mbarrier.wait(free.index(4), (step + 1) & 1)
         key_ropes.index(0).store(rope)
         fence_async_shared()
         _barrier()
         mbarrier.arrive(ready.index(4), count=1)
-        v1, s1 = _read_chunk(cache, scales, table, token + 128, end, 1, PAGE, WIDTH)
 
 
 @gluon.jit
@@ -174,8 +198,9 @@ def _attend(
     q, qr, keys, key_ropes, weights, ready, free, out, partial, lse, scale2, start, end, row, part,
     whole, FP8: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """The running softmax (base 2) of 64 heads over a split; the result to out at `row`, or partial and lse at `part`."""
+    """The running softmax (base 2) of 64 heads over a split, to out at `row`, or partial and lse at `part`."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     mbarrier.wait(ready.index(5), 0)
     a0 = gl.zeros([64, 128], gl.float32, S)
     a1 = gl.zeros([64, 128], gl.float32, S)
@@ -187,7 +212,7 @@ def _attend(
     for step in range(gl.cdiv(end - start, 128)):
         left = end - start - step * 128
         phase = step & 1
-        if not FP8:
+        if not FP8:  # noqa: SIM102 (decided when compiled, the inner one at run time)
             if left < 128:
                 for c in gl.static_range(4):
                     mbarrier.wait(ready.index(c), phase)
@@ -212,16 +237,19 @@ def _attend(
         _barrier()  # both warpgroups have read the rotated keys: weights are written over them
         shrink = gl.exp2(maximum - new)
         weight = gl.exp2(scores * scale2 - new[:, None])
-        p = weights.index(zero)
-        p.store(weight.to(gl.bfloat16))
-        total = total * shrink + gl.sum(weight, 1)
+        shared = weights.index(zero)
+        shared.store(weight.to(gl.bfloat16))
         maximum = new
-        fence_async_shared()
+        if FP8:  # registers are short: the weights must go
+            total = total * shrink + gl.sum(weight, 1)
         _barrier()
+        p = shared.load(P)
         a0 = warpgroup_mma(p, keys.index(zero + 0), a0 * shrink[:, None], is_async=True)
         a1 = warpgroup_mma(p, keys.index(zero + 1), a1 * shrink[:, None], is_async=True)
         a2 = warpgroup_mma(p, keys.index(zero + 2), a2 * shrink[:, None], is_async=True)
         a3 = warpgroup_mma(p, keys.index(zero + 3), a3 * shrink[:, None], is_async=True)
+        if not FP8:
+            total = total * shrink + gl.sum(weight, 1)
         a0 = warpgroup_mma_wait(3, deps=(a0,))
         _release(free.index(0))
         a1 = warpgroup_mma_wait(2, deps=(a1,))
@@ -251,15 +279,18 @@ def _attend(
 
 @gluon.jit
 def decode_blocks(
-    queries, query_ropes, entries, rotated, cache, scales, ropes, table, contexts, out, partial,
+    queries, query_ropes, entries, rotated, cache, scales, table, contexts, out, partial,
     lse, scale2, heads, table_width, max_splits, ROPE: gl.constexpr, PAGE: gl.constexpr,
     SPLIT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
-    """As `_decode`; queries, query_ropes, entries and rotated are descriptors of blocks of 64 rows, of 128, ROPE, 64, ROPE.
+    """As `_decode`; queries, query_ropes, entries, rotated are descriptors of blocks of 64 x 128, ROPE, 64, ROPE.
 
-    An FP8 cache has no entries and rotated, but is given as int32 (cache), fp32 (scales) and bf16 (ropes).
+    An FP8 cache has no entries and rotated, but is given as int32 (cache) and fp32 (scales).
     """
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    PAIRS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
+    ROPES: gl.constexpr = gl.NVMMASharedLayout(2 * ROPE, 16, rank=2)
+    ROPE_PAIRS: gl.constexpr = gl.NVMMASharedLayout(2 * ROPE, 32, rank=2)
     request, split, block = gl.program_id(2), gl.program_id(1), gl.program_id(0)
     context = gl.load(contexts + request)
     start = split * SPLIT
@@ -268,12 +299,13 @@ def decode_blocks(
         q = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 128], queries.layout)
         qr = gl.allocate_shared_memory(gl.bfloat16, [1, 64, ROPE], query_ropes.layout)
         blocks = gl.allocate_shared_memory(gl.bfloat16, [16, 64, 64], TILE)
-        keys = blocks._reinterpret(gl.bfloat16, [4, 128, 128], TILE)
-        pairs = blocks._reinterpret(gl.int32, [4, 128, 64], gl.NVMMASharedLayout(128, 32, rank=2))
+        keys = _view(blocks, gl.bfloat16, [4, 128, 128], TILE)
+        pairs = _view(blocks, gl.int32, [4, 128, 64], PAIRS)
         # Rotated keys are read by the scores alone, which are done when the weights are written over them.
         weights = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 128], TILE)
-        rope_blocks = weights._reinterpret(gl.bfloat16, [128 // ROPE, 64, ROPE], query_ropes.layout)
-        key_ropes = weights._reinterpret(gl.bfloat16, [64 // ROPE, 128, ROPE], query_ropes.layout)
+        rope_blocks = _view(weights, gl.bfloat16, [128 // ROPE, 64, ROPE], ROPES)
+        key_ropes = _view(weights, gl.bfloat16, [64 // ROPE, 128, ROPE], ROPES)
+        rope_pairs = _view(weights, gl.int32, [64 // ROPE, 128, ROPE // 2], ROPE_PAIRS)
         ready = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
         free = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(6):
@@ -295,10 +327,10 @@ def decode_blocks(
                     (_attend, (q, qr, keys, key_ropes, weights, ready, free, out, partial, lse,
                                scale2, start, end, row.to(gl.int64), part, context <= SPLIT, FP8,
                                ROPE)),
-                    (_fetch_fp8, (cache, scales, ropes, pairs, key_ropes, ready, free, table, start,
+                    (_fetch_fp8, (cache, scales, pairs, rope_pairs, ready, free, table, start,
                                   end, PAGE, ROPE)),
                 ],
-                [4],
+                [8],
                 [FETCH_REGISTERS],
             )  # fmt: skip
         else:

@@ -57,9 +57,21 @@ def quantise_into(x: Tensor, rows: Tensor, scales: Tensor) -> None:
     n, width = x.shape
     per_row = -(-width // BLOCK)
     if n:
-        group = min(_GROUP, triton.next_power_of_2(-(-n * per_row // 264)))  # fill 132 SMs twice
+        # fill 132 SMs, with at least 4 blocks a program
+        group = min(_GROUP, max(4, triton.next_power_of_2(n * per_row // 2112)))
         grid = (triton.cdiv(n * per_row, group),)
-        _quantise[grid](x, rows, scales, n * per_row, width, per_row, SCALE_MIN, group, num_warps=4, **PROGRAMMATIC)
+        _quantise[grid](
+            x,
+            rows,
+            scales,
+            n * per_row,
+            width,
+            per_row,
+            SCALE_MIN,
+            group,
+            num_warps=4,
+            **PROGRAMMATIC,
+        )
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +100,9 @@ def dequantise(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if n:
         blocks = n * scales.shape[1]
         grid = (triton.cdiv(blocks, _GROUP),)
-        _dequantise[grid](rows, scales, out, blocks, width, scales.shape[1], _GROUP, num_warps=4, **PROGRAMMATIC)
+        _dequantise[grid](
+            rows, scales, out, blocks, width, scales.shape[1], _GROUP, num_warps=4, **PROGRAMMATIC
+        )
     return out
 
 

@@ -20,6 +20,7 @@ from kernels.swiglu import swiglu_dense_into
 STREAM_ROWS = 128  # above, a product is bound by arithmetic
 WORKERS = 132  # SMs of an H100 or H200
 _SHARED = 225 << 10  # bytes of shared memory for the ring
+_STAGE = 256  # rows of x times blocks of 128 columns in a stage of small items
 
 
 class Share(NamedTuple):
@@ -68,7 +69,7 @@ def _multiply(
     half_tiles = -(-half_rows // 128)
     block, x_rows = 64 if m <= 64 else 128, 16 if m <= 16 else 64 if m <= 64 else 128
     big = s.rounds > 0
-    columns = 1 if big else 256 // block  # blocks of 128 columns in a stage of small items
+    columns = 1 if big else _STAGE // block  # blocks of 128 columns in a stage of small items
     w_rows = 128 if big else s.n
     stages = min(8, _SHARED // (columns * 128 * (block + 2 * w_rows)))
     per_thread, of_multiplier = (168, 240) if big and block == 128 else (128, 176)

@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.hopper_epilogue import add_scaled, store_hidden
+
 # renamed between Triton 3.6 and 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -72,7 +74,8 @@ def _produce(
         ready = full.index(i)
         if BIG:
             mbarrier.expect(ready, BIG_BYTES)
-            _fetch_w(big_rows, small_rows, ready, ws, i, worker * 128 * step, i, sub_rows, KU, N, BIG, False)
+            first = worker * 128 * step
+            _fetch_w(big_rows, small_rows, ready, ws, i, first, i, sub_rows, KU, N, BIG, False)
         else:
             mbarrier.expect(ready, BYTES)
             _fetch_w(big_rows, small_rows, ready, ws, i, row, i * KU, small_sub, KU, N, BIG, True)
@@ -88,7 +91,9 @@ def _produce(
                     if i >= STAGES:
                         mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
                     mbarrier.expect(ready, BIG_BYTES)
-                    _fetch_w(big_rows, small_rows, ready, ws, b, big_row, k, sub_rows, KU, N, BIG, False)
+                    _fetch_w(
+                        big_rows, small_rows, ready, ws, b, big_row, k, sub_rows, KU, N, BIG, False
+                    )
                 _fetch_x(x_rows, ready, xs, b, k, KU, BM, XR)
                 i += 1
     for group in range(worker, groups, WORKERS):
@@ -106,76 +111,9 @@ def _produce(
 
 
 @gluon.jit
-def _add(product, scale, acc):
-    """acc + product * scale, in place among the products: the compiler would hold all products to the end."""
-    return gl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale[:, None], acc], dtype=gl.float32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _release(empty):
     _barrier()  # all warps have read the stage
     mbarrier.arrive(empty, count=1)
-
-
-@gluon.jit
-def _swiglu(gate, up):
-    return gate / (1.0 + gl.exp(-gate)) * up
-
-
-@gluon.jit
-def _magnitude(x):
-    """Bits of the largest magnitude of each row: NaN is the largest, so a bad number reaches the scale."""
-    return gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-
-
-@gluon.jit
-def _block_scale(magnitude, MIN: gl.constexpr):
-    peak = magnitude.to(gl.float32, bitcast=True)
-    scale = gl.div_rn(peak, gl.full_like(peak, 448.0))
-    return gl.where(scale < MIN, MIN, scale)
-
-
-@gluon.jit
-def _quantised(x, scale):
-    return gl.div_rn(x, scale[:, None] + gl.zeros_like(x)).to(gl.float8e4nv)
-
-
-@gluon.jit
-def _store_hidden(
-    a0, a1, a2, a3, q, q_scales, hidden, blocks, group, item, row, ok, peaks, met, ACC: gl.constexpr,
-    WG: gl.constexpr, BM: gl.constexpr, MIN: gl.constexpr,
-):  # fmt: skip
-    """SwiGLU and quantisation of a group whose sums are whole: the same bits as from stored sums."""
-    column = group * 128 + gl.arange(0, 64, gl.SliceLayout(0, ACC))
-    at = row[:, None] * hidden + column[None, :]
-    to_scale = q_scales + row * blocks + group
-    if BM == 64:
-        column += WG * 64
-        inside = (column < hidden)[None, :]
-        x = gl.where(inside, _swiglu(a0, a1), 0.0)
-        peak = _magnitude(x)
-        # The other half of the block's columns is the other warpgroup's.
-        peaks.index(item % 2 * 2 + WG).store(peak)
-        _barrier()
-        mbarrier.arrive(met, count=1)
-        mbarrier.wait(met, item & 1)
-        other = peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC))
-        scale = _block_scale(gl.maximum(peak, other), MIN)
-        gl.store(q + at + WG * 64, _quantised(x, scale), mask=ok[:, None] & inside)
-        if WG == 0:
-            gl.store(to_scale, scale, mask=ok)
-    else:
-        inside = (column < hidden)[None, :]
-        inside2 = (column + 64 < hidden)[None, :]
-        x = gl.where(inside, _swiglu(a0, a2), 0.0)
-        y = gl.where(inside2, _swiglu(a1, a3), 0.0)
-        scale = _block_scale(gl.maximum(_magnitude(x), _magnitude(y)), MIN)
-        gl.store(q + at, _quantised(x, scale), mask=ok[:, None] & inside)
-        gl.store(q + at + 64, _quantised(y, scale), mask=ok[:, None] & inside2)
-        gl.store(to_scale, scale, mask=ok)
 
 
 @gluon.jit
@@ -230,23 +168,23 @@ def _big_items(
             p0 = _multiply(x, ws, b, zeros, 0, WG, BM)
             p1 = _multiply(x, ws, b, zeros, 1, WG, BM)
             p0 = warpgroup_mma_wait(1, deps=(p0,))
-            a0 = _add(p0, scale, a0)
+            a0 = add_scaled(p0, scale, a0)
             if BM == 64:
                 p1 = warpgroup_mma_wait(0, deps=(p1,))
                 _release(empty.index(b))
-                a1 = _add(p1, scale2, a1)
+                a1 = add_scaled(p1, scale2, a1)
             else:
                 p2 = _multiply(x, ws, b, p0, 2, WG, BM)
                 p1 = warpgroup_mma_wait(1, deps=(p1,))
-                a1 = _add(p1, scale, a1)
+                a1 = add_scaled(p1, scale, a1)
                 p3 = _multiply(x, ws, b, p1, 3, WG, BM)
                 p2 = warpgroup_mma_wait(1, deps=(p2,))
-                a2 = _add(p2, scale2, a2)
+                a2 = add_scaled(p2, scale2, a2)
                 p3 = warpgroup_mma_wait(0, deps=(p3,))
                 _release(empty.index(b))
-                a3 = _add(p3, scale2, a3)
+                a3 = add_scaled(p3, scale2, a3)
         if SWIGLU:
-            _store_hidden(
+            store_hidden(
                 a0, a1, a2, a3, q, q_scales, hidden, sub_tiles, group, item, row, ok, peaks, met, ACC,
                 WG, BM, MIN,
             )  # fmt: skip
@@ -345,36 +283,36 @@ def _small_items(
             if PRODUCTS == 1:
                 p0 = warpgroup_mma_wait(0, deps=(p0,))
                 _release(empty.index(b))
-                a0 = _add(p0, s0, a0)
+                a0 = add_scaled(p0, s0, a0)
             else:
                 p1 = _multiply_small(xs, ws, b, zeros, 1, WG, BM, KU, N, BIG)
                 if PRODUCTS == 2:
                     p0 = warpgroup_mma_wait(1, deps=(p0,))
-                    a0 = _add(p0, s0, a0)
+                    a0 = add_scaled(p0, s0, a0)
                     p1 = warpgroup_mma_wait(0, deps=(p1,))
                     _release(empty.index(b))
                     if BM == 64:
-                        a0 = _add(p1, s1, a0)
+                        a0 = add_scaled(p1, s1, a0)
                     else:
-                        a1 = _add(p1, s1, a1)
+                        a1 = add_scaled(p1, s1, a1)
                 else:
                     p2 = _multiply_small(xs, ws, b, zeros, 2, WG, BM, KU, N, BIG)
                     p3 = _multiply_small(xs, ws, b, zeros, 3, WG, BM, KU, N, BIG)
                     p0 = warpgroup_mma_wait(3, deps=(p0,))
-                    a0 = _add(p0, s0, a0)
+                    a0 = add_scaled(p0, s0, a0)
                     p1 = warpgroup_mma_wait(2, deps=(p1,))
                     if BM == 64:
-                        a0 = _add(p1, s1, a0)
+                        a0 = add_scaled(p1, s1, a0)
                     else:
-                        a1 = _add(p1, s1, a1)
+                        a1 = add_scaled(p1, s1, a1)
                     p2 = warpgroup_mma_wait(1, deps=(p2,))
-                    a0 = _add(p2, s2, a0)
+                    a0 = add_scaled(p2, s2, a0)
                     p3 = warpgroup_mma_wait(0, deps=(p3,))
                     _release(empty.index(b))
                     if BM == 64:
-                        a0 = _add(p3, s3, a0)
+                        a0 = add_scaled(p3, s3, a0)
                     else:
-                        a1 = _add(p3, s3, a1)
+                        a1 = add_scaled(p3, s3, a1)
         limit2 = limit  # of either half's rows, or of all rows
         if step == 2:
             limit2 = limit - out_sub
@@ -412,8 +350,8 @@ def _consume(
 def stream_units(
     x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
     first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, STEP: gl.constexpr,
-    XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    BIG: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
+    XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, BIG: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
     """Products of x [M, K] with the rows of w; x_rows, big_rows, small_rows: descriptors of blocks of x and w.
 

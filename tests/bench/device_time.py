@@ -22,15 +22,19 @@ class Timing(NamedTuple):
 def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> Timing:
     """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed.
 
-    They are repeated up to 32 calls, so that the gap between two replays does not count.
+    They are repeated up to 32 calls or 4 ms, so that the gap between two replays does not count.
     """
-    calls = list(calls) * max(1, 32 // len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
+        calls[0]()
+        first.record()
+        calls[-1]()
+        second.record()
     torch.cuda.synchronize()
+    most = min(32.0, 4 / first.elapsed_time(second))
+    calls = list(calls) * max(1, int(most) // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:

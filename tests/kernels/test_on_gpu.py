@@ -153,7 +153,9 @@ def test_reproducible_expert_has_one_order_for_any_number_of_rows():
 
 
 @on_gpu
-@pytest.mark.parametrize(("most", "sizes"), [(128, (1, 3, 63, 64, 65, 127)), (300, (129, 255, 299))])
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(128, (1, 3, 63, 64, 65, 127)), (300, (129, 255, 299))]
+)
 def test_within_a_regime_a_row_depends_on_no_other_row(most, sizes):
     weights, (q, scales) = expert(7168, 2048, device="cuda"), rows(most, 7168, device="cuda")
     whole = ops.expert_ffn(q, scales, *weights)
