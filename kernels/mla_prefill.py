@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
-_BLOCKS = (128, 64, 2, 8)  # rows and keys of a step, stages, warps
+_BLOCKS = (128, 64, 3, 8)  # rows and keys of a step, stages, warps
 
 
 @triton.jit
