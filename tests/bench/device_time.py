@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+_SETTLE_S = 0.25  # of replays before any is timed: a card lowers its clocks under load
 
 
 class Timing(NamedTuple):
@@ -39,8 +43,10 @@ def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> T
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(8):  # also until the clocks have settled
+    start = time.perf_counter()
+    while time.perf_counter() - start < _SETTLE_S:
         graph.replay()
+        torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     events[0].record()
     for event in events[1:]:
