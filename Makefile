@@ -46,4 +46,5 @@ bench: setup
 	$(BIN)/python -m tests.bench.cluster --out tests/bench/results/cluster.json
 	$(BIN)/python -m tests.bench.serving --size small --out tests/bench/results/serving-small.json
 	$(BIN)/python -m tests.bench.serving --size medium --tokens 32 --out tests/bench/results/serving-medium.json
+	$(BIN)/python -m tests.bench.rebalance --size small --out tests/bench/results/rebalance.json
 	$(BIN)/python -m tests.bench.report

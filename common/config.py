@@ -2,7 +2,7 @@
 
     [cluster]   name, wire, epoch, run_dir, secret_file, device, oversubscribe, trace_events, spin_us
     [model]     path, served_name, cache_dir
-    [placement] experts_per_gpu, plan
+    [placement] experts_per_gpu, plan, rebalance_every_s, rebalance_gain, rebalance_patience
     [topology]  gpu, nic_gbit_s, uplink_gbit_s, nic_latency_us, nvlink_latency_us
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
@@ -77,10 +77,15 @@ class PlacementSection:
     """At most `experts_per_gpu` experts of a layer on a worker: 1 is Atoll's layout, more is the traditional one.
 
     `plan` is a file of `atoll plan`; without it expert e of every layer is on worker e // experts_per_gpu.
+    Every `rebalance_every_s` (0: never) the gateway looks for a better plan and carries it out once it found one that
+    is better by `rebalance_gain` or more for `rebalance_patience` times in a row.
     """
 
     experts_per_gpu: int = _in(1, 1, 4096)
     plan: Path | None = None
+    rebalance_every_s: float = _in(0.0, 0.0, 1e6)
+    rebalance_gain: float = _in(0.1, 0.0, 1.0)
+    rebalance_patience: int = _in(3, 1, 1000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import shtab
 
 from common.errors import AtollError, Rejected
 
-COMMANDS = ("up", "run", "render", "slurm", "doctor", "demo", "trace")
+COMMANDS = ("up", "run", "render", "slurm", "doctor", "demo", "trace", "plan", "rebalance")
 
 _EXAMPLES = """\
 examples:

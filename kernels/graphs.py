@@ -118,6 +118,10 @@ class Replays:
         graph.replay()
         self.num_replays += 1
 
+    def forget(self, key: Hashable) -> None:
+        """What the step of this key reads is gone."""
+        self._graphs.pop(key, None)
+
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Run the step, which compiles its kernels and may not be repeatable, then capture without running it."""
         step()

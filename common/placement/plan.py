@@ -17,6 +17,7 @@ from common.errors import ConfigError
 
 FORMAT = "atoll-plan-1"
 Layer = tuple[tuple[int, ...], ...]  # by expert: its workers, the primary first
+Place = tuple[int, int]  # (layer, expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Plan:
         """Whether any expert of a layer has more than one worker."""
         return any(len(workers) > 1 for workers in self.holders[layer])
 
-    def residents(self, worker: int) -> list[tuple[int, int]]:
+    def residents(self, worker: int) -> list[Place]:
         """(layer, expert) pairs that a worker holds, ascending."""
         return [
             (layer, expert)
@@ -96,7 +97,9 @@ class Plan:
             if not key.isascii() or not key.isdigit() or not isinstance(experts, list):
                 raise ConfigError(f"layers.{key} must be a layer index with a list of experts")
             holders[int(key)] = tuple(
-                _workers(workers, len(nodes), f"expert {expert} of layer {key}")
+                (workers[0],)
+                if _is_one(workers, len(nodes))  # nearly all are: 15,000 in a large plan
+                else _workers(workers, len(nodes), f"expert {expert} of layer {key}")
                 for expert, workers in enumerate(experts)
             )
         return cls(int(epoch or 0), holders, tuple(nodes))
@@ -163,6 +166,15 @@ def column_plan(
 
 def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_one(value: object, num_workers: int) -> bool:
+    return (
+        type(value) is list
+        and len(value) == 1
+        and type(value[0]) is int
+        and 0 <= value[0] < num_workers
+    )
 
 
 def _workers(value: object, num_workers: int, where: str) -> tuple[int, ...]:

@@ -58,12 +58,16 @@ class _Pending:
     num_rows: int
     posted_ns: int
     out: Tensor | None
+    epoch: int
     partials: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by router
 
 
 @dataclass(slots=True)
 class MoeClient:
-    """Blocks of one attention worker that are on their way. `width` is the model's hidden size."""
+    """Blocks of one attention worker that are on their way. `width` is the model's hidden size.
+
+    A block is stamped with `epoch`, the latest that a router of the node has said is in force.
+    """
 
     worker: int
     width: int
@@ -91,6 +95,24 @@ class MoeClient:
         """Id of the block that `dispatch` will post next."""
         return self._next_block
 
+    def in_force(self, link: Link, epoch: int) -> bool:
+        """A router says which epoch is in force: all of them serve it then. True when it can be asked from now on.
+
+        One that is out of date is not asked before it has caught up.
+        """
+        outbox = self.routers[link.peer.process.index]
+        if epoch < self.epoch or outbox.link is link:
+            self.epoch = max(self.epoch, epoch)
+            return False
+        self.epoch = epoch
+        outbox.opened(link)
+        return True
+
+    @property
+    def oldest_epoch(self) -> int:
+        """No block of an earlier epoch is, or will be, on its way."""
+        return min((pending.epoch for pending in self._pending.values()), default=self.epoch)
+
     def dispatch(
         self, layer: int, microbatch: int, rows: Rows, experts: Tensor, weights: Tensor, *,
         out: Tensor | None = None, since: object = 0,
@@ -117,7 +139,7 @@ class MoeClient:
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self._pending[block] = _Pending(future, num_rows, now_ns, out)
+        self._pending[block] = _Pending(future, num_rows, now_ns, out, self.epoch)
         landing = None
         if len(self.routers) == 1:  # how many rows each of several rails answers is not known yet
             nbytes = row_segment(num_rows, self.width, self.combined).end

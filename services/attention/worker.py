@@ -50,6 +50,7 @@ class AttentionWorker:
         self._lanes: list[Forward] = []
         self._work: list[asyncio.Event] = []
         self._gateways: set[Link] = set()
+        self._told_epoch = config.cluster.epoch  # to the gateways: no earlier block is on its way
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load the weights, listen for gateways, dial the routers, start the lanes."""
@@ -124,6 +125,9 @@ class AttentionWorker:
         while True:
             await asyncio.sleep(_TICK_S)
             self.moe.expire()
+            if self.moe.oldest_epoch != self._told_epoch:
+                self._told_epoch = self.moe.oldest_epoch
+                tell(self._gateways, {"type": "epochs", "oldest": self._told_epoch})
             self._send(self.requests.expire(time.monotonic_ns()))
             self._admit()
 
@@ -136,13 +140,11 @@ class AttentionWorker:
         )  # fmt: skip
 
     def on_open(self, link: Link) -> None:
-        """A gateway came, or the router is back: then post again what it owes."""
-        if link.peer.process.role is Role.ROUTER:
-            self.moe.routers[link.peer.process.index].opened(link)
-            self._push_status()
-        else:
+        """A gateway came. A router that is back is asked again what it owes when it has told its epoch."""
+        if link.peer.process.role is Role.GATEWAY:
             self._gateways.add(link)
             link.send_control(status_frame(None, [self._status().to_json()]))
+            link.send_control({"type": "epochs", "oldest": self._told_epoch})
 
     def on_close(self, link: Link, error: LinkClosed) -> None:
         """A lost router owes its blocks until it is back; a lost gateway's requests have no reader any more."""
@@ -163,9 +165,12 @@ class AttentionWorker:
         self.moe.on_message(link, header, payload)
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
-        """A frame of a gateway (`common.request`)."""
+        """A frame of a gateway (`common.request`), or a router's epoch (`common.placement.handover`)."""
         kind = message.get("type")
-        if kind == "submit":
+        if kind == "epoch" and link.peer.process.role is Role.ROUTER:
+            if self.moe.in_force(link, message["epoch"]):
+                self._push_status()
+        elif kind == "submit":
             self._submit(link, message)
         elif kind == "cancel":
             self.requests.cancel(link, str(message.get("id")))

@@ -6,15 +6,14 @@ from typing import Self
 import torch
 
 from common.config import ClusterConfig
-from common.model.checkpoint import open_checkpoint
-from common.model.hf_config import load_config
+from common.model.checkpoint import Source, open_checkpoint
+from common.model.hf_config import ModelConfig, load_config
 from common.model.loader import FfnWeights, load_expert
 from common.model.manifest import build_manifest, hash_expert
-from common.plan_file import cluster_plan
+from common.placement.plan import Place
+from common.plan_file import first_residents
 from kernels.reference.ffn import Network, network
 from kernels.reference.linear import resident
-
-Place = tuple[int, int]  # (layer, expert)
 
 
 @dataclass(slots=True)
@@ -33,12 +32,9 @@ class Bank:
         """Read what the plan gives this worker, and nothing else of the checkpoint. Raises ModelError."""
         model = load_config(config.model.path)
         manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
-        places = cluster_plan(config, model).residents(worker)
+        places = first_residents(config, model, worker)
         with open_checkpoint(config.model.path) as checkpoint:
-            weights = {
-                place: _resident(load_expert(checkpoint, model, *place, keep_16_bit=True))
-                for place in places
-            }
+            weights = {place: read_expert(checkpoint, model, place) for place in places}
             hashes = {place: hash_expert(checkpoint, *place) for place in places}
         return cls(
             model.hidden_size, manifest.model_hash, weights, hashes, dict.fromkeys(places, 0)
@@ -46,6 +42,17 @@ class Bank:
 
     def __contains__(self, place: object) -> bool:
         return place in self.weights
+
+    def add(self, place: Place, weights: FfnWeights, digest: str) -> None:
+        """Hold one expert more."""
+        self.weights[place] = weights
+        self.hashes[place] = digest
+        self.rows.setdefault(place, 0)
+
+    def drop(self, place: Place) -> None:
+        """Hold an expert no longer."""
+        for table in (self.weights, self.hashes, self.rows, self._networks):
+            table.pop(place, None)
 
     def ffn(
         self, layer: int, expert: int, rows: torch.Tensor, scales: torch.Tensor | None = None
@@ -59,6 +66,12 @@ class Bank:
             w = self.weights[place]
             run = self._networks[place] = network(w.gate_up, w.down)
         return run(rows)
+
+
+def read_expert(checkpoint: Source, model: ModelConfig, place: Place) -> FfnWeights:
+    """One expert as it lies in memory. Raises ModelError."""
+    weights = load_expert(checkpoint, model, *place, keep_16_bit=True)
+    return _resident(weights)
 
 
 def _resident(weights: FfnWeights) -> FfnWeights:

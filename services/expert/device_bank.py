@@ -15,14 +15,15 @@ from common.errors import ModelError
 from common.model import names
 from common.model.checkpoint import Source, open_checkpoint
 from common.model.hf_config import ModelConfig, load_config
-from common.model.loader import load_expert
+from common.model.loader import FfnWeights, load_expert
 from common.model.manifest import build_manifest, hash_expert
-from common.plan_file import cluster_plan
+from common.placement.plan import Place
+from common.plan_file import first_residents
 from common.wire.header import Wire
 from kernels import ops
 from kernels.graphs import Replays
 from kernels.reference.quant import BLOCK
-from services.expert.bank import Bank, Place
+from services.expert.bank import Bank, read_expert
 
 Tensor = torch.Tensor
 
@@ -84,6 +85,11 @@ class GraphedExperts:
         self._graphs.run((id(expert), bucket), lambda: copy_into(out, expert(*given)))
         return self._out[:n].clone()
 
+    def forget(self, expert: DeviceExpert) -> None:
+        """Its weights are given up: a graph would read them, and a later expert may have its id."""
+        for bucket in self.BUCKETS:
+            self._graphs.forget((id(expert), bucket))
+
 
 def copy_into(target: Tensor, source: Tensor) -> None:
     """A step of a graph."""
@@ -99,6 +105,20 @@ class DeviceBank(Bank):
 
     def __contains__(self, place: object) -> bool:
         return place in self.experts
+
+    def add(self, place: Place, weights: DeviceExpert, digest: str) -> None:  # type: ignore[override]
+        """Hold one expert more."""
+        self.experts[place] = weights
+        self.hashes[place] = digest
+        self.rows.setdefault(place, 0)
+
+    def drop(self, place: Place) -> None:
+        """Hold an expert no longer; others may stand for the same weights."""
+        network = self.experts.pop(place, None)
+        shared = any(other is network for other in self.experts.values())
+        if network is not None and self.graphed is not None and not shared:
+            self.graphed.forget(network)
+        Bank.drop(self, place)  # slots: a class of its own, which `super()` would not find
 
     def ffn(
         self, layer: int, expert: int, rows: Tensor, scales: Tensor | None = None
@@ -119,7 +139,7 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
         return Bank.load(config, worker)
     model, wire = load_config(config.model.path), Wire.parse(config.cluster.wire)
     manifest = build_manifest(config.model.path, cache_dir=config.model.cache_dir)
-    places = cluster_plan(config, model).residents(worker)
+    places = first_residents(config, model, worker)
     with open_checkpoint(config.model.path) as checkpoint:
         distinct = {place: checkpoint.stands_for(*place) for place in places}  # each held once
         held = {
@@ -131,6 +151,20 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
     counts = dict.fromkeys(places, 0)
     graphed = GraphedExperts(model.hidden_size, torch.device(device))
     return DeviceBank(model.hidden_size, manifest.model_hash, {}, hashes, counts, experts, graphed)
+
+
+@torch.inference_mode()
+def read_one(config: ClusterConfig, place: Place) -> tuple[FfnWeights | DeviceExpert, str]:
+    """One expert for a bank, and its hash; may run in a thread. Raises ModelError."""
+    model, device = load_config(config.model.path), config.cluster.device
+    with open_checkpoint(config.model.path) as checkpoint:
+        digest = hash_expert(checkpoint, *place)
+        if device == "cpu":
+            return read_expert(checkpoint, model, place), digest
+        wire = Wire.parse(config.cluster.wire)
+        weights = load_device_expert(checkpoint, model, place, wire, device)
+    torch.cuda.current_stream().synchronize()  # this thread's stream is not the one that computes
+    return weights, digest
 
 
 def load_device_expert(

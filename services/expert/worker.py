@@ -28,8 +28,9 @@ from common.waiting import poll_until
 from common.wire.blocks import EXPERT_OUT_ROWS, RowSegment, row_segment
 from common.wire.header import Header, Kind
 from services.expert.batcher import Batcher, Waiting
-from services.expert.device_bank import load_bank
+from services.expert.device_bank import load_bank, read_one
 from services.expert.engine import compute, parse
+from services.expert.holdings import Holdings
 
 MAX_BATCH_ROWS = 4096
 MAX_BATCHES = 2  # launched at a time: the device goes on without waiting, later blocks gather in the batcher meanwhile
@@ -64,7 +65,10 @@ class ExpertWorker:
         """Load the resident experts, then keep dialling the routers of its node."""
         self.bank = load_bank(self.config, self.spec.id.index)
         self.loop = asyncio.get_running_loop()
-        for router in self.config.routers_of(self.spec.node):
+        routers = self.config.routers_of(self.spec.node)
+        self.holdings = Holdings(self.bank, partial(read_one, self.config), len(routers))
+        tasks.create_task(self.holdings.run(), name="holdings")
+        for router in routers:
             tasks.create_task(
                 keep_connected(self.transport, router.address, self._hello, self),
                 name=f"link to {router.id}",
@@ -104,8 +108,10 @@ class ExpertWorker:
         log.warning("%s", error)
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
-        """Answer status requests."""
-        if message.get("type") == "status_request":
+        """Answer status requests; hold what routers ask for."""
+        if message.get("type") == "hold":
+            self.holdings.want(link, message["id"], message["experts"])
+        elif message.get("type") == "status_request":
             rows = {f"{layer}:{expert}": n for (layer, expert), n in self.bank.rows.items()}
             status = ProcessStatus.of(
                 self.spec.id, node=self.spec.node, pid=os.getpid(), state=self.state,

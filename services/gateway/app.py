@@ -4,8 +4,10 @@ Give the runner `handler_cancellation=True`: a client that hangs up must cancel 
 """
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from aiohttp import web
 from pydantic.json_schema import models_json_schema
@@ -13,14 +15,16 @@ from pydantic.json_schema import models_json_schema
 from common.config import ClusterConfig
 from common.errors import AtollError
 from common.obs.metrics import CONTENT_TYPE
+from common.placement.plan import Plan
+from common.routing_trace_file import pack_trace
 from services.gateway.auth import ApiKeys
 from services.gateway.backends import Backends
 from services.gateway.dispatch import Dispatcher
-from services.gateway.errors import ApiError, from_atoll
+from services.gateway.errors import ApiError, from_atoll, unavailable
 from services.gateway.handlers import Generation, json_response, unknown_model
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.model import ServedModel
-from services.gateway.schema import ChatRequest, CompletionRequest
+from services.gateway.schema import ChatRequest, CompletionRequest, RebalanceRequest, parse_body
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,9 @@ def make_app(parts: Parts) -> web.Application:
             web.get("/ready", _ready),
             web.get("/metrics", _metrics),
             web.get("/cluster", _cluster),
+            web.get("/plan", _plan),
+            web.get("/routing", _routing),
+            web.post("/rebalance", _rebalance),
             web.get("/openapi.json", _openapi),
         ]
     )
@@ -173,6 +180,7 @@ async def _cluster(request: web.Request) -> web.Response:
             "name": cluster.name,
             "model": parts.model.name,
             "epoch": cluster.epoch,
+            "placement": parts.backends.rebalancer.to_json(),
             "wire": cluster.wire,
             "ready": not missing,
             "missing": missing,
@@ -181,13 +189,52 @@ async def _cluster(request: web.Request) -> web.Response:
     )
 
 
+async def _plan(request: web.Request) -> web.Response:
+    plan = request.app[PARTS].backends.rebalancer.in_force
+    if plan is None:
+        raise unavailable("no router is connected")
+    return json_response(plan.to_json())
+
+
+async def _routing(request: web.Request) -> web.Response:
+    trace = await request.app[PARTS].backends.rebalancer.trace()
+    return web.Response(body=pack_trace(trace), content_type="application/octet-stream")
+
+
+async def _rebalance(request: web.Request) -> web.Response:
+    body = parse_body(RebalanceRequest, await request.read() or b"{}")
+    rebalancer, started = request.app[PARTS].backends.rebalancer, time.monotonic()
+    answer: dict[str, Any] = {}
+    if body.plan is not None:
+        plan = Plan.from_json(body.plan)
+    else:
+        found = await rebalancer.search(replicas=body.replicas)
+        plan = found.plan
+        answer = {
+            "moves": found.num_moves, "before": asdict(found.before), "after": asdict(found.after),
+            "searched_s": time.monotonic() - started,
+        }  # fmt: skip
+    if body.dry_run:
+        return json_response(answer | {"plan": plan.to_json()})
+    started = time.monotonic()
+    epoch = await rebalancer.carry_out(plan)
+    served = rebalancer.to_json()["served"]
+    return json_response(
+        answer | {"epoch": epoch, "served": served, "took_s": time.monotonic() - started}
+    )
+
+
 async def _openapi(request: web.Request) -> web.Response:
-    schemas = (CompletionRequest, ChatRequest)
+    schemas = (CompletionRequest, ChatRequest, RebalanceRequest)
     _schemas, definitions = models_json_schema(
         [(schema, "validation") for schema in schemas], ref_template="#/components/schemas/{model}"
     )
-    posts = {"/v1/completions": "CompletionRequest", "/v1/chat/completions": "ChatRequest"}
-    gets = ("/v1/models", "/v1/models/{id}", "/health", "/ready", "/metrics", "/cluster")
+    posts = {
+        "/v1/completions": "CompletionRequest", "/v1/chat/completions": "ChatRequest", "/rebalance": "RebalanceRequest",
+    }  # fmt: skip
+    gets = (
+        "/v1/models", "/v1/models/{id}", "/health", "/ready", "/metrics", "/cluster", "/plan", "/routing",
+    )  # fmt: skip
     paths: dict[str, object] = {
         path: {"post": _operation(name, [400, 401, 404, 429, 500, 503])}
         for path, name in posts.items()

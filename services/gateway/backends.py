@@ -18,6 +18,7 @@ from common.status import State, status_frame
 from common.transport.base import Link
 from common.transport.buffers import Buffer
 from common.wire.header import Header
+from services.gateway.rebalance import Rebalancer
 
 _ROUND_S = 0.5  # callers within this time share one round of status requests
 _MAX_PROCESSES = 4096  # in one status frame
@@ -109,6 +110,7 @@ class Backends:
         self._refresh: Refresh | None = None
         self._refreshes = 0
         self.listener: Listener | None = None  # set once, before the first link opens
+        self.rebalancer = Rebalancer(config, self.tell, self._lost_workers)
 
     def __repr__(self) -> str:
         missing = len(self.missing())
@@ -126,6 +128,7 @@ class Backends:
         if older is not None:
             self._forget(process, "it connected again")
             older.close("replaced by a newer link")
+        self.rebalancer.opened(process)
         report = self._reports[process]
         report.pid, report.state = link.peer.pid, State.STARTING
         with contextlib.suppress(LinkClosed):  # on_close follows
@@ -154,14 +157,19 @@ class Backends:
         del self._links[process]
         self._reports[process].state = State.LOST
         self._forget(process, str(error))
+        self.rebalancer.closed(process)
 
     # --- for the dispatcher and the HTTP side --------------------------------------------------------------------
 
     def send(self, worker: int, frame: dict[str, Any]) -> None:
         """Send a frame to an attention worker. Raises LinkClosed."""
-        link = self._links.get(ProcessId(Role.ATTENTION, worker))
+        self.tell(ProcessId(Role.ATTENTION, worker), frame)
+
+    def tell(self, process: ProcessId, frame: dict[str, Any]) -> None:
+        """Send a frame to an attention worker or router. Raises LinkClosed."""
+        link = self._links.get(process)
         if link is None:
-            raise LinkClosed(f"attention-{worker} is not connected")
+            raise LinkClosed(f"{process} is not connected")
         link.send_control(frame)
 
     async def refresh(self, *, deadline_s: float) -> None:
@@ -222,8 +230,8 @@ class Backends:
             case "status_request":
                 own = [self._own.to_json()]
                 link.send_control(status_frame(message["id"], own))
-            case other:
-                raise WireError(f"unexpected frame {other!r} from {process}")
+            case _:
+                self.rebalancer.on_frame(process, message)
 
     def _on_status(self, sender: ProcessId, message: dict[str, Any]) -> None:
         entries = message["processes"]
@@ -244,6 +252,12 @@ class Backends:
         if report.id.role is Role.ATTENTION and was_ready != is_ready:
             assert self.listener is not None, "links opened before the listener was set"
             self.listener.on_worker(report.id.index, is_ready)
+
+    def _lost_workers(self) -> frozenset[int]:
+        reports = self._reports.values()
+        return frozenset(
+            r.id.index for r in reports if r.id.role is Role.EXPERT and r.state is State.LOST
+        )
 
     def _forget(self, process: ProcessId, reason: str) -> None:
         if self._refresh is not None:

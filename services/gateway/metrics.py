@@ -16,6 +16,7 @@ _TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0
 # Bounds on what other processes can make us export, so that a bug there cannot flood a metrics store.
 _MAX_NAMES = 64
 _MAX_LINKS = 1024  # per router
+_MAX_EXPERTS = 1 << 16  # over all layers
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -100,7 +101,27 @@ def process_metrics(processes: Collection[dict[str, Any]]) -> list[Metric]:
                     labels=("role", "index"),
                 )
             families[name].add_metric(labels, float(value))
-    return [up, *families.values(), *_link_metrics(processes)]
+    return [up, *families.values(), *_link_metrics(processes), _expert_metrics(processes)]
+
+
+def _expert_metrics(processes: Iterable[dict[str, Any]]) -> Metric:
+    """Rows per second of every expert, all routers together: the decayed counters that a rebalance looks at."""
+    rates: dict[tuple[str, str], float] = {}
+    for process in processes:
+        for layer, experts in _table(process["counters"].get("expert_load"), _MAX_EXPERTS):
+            for expert, rate in enumerate(experts if isinstance(experts, list) else []):
+                key = layer, str(expert)
+                is_number = isinstance(rate, int | float)
+                if is_number and (key in rates or len(rates) < _MAX_EXPERTS):
+                    rates[key] = rates.get(key, 0.0) + rate
+    family = GaugeMetricFamily(
+        "atoll_expert_rows_per_second",
+        "Rows that the gate sends to an expert, averaged over the last minute or so.",
+        labels=("layer", "expert"),
+    )
+    for labels, rate in rates.items():
+        family.add_metric(labels, rate)
+    return family
 
 
 def _link_metrics(processes: Iterable[dict[str, Any]]) -> list[Metric]:

@@ -175,6 +175,19 @@ class ChatRequest(_Common):
         return self
 
 
+class RebalanceRequest(BaseModel):
+    """POST /rebalance: look for a plan (with so many `replicas` per layer, else as many as now) or take this one.
+
+    `dry_run`: answer the plan, carry nothing out.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    plan: dict[str, Any] | None = None
+    replicas: int | None = Field(None, ge=0, le=4096)
+    dry_run: bool = False
+
+
 def parse_body(schema: type[_Body], body: bytes) -> _Body:
     """Check a body. Raises ApiError 400 with the first thing that is wrong, by field."""
     try:

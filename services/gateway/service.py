@@ -84,6 +84,8 @@ class GatewayService:
         await self._listen(self._runner)
         for spec in [*workers, *config.of_role(Role.ROUTER)]:
             tasks.create_task(self._dialler.keep(spec.address, backends), name=f"link to {spec.id}")
+        if config.placement.rebalance_every_s:
+            tasks.create_task(backends.rebalancer.watch(), name="rebalance")
         self._own.state = State.READY
 
     async def drain(self) -> None:

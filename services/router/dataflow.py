@@ -1,7 +1,6 @@
 """Messages through a router: split, fan out, gather, sum, answer. Plain calls, no await, one pass per message.
 
-Decides nothing about links coming and going (services.router.worker), about indices (services.router.plan), nor about
-replicas (services.router.routes).
+Decides nothing about links, indices, replicas and epochs: services.router.{worker,plan,routes,epochs}.
 Invariant: a request is in `_sources` or `_works` exactly while its origin waits for an answer; every message that is
 owed an answer is in an outbox.
 """
@@ -28,7 +27,9 @@ from services.router.answers import Answers
 from services.router.block import Int32s, NodeWork, SourceWork, Tensor, Work
 from services.router.calls import Calls
 from services.router.counters import Counters
+from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
+from services.router.load import ExpertLoad
 from services.router.plan import NodeShare, WorkerShare, fan_out, split_by_node
 from services.router.routes import NOT_OURS, Routes
 from services.router.rows import Piece, Rows, expert_pieces, open_rows
@@ -39,7 +40,7 @@ _PATIENCE_S = 0.5
 
 @dataclass(slots=True)
 class Dataflow:
-    """Blocks in flight through one of the `num_rails` routers of `node`. `plan` is the current epoch's placement."""
+    """Blocks in flight through one of the `num_rails` routers of `node`. `plan` is the first epoch's placement."""
 
     node: int
     plan: Plan
@@ -56,15 +57,16 @@ class Dataflow:
     counters: Counters = field(default_factory=Counters)
     seam: Seam = field(default_factory=Seam)
     calls: Calls = field(init=False)
+    epochs: Epochs = field(init=False)
+    load: ExpertLoad = field(init=False)
     _sources: dict[int, SourceWork] = field(default_factory=dict)  # by the block that was asked for
     _works: dict[int, NodeWork] = field(default_factory=dict)  # by the RELAY, or our own share
-    _routes: dict[int, Routes] = field(init=False)  # by epoch
     _rows: Rows = field(init=False)
     _answers: Answers = field(init=False)
 
     def __post_init__(self) -> None:
-        routes = Routes(self.plan, self.node, rail=self.rail, num_rails=self.num_rails)
-        self._routes = {self.plan.epoch: routes}
+        self.epochs = Epochs(self.plan, self.node, rail=self.rail, num_rails=self.num_rails)
+        self.load = ExpertLoad(self.num_experts)
         self._rows = open_rows(self.pool, self.seam)
         self._answers = Answers(
             self.node, self.num_rails, self.pool, self._rows, self.answer_rows, self.counters, self.clock_ns
@@ -114,11 +116,7 @@ class Dataflow:
                 payload.release()
 
     def _on_request(self, link: Link, header: Header, payload: Buffer | None) -> None:
-        routes = self._routes.get(header.epoch)
-        if routes is None:
-            raise WireError(f"epoch {header.epoch}, this router serves epoch {self.plan.epoch}")
-        if header.layer not in routes:
-            raise WireError(f"layer {header.layer} has no experts")
+        routes = self.epochs.routes(header.epoch, header.layer)
         if payload is None or header.num_rows == 0:
             raise WireError(f"{header.kind.name} without rows")
         self._forget(header.block)  # sent again on a new link: the old answer has nowhere to go
@@ -134,6 +132,8 @@ class Dataflow:
         table = routes.senders(header.layer, experts, self.calls.fleet)
         shares = split_by_node(experts, weights, routes.node_of_worker[table[experts]])
         self.counters.blocks += 1
+        if self.rail == 0:
+            self.load.add(header.layer, experts, self.clock_ns())
         source = SourceWork(header, link, routes, rows)
         if not shares:  # every pair is for the node's other rails
             self._post(link, *self._answers.combined(source))

@@ -69,6 +69,8 @@ def least_loaded(workers: Sequence[int], fleet: Fleet) -> int | None:
 
 def home_of(workers: tuple[int, ...], node: int, nodes: tuple[int, ...]) -> int:
     """The replica that `node` uses by the plan alone: its own first, else one of the others, nodes taking turns."""
+    if len(workers) == 1:
+        return workers[0]
     own = [worker for worker in workers if nodes[worker] == node]
     return own[0] if own else workers[node % len(workers)]
 
@@ -98,8 +100,8 @@ class Routes:
         for layer, holders in plan.holders.items():
             homes = np.array([home_of(workers, node, plan.nodes) for workers in holders], np.int32)
             self._sent[layer] = np.where(ours[homes], homes, np.int32(NOT_OURS))
-            own = (plan.nodes[home] == node for home in homes.tolist())
-            self._computed[layer] = np.where(list(own), homes, np.int32(NOT_OURS))
+            own = self.node_of_worker[homes] == node
+            self._computed[layer] = np.where(own, homes, np.int32(NOT_OURS))
             self._choices[layer] = self._replicated(holders)
 
     def __contains__(self, layer: int) -> bool:

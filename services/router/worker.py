@@ -2,7 +2,7 @@
 
 Holds who is connected and whether the node is complete; what happens to messages is `services.router.dataflow`. An
 expert worker is routed to only after the content hashes of its weights match the checkpoint's manifest: weights on the
-wrong expert are refused at the door.
+wrong expert are refused at the door (`services.router.placement`).
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from common.waiting import poll_until
 from common.wire.blocks import combined_rows
 from common.wire.header import Header, Wire
 from services.router.dataflow import Dataflow
+from services.router.placement import Placement
 from services.router.routes import rail_between, rail_of_worker
 from services.router.status import StatusGather
 
@@ -65,8 +66,6 @@ class RouterWorker:
         self.reported = [
             w for w in own if rail_of_worker(w, self.plan.nodes, self.num_rails) == self.spec.rail
         ]
-        self.needed = [w for w in own if self.plan.residents(w)]
-        self.has_replicas = any(map(self.plan.has_replicas, self.plan.holders))
         routers = self._counterparts()
         self.flow = Dataflow(
             self.spec.node, self.plan, model.num_experts, self.transport.pool,
@@ -76,6 +75,9 @@ class RouterWorker:
             answer_rows=combined_rows(Wire.parse(self.config.cluster.wire), self.config.cluster.device),
             trace=self.trace, seam=self.transport.seam,
         )  # fmt: skip
+        self.placement = Placement(
+            self.config, self.spec, model, self.manifest, self.flow, self._look
+        )
         await self.transport.listen(self.spec.address, self._hello(), self)
         for spec in routers.values():
             if spec.id.index < self.spec.id.index:
@@ -118,26 +120,22 @@ class RouterWorker:
     def _hello(self) -> Hello:
         return Hello(
             self.spec.id, self.spec.node, os.getpid(), self.manifest.model_hash,
-            self.config.cluster.epoch, self.config.cluster.wire, facts={"plan": self.plan.digest},
+            self.config.cluster.epoch, self.config.cluster.wire,
         )  # fmt: skip
 
     def on_open(self, link: Link) -> None:
-        """Post again whatever the peer owed before its link was lost."""
+        """What the peer owed before its link was lost is posted again once it has the placement for it."""
         peer = link.peer.process
-        if peer.role is Role.EXPERT:
-            self._check_weights(link)
-            self._experts[peer.index] = link
-            self.flow.experts[peer.index].opened(link)
-        elif peer.role is Role.ROUTER:
-            if link.peer.facts.get("plan") != self.plan.digest:
-                raise AuthError(f"{peer} has another plan than {self.spec.id} for the same epoch")
-            if link.peer.node not in self.flow.routers:
-                raise AuthError(f"{peer} is on another rail than {self.spec.id}")
-            self.flow.routers[link.peer.node].opened(link)
-            self._tell_lost([link])
-        elif peer.role is Role.GATEWAY:
+        if peer.role is Role.ROUTER and link.peer.node not in self.flow.routers:
+            raise AuthError(f"{peer} is on another rail than {self.spec.id}")
+        if peer.role is Role.GATEWAY:
             self._gateways.add(link)
             link.send_control(status_frame(None, self._entries()))
+        self.placement.opened(link)
+        if peer.role is Role.EXPERT:
+            self._experts[peer.index] = link
+        elif peer.role is Role.ROUTER:
+            self._tell_lost([link])
         log.info("%s is connected", peer)
         self._look(peer.role)
 
@@ -152,6 +150,7 @@ class RouterWorker:
         elif peer.role is Role.ROUTER and link.peer.node in self.flow.routers:
             self.flow.routers[link.peer.node].closed(link)
         self._gateways.discard(link)
+        self.placement.closed(link)
         self.flow.origin_closed(link)
         self._look(peer.role)
 
@@ -173,45 +172,46 @@ class RouterWorker:
         elif message.get("type") == "status" and link.peer.process.role is Role.EXPERT:
             (self._expert_status[link.peer.process.index],) = message["processes"]
             self._status.answered(link, message.get("id"))
+        elif message.get("type") == "routing_request":
+            sample = self.flow.load.sample(self.flow.clock_ns())
+            link.send_control({"type": "routing", **sample.to_json()})
+        else:
+            self.placement.on_control(link, message)
 
     def _look(self, role: Role) -> None:
         """Somebody of this role came or went: what the lost owe goes to replicas, and whoever asks us is told."""
         if self.flow.calls.look():
             if role is Role.EXPERT:
-                self._tell_lost(o.link for o in self.flow.routers.values() if o.link is not None)
+                self._tell_lost(self.placement.links(Role.ROUTER))
             self.flow.membership_changed()
         self._push_state()
 
     def _tell_lost(self, links: Iterable[Link]) -> None:
         """Routers that could use replicas elsewhere must know which workers of this node cannot answer."""
         if self.has_replicas:
-            tell(
-                links,
-                {"type": "lost", "workers": [w for w in self.needed if w not in self._experts]},
-            )
+            tell(links, {"type": "lost", "workers": [w for w in self.needed if self._lacks(w)]})
 
-    def _check_weights(self, link: Link) -> None:
-        """Raise AuthError unless the worker holds what the plan gives it, with the manifest's content hashes."""
-        peer = link.peer.process
-        if peer.index not in self.flow.experts:
-            raise AuthError(f"{peer} belongs to another node than {self.spec.id}")
-        held = {(layer, expert): digest for layer, expert, digest in link.peer.facts["experts"]}
-        for layer, expert in self.plan.residents(peer.index):
-            expected = self.manifest.expert_hashes[layer, expert]
-            if held.get((layer, expert)) != expected:
-                raise AuthError(
-                    f"{peer} holds {held.get((layer, expert), 'nothing')} as expert {expert} of layer {layer}, "
-                    f"the checkpoint's is {expected}"
-                )
+    @property
+    def needed(self) -> list[int]:
+        """Workers of this node that hold something by the plan in force."""
+        return [w for w in self.flow.experts if self.placement.epochs.holds_any(w)]
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether any plan served has replicas."""
+        return self.placement.epochs.has_replicas
+
+    def _lacks(self, worker: int) -> bool:
+        return self.flow.experts[worker].link is None
 
     # ---- status --------------------------------------------------------------------------------
 
     def _state(self) -> tuple[State, str]:
-        living = self.flow.calls.fleet.alive.tolist()
+        living, current = self.flow.calls.fleet.alive.tolist(), self.placement.epochs.current
         absent = [
             f"expert-{w}"
             for w in self.needed
-            if not living[w] and not (self.has_replicas and self.plan.covered(w, living))
+            if not living[w] and not (self.has_replicas and current.covered(w, living))
         ]
         absent += [outbox.name for outbox in self.flow.routers.values() if outbox.link is None]
         if self.draining:
@@ -233,6 +233,8 @@ class RouterWorker:
             self.spec.id, node=self.spec.node, pid=os.getpid(), state=state, missing=missing,
             counters={
                 **self.flow.counters.to_json(), "in_flight": self.flow.num_in_flight,
+                "epoch": self.placement.epochs.current.epoch, "epochs_served": self.placement.epochs.served,
+                "expert_load": self.flow.load.to_json(self.flow.clock_ns()),
                 "resent": resent, "owed_by_expert": owed,
                 "links": self.transport.carriers(),
             },

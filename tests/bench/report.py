@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.bench.gpu.report import gpu
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 ORACLE = ROOT / "tests" / "oracle" / "results.json"
@@ -128,12 +130,32 @@ def transport() -> str:
     return "\n".join([*lines, "", f"`python -m tests.bench.transport`: {where(facts)} {idle}"])
 
 
+def rebalance() -> str:
+    """Time between tokens, with a rebalance and without."""
+    facts = read(RESULTS / "rebalance.json")
+    calm = facts["rows"][0]["p99_ms"]
+    lines = [
+        "| runs | gaps between tokens | p50, ms | p99, ms | against undisturbed | longest, ms | rebalance took, s |",
+        "|---" * 7 + "|",
+    ]
+    lines += [
+        f"| {r['kind']} | {r['gaps']} | {r['p50_ms']} | {r['p99_ms']} | {r['p99_ms'] / calm:.2f} | {r['max_ms']} | "
+        f"{', '.join(map(str, r.get('took_s', ['-'])))} |"
+        for r in facts["rows"]
+    ]
+    streams = f"{facts['streams']} streams of {facts['tokens']} tokens"
+    note = f"`python -m tests.bench.rebalance --size {facts['size']}`, {streams}"
+    return "\n".join([*lines, "", f"{note}: {where(facts)}"])
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "oracle": oracle,
     "cluster": cluster,
     "ep256": ep256,
     "serving": serving,
     "transport": transport,
+    "gpu": gpu,
+    "rebalance": rebalance,
 }
 
 

@@ -34,6 +34,8 @@ PURE = (
     "services.router.plan",
     "services.router.routes",
     "services.router.failover",
+    "services.router.epochs",
+    "services.router.load",
     "services.expert.batcher",
     "services.gateway.admission",
     "deploy.trace",

@@ -24,6 +24,7 @@ PARSERS = {(): ATOLL, **{(name,): parser for name, parser in SUBPARSERS.choices.
 NEEDED = {
     "run": ["expert", "--cluster", "{wrong}", "--index", "0"],
     "render": ["systemd", "--cluster", "{wrong}", "--out", "{fresh}"],
+    "plan": ["--cluster", "{wrong}", "--trace", "{wrong}", "--out", "{fresh}"],
     "slurm": ["step", "--role", "expert", "--job-dir", "{wrong}"],
 }
 
