@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 _SETTLE_S = 0.25  # of replays before any is timed: a card lowers its clocks under load
 
 
