@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
 
 _COLUMNS = 1024
-_SPLIT_ROWS = 512  # below, narrower programs fill the card
+_SPLIT_ROWS = 512  # below, programs of more threads fill the card
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def _combine(
     SOURCE, SLOTS, WEIGHTS, OUT, width, K: tl.constexpr,
     WEIGHTED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < width
@@ -55,6 +57,7 @@ def _combine_fp8(
     SOURCE, SLOTS, WEIGHTS, ROWS, SCALES, width, per_row, K: tl.constexpr,
     WEIGHTED: tl.constexpr, C: tl.constexpr, MIN: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor()
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * C
     column = first + tl.arange(0, C)
@@ -68,8 +71,8 @@ def _combine_fp8(
     tl.store(SCALES + row * per_row + block, scale, mask=block < per_row)
 
 
-def _columns(num_rows: int) -> int:
-    return _COLUMNS if num_rows >= _SPLIT_ROWS else _COLUMNS // 2
+def _warps(num_rows: int) -> int:
+    return 4 if num_rows >= _SPLIT_ROWS else 8
 
 
 def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) -> None:
@@ -83,10 +86,10 @@ def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) 
     if n == 0:
         return
     exact = torch.float64 in (out.dtype, source.dtype)
-    columns = _columns(n)
-    _combine[(n, triton.cdiv(width, columns))](
+    _combine[(n, triton.cdiv(width, _COLUMNS))](
         source, slots, weights, out, width, depth, weights is not None,
-        tl.float64 if exact else tl.float32, columns, num_warps=4, enable_fp_fusion=False,
+        tl.float64 if exact else tl.float32, _COLUMNS, num_warps=_warps(n), enable_fp_fusion=False,
+        **PROGRAMMATIC,
     )  # fmt: skip
 
 
@@ -107,10 +110,9 @@ def combine_fp8(
     scales = rows_view(payload, scales_offset, n, per_row, torch.float32)
     if n == 0:
         return
-    columns = _columns(n)
-    _combine_fp8[(n, triton.cdiv(width, columns))](
+    _combine_fp8[(n, triton.cdiv(width, _COLUMNS))](
         source, slots, weights, rows, scales, width, per_row, depth, weights is not None,
-        columns, SCALE_MIN, num_warps=4, enable_fp_fusion=False,
+        _COLUMNS, SCALE_MIN, num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 Three regimes, chosen by the number of rows alone; within each a row's bits depend on no other row:
 
-- up to `STREAM_ROWS` rows, reading the weights is all the work: two `stream_gemm` launches with the sums of
-  runs, SwiGLU and requantisation between them and sums after, four launches chained as programmatic dependents;
+- up to `STREAM_ROWS` rows, reading the weights is all the work: `stream_expert`, three launches that begin to
+  read before their predecessor has ended;
 - above, torch's block-scaled scaled_mm, with SwiGLU and requantisation in one launch;
 - `reproducible`: the same bits for any number of rows, `tile_gemm` instead of the library above STREAM_ROWS.
 
@@ -14,26 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad, scaled_mm
 
-from kernels.block_gemm import STREAM_ROWS, cut, stream_gemm, tile_gemm
-from kernels.swiglu import store_runs, swiglu_dense, swiglu_runs
-
-
-def _stream(
-    rows: Tensor,
-    scales: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
-    down_scales: Tensor,
-) -> Tensor:
-    width, hidden = down.shape
-    c, d = cut(2 * hidden, width, 2), cut(width, hidden, 1)
-    partial = stream_gemm(rows, scales, gate_up, gate_up_scales, c, prefetch_units=4)
-    h, h_scales = swiglu_runs(partial, c, hidden)
-    # Of 0, 2, 4, 8 and 14 units ahead, 4 and 2 were best; adding the runs up in the down product itself, by whoever
-    # stores a tile's last one, cost 3 us of 24 (16 rows, hidden 2048, H100, 2026-11-23).
-    partial = stream_gemm(h, h_scales, down, down_scales, d, prefetch_units=2)
-    return store_runs(partial, d, width)
+from kernels.block_gemm import tile_gemm
+from kernels.stream import STREAM_ROWS, stream_expert
+from kernels.swiglu import swiglu_dense
 
 
 def scaled_product(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
@@ -70,11 +53,10 @@ def _tiles(
 ) -> Tensor:  # fmt: skip
     m, width, hidden = rows.shape[0], down.shape[-2], down.shape[-1]
     both = torch.empty(m, 2 * hidden, device=rows.device)
-    c = cut(2 * hidden, width, 2)
-    tile_gemm(rows, scales, gate_up, gate_up_scales, both, c, offsets, max_rows)
+    tile_gemm(rows, scales, gate_up, gate_up_scales, both, 2, offsets, max_rows)
     h, h_scales = swiglu_dense(both, scales_by_block=False)
     out = torch.empty(m, width, dtype=torch.bfloat16, device=rows.device)
-    tile_gemm(h, h_scales, down, down_scales, out, cut(width, hidden, 1), offsets, max_rows)
+    tile_gemm(h, h_scales, down, down_scales, out, 1, offsets, max_rows)
     return out
 
 
@@ -98,7 +80,7 @@ def expert_ffn(
     if m == 0:
         return torch.empty(0, down.shape[0], dtype=torch.bfloat16, device=rows.device)
     if m <= STREAM_ROWS:
-        return _stream(rows, scales, *weights)
+        return stream_expert(rows, scales, *weights)
     if reproducible or hidden % 128 or rows.shape[1] % 128:
         return _tiles(rows, scales, *weights)
     return _library(rows, scales, *weights)

@@ -136,8 +136,18 @@ def _add_splits(
 
 def _blocks(rows: Tensor, columns: int) -> object:
     """A descriptor of blocks of 64 rows and `columns` columns of a contiguous bf16 matrix."""
-    layout = gl.NVMMASharedLayout.get_default_for([mla_hopper.BLOCK, columns], gl.bfloat16)
-    return TensorDescriptor.from_tensor(rows, [mla_hopper.BLOCK, columns], layout)
+    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], gl.bfloat16)
+    return TensorDescriptor.from_tensor(rows, [_HEADS, columns], layout)
+
+
+def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, ...]:
+    """Queries and cache as mla_hopper.decode_blocks takes them."""
+    rows = queries.view(-1, queries.shape[2])
+    asked = _blocks(rows, 128), _blocks(rows, rope)
+    if cache.dtype is torch.uint8:
+        return (*asked, None, None, cache.view(torch.int32), cache.view(torch.float32))
+    entries = cache.view(-1, cache.shape[2])
+    return (*asked, _blocks(entries, 64), _blocks(entries, rope), None, None)
 
 
 def mla_decode_paged(
@@ -168,14 +178,27 @@ def mla_decode_paged(
     partial = torch.empty(kept, latent, device=queries.device)
     lse = torch.empty(kept, device=queries.device)
     given = (page_table, context, out, partial, lse, scale * _LOG2_E, heads)
-    sizes = (page_table.shape[1], splits, latent, rope, cache.shape[1], SPLIT_TOKENS)
+    sizes = (page_table.shape[1], splits)
+    page = cache.shape[1]
     grid = (triton.cdiv(heads, _HEADS), splits, requests)
-    if fp8 or cache.shape[1] % mla_hopper.BLOCK or heads % mla_hopper.BLOCK:
-        _decode[grid](queries, cache, *given, *sizes, fp8, _HEADS, 32, 3, num_warps=8, num_stages=3)
+    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
+        inputs = _hopper_inputs(queries, cache, rope)
+        mla_hopper.decode_blocks[grid](
+            *inputs,
+            *given,
+            *sizes,
+            rope,
+            page,
+            SPLIT_TOKENS,
+            fp8,
+            num_warps=8,
+            maxnreg=128 if fp8 else 168,
+        )
     else:
-        rows, entries = queries.view(-1, width), cache.view(-1, width)
-        blocks = [_blocks(t, w) for t in (rows, entries) for w in (latent, rope)]
-        mla_hopper.decode_blocks[grid](*blocks, *given, *sizes, num_warps=8)
+        shape = (latent, rope, page, SPLIT_TOKENS)
+        _decode[grid](
+            queries, cache, *given, *sizes, *shape, fp8, _HEADS, 32, 3, num_warps=8, num_stages=3
+        )
     if splits > 1:
         _add_splits[(heads, requests)](
             partial, lse, context, out, heads, splits, latent, SPLIT_TOKENS, num_warps=2

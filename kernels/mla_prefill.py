@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
+_BLOCKS = (128, 64, 3, 8)  # rows and keys of a step, stages, warps
 
 
 @triton.jit
@@ -38,20 +39,33 @@ def _prefill(
     maximum = tl.full((BM,), -1e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     end = tl.minimum(before + m0 + BM, k1 - k0)
-    for n0 in tl.range(0, end, BN, num_stages=STAGES):
-        n = n0 + tl.arange(0, BN)
-        n_ok = n < k1 - k0
-        k_at = K + ((k0 + n).to(tl.int64) * heads + head)[:, None] * QK
-        ka = tl.load(k_at + a[None, :], mask=n_ok[:, None], other=0.0)
-        kb = tl.load(k_at + A + b[None, :], mask=n_ok[:, None] & b_ok[None, :], other=0.0)
-        v_at = V + ((k0 + n).to(tl.int64) * heads + head)[:, None] * DV
-        v = tl.load(v_at + dv[None, :], mask=n_ok[:, None] & (dv < DV)[None, :], other=0.0)
-        scores = tl.dot(qa, ka.T)
-        scores = tl.dot(qb, kb.T, scores) * scale2
-        scores = tl.where(n[None, :] <= before + m[:, None], scores, float("-inf"))
-        new = tl.maximum(maximum, tl.max(scores, 1))
+    whole = (before + m0 + 1) // BN * BN  # keys that every row of the tile sees
+    k_at = K + (k0.to(tl.int64) * heads + head) * QK
+    v_at = V + (k0.to(tl.int64) * heads + head) * DV
+    n = tl.arange(0, BN)
+    for n0 in tl.range(0, whole, BN, num_stages=STAGES):
+        row = (n0 + n).to(tl.int64)[:, None] * heads
+        ka = tl.load(k_at + row * QK + a[None, :])
+        kb = tl.load(k_at + row * QK + A + b[None, :], mask=b_ok[None, :], other=0.0)
+        v = tl.load(v_at + row * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0)
+        scores = tl.dot(qb, kb.T, tl.dot(qa, ka.T))
+        new = tl.maximum(maximum, tl.max(scores, 1) * scale2)
         shrink = tl.exp2(maximum - new)
-        weight = tl.exp2(scores - new[:, None])
+        weight = tl.exp2(scores * scale2 - new[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None])
+        maximum = new
+    for n0 in tl.range(whole, end, BN, num_stages=1):
+        row = (n0 + n).to(tl.int64)[:, None] * heads
+        n_ok = (n0 + n < k1 - k0)[:, None]
+        ka = tl.load(k_at + row * QK + a[None, :], mask=n_ok, other=0.0)
+        kb = tl.load(k_at + row * QK + A + b[None, :], mask=n_ok & b_ok[None, :], other=0.0)
+        v = tl.load(v_at + row * DV + dv[None, :], mask=n_ok & (dv < DV)[None, :], other=0.0)
+        scores = tl.dot(qb, kb.T, tl.dot(qa, ka.T))
+        scores = tl.where((n0 + n)[None, :] <= before + m[:, None], scores, float("-inf"))
+        new = tl.maximum(maximum, tl.max(scores, 1) * scale2)
+        shrink = tl.exp2(maximum - new)
+        weight = tl.exp2(scores * scale2 - new[:, None])
         total = total * shrink + tl.sum(weight, 1)
         acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None])
         maximum = new
@@ -90,11 +104,11 @@ def mla_prefill_rows(
     out = torch.empty(rows, heads, value_width, dtype=queries.dtype, device=queries.device)
     if rows:
         first, second = _halves(width)
-        block = 128
+        block, keys_block, stages, warps = _BLOCKS
         grid = (triton.cdiv(max_rows, block), heads, starts_q.shape[0] - 1)
         _prefill[grid](
             queries, keys, values, out, starts_q, starts_k, scale * _LOG2_E, heads, width, first,
-            second, value_width, triton.next_power_of_2(value_width), block, 64, 2, num_warps=8,
-            num_stages=2,
+            second, value_width, triton.next_power_of_2(value_width), block, keys_block, stages,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out

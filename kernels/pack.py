@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.reference.pack import route as route_reference
 
 _UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -32,6 +33,7 @@ def _copy_rows(
     SOURCE, OUT, SOURCE_SCALES, OUT_SCALES, INDEX, n, size, scale_size, SCATTER: tl.constexpr,
     SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor()
     i = tl.program_id(0) * R + tl.arange(0, R)
     ok = i < n
     j = tl.load(INDEX + i, mask=ok, other=0).to(tl.int64)
@@ -101,7 +103,7 @@ def _pack(
         _view(source, rows[1], unit), _view(out, rows[2], unit),
         _view(source, scales[1], unit), _view(out, scales[2], unit), index, n, size, scale_size,
         scatter, scale_size > 0, triton.next_power_of_2(size),
-        triton.next_power_of_2(max(1, scale_size)), together, num_warps=4,
+        triton.next_power_of_2(max(1, scale_size)), together, num_warps=4, **PROGRAMMATIC,
     )  # fmt: skip
 
 

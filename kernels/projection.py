@@ -1,6 +1,6 @@
 """Projections of the attention side on the GPU. Semantics: kernels/reference/projection.py.
 
-`fp8_linear` reads the weight once: up to `STREAM_ROWS` rows that is all the work (`stream_gemm`), above it is torch's
+`fp8_linear` reads the weight once: up to `STREAM_ROWS` rows that is all the work (`stream_linear`), above it is torch's
 block-scaled product where the shapes allow. Floor: max(bytes / read bandwidth, 2 * M * N * K / FP8 peak).
 """
 
@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.block_gemm import STREAM_ROWS, cut, stream_gemm, tile_gemm
+from kernels.block_gemm import tile_gemm
 from kernels.expert_ffn import scaled_product
-from kernels.swiglu import store_runs
+from kernels.stream import STREAM_ROWS, stream_linear
 
 
 def fp8_linear(rows: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
@@ -21,14 +21,11 @@ def fp8_linear(rows: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tens
     weight_scales fp32 [ceil(N / 128), ceil(K / 128)]; scales multiply, products are added in fp32. K a multiple of 16.
     """
     m, (n, k) = rows.shape[0], weight.shape
-    c = cut(n, k, 1)
     if m <= STREAM_ROWS:
-        return store_runs(
-            stream_gemm(rows, scales, weight, weight_scales, c, prefetch_units=4), c, n
-        )
+        return stream_linear(rows, scales, weight, weight_scales)
     if n % 128 or k % 128:
         out = torch.empty(m, n, dtype=torch.bfloat16, device=rows.device)
-        tile_gemm(rows, scales, weight, weight_scales, out, c)
+        tile_gemm(rows, scales, weight, weight_scales, out, 1)
         return out
     if m % 4:  # the scales of a block of columns must start at multiples of 16 bytes
         rows = pad(rows.view(torch.uint8), (0, 0, 0, -m % 4)).view(rows.dtype)

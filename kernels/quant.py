@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
 
 _GROUP = 16  # blocks of one program: of 4 to 64 the best at 4,096 rows of 7,168
@@ -26,6 +27,7 @@ def quantise_blocks(x, SCALE_MIN: tl.constexpr):
 
 @triton.jit
 def _quantise(X, ROWS, SCALES, num_blocks, width, per_row, MIN: tl.constexpr, G: tl.constexpr):
+    after_predecessor()
     b = tl.program_id(0) * G + tl.arange(0, G)
     row = (b // per_row).to(tl.int64)
     column = (b % per_row)[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -39,6 +41,7 @@ def _quantise(X, ROWS, SCALES, num_blocks, width, per_row, MIN: tl.constexpr, G:
 
 @triton.jit
 def _dequantise(ROWS, SCALES, OUT, num_blocks, width, per_row, G: tl.constexpr):
+    after_predecessor()
     b = tl.program_id(0) * G + tl.arange(0, G)
     row = (b // per_row).to(tl.int64)
     column = (b % per_row)[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -54,9 +57,21 @@ def quantise_into(x: Tensor, rows: Tensor, scales: Tensor) -> None:
     n, width = x.shape
     per_row = -(-width // BLOCK)
     if n:
-        group = min(_GROUP, triton.next_power_of_2(-(-n * per_row // 264)))  # fill 132 SMs twice
+        # fill 132 SMs, with at least 4 blocks a program
+        group = min(_GROUP, max(4, triton.next_power_of_2(n * per_row // 2112)))
         grid = (triton.cdiv(n * per_row, group),)
-        _quantise[grid](x, rows, scales, n * per_row, width, per_row, SCALE_MIN, group, num_warps=4)
+        _quantise[grid](
+            x,
+            rows,
+            scales,
+            n * per_row,
+            width,
+            per_row,
+            SCALE_MIN,
+            group,
+            num_warps=4,
+            **PROGRAMMATIC,
+        )
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +100,9 @@ def dequantise(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if n:
         blocks = n * scales.shape[1]
         grid = (triton.cdiv(blocks, _GROUP),)
-        _dequantise[grid](rows, scales, out, blocks, width, scales.shape[1], _GROUP, num_warps=4)
+        _dequantise[grid](
+            rows, scales, out, blocks, width, scales.shape[1], _GROUP, num_warps=4, **PROGRAMMATIC
+        )
     return out
 
 

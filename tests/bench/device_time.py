@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_SETTLE_S = 0.25  # of replays before any is timed: a card lowers its clocks under load
 
 
 class Timing(NamedTuple):
@@ -22,21 +25,27 @@ class Timing(NamedTuple):
 def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> Timing:
     """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed.
 
-    They are repeated up to 32 calls, so that the gap between two replays does not count.
+    They are repeated up to 32 calls or 4 ms, so that the gap between two replays does not count.
     """
-    calls = list(calls) * max(1, 32 // len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
+        calls[0]()
+        first.record()
+        calls[-1]()
+        second.record()
     torch.cuda.synchronize()
+    most = min(32.0, 4 / first.elapsed_time(second))
+    calls = list(calls) * max(1, int(most) // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(8):  # also until the clocks have settled
+    start = time.perf_counter()
+    while time.perf_counter() - start < _SETTLE_S:
         graph.replay()
+        torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     events[0].record()
     for event in events[1:]:

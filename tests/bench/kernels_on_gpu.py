@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from kernels import expert_ffn, gate, mla_decode, norm_rope, ops
+from kernels import expert_ffn, gate, mla_decode, mla_prefill, norm_rope, ops
 from kernels.reference import expert_ffn as reference
 from kernels.reference import gate as reference_gate
 from kernels.reference.quant import dequantise, rows_view
@@ -309,6 +309,35 @@ def bench_mla_decode(bench: Bench, requests: int, context: int, rope: int, *, fp
     )  # fmt: skip
 
 
+def bench_mla_prefill(bench: Bench, rows: int) -> None:
+    """One prompt of DeepSeek-V3's heads, keys and values expanded."""
+    heads, width, value = 128, 192, 128
+    q, k = (torch.randn(rows, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(rows, heads, value, device="cuda", dtype=torch.bfloat16)
+    starts = torch.tensor([0, rows], device="cuda", dtype=torch.int32)
+    scale = width**-0.5
+
+    def run() -> Tensor:
+        return mla_prefill.mla_prefill_rows(q, k, v, starts, starts, scale=scale, max_rows=rows)
+
+    def attended() -> float:
+        last = rows - 1
+        weights = torch.softmax(
+            q[last].double().unsqueeze(1) @ k.double().permute(1, 2, 0) * scale, -1
+        )
+        return _error(run()[last], (weights @ v.double().transpose(0, 1)).squeeze(1))
+
+    def library() -> Tensor:
+        by_head = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        return scaled_dot_product_attention(*by_head, is_causal=True, scale=scale)
+
+    bench.add(
+        "mla_prefill", {"rows": rows, "heads": heads, "qk": width, "v": value}, [run],
+        bench.floor_us(bf16=heads * rows * (rows + 1) * (width + value)),
+        ("scaled_dot_product_attention, causal", [library]), attended,
+    )  # fmt: skip
+
+
 def _fp8_cache(cache: Tensor, latent: int) -> Tensor:
     pages, page, width = cache.shape
     out = torch.zeros(
@@ -339,6 +368,7 @@ def main() -> None:
     bench_gate(bench, 128)
     for rope, fp8 in ((64, False), (64, True), (16, False)):
         bench_mla_decode(bench, 64, 4096, rope, fp8=fp8)
+    bench_mla_prefill(bench, 4096)
     for hidden in (2048, 18432):
         experts = _experts(hidden)
         for m in (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):

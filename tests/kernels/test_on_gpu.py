@@ -144,8 +144,9 @@ def test_expert_against_float64(n, width, hidden, reproducible):
 
 
 @on_gpu
-def test_reproducible_expert_has_one_order_for_any_number_of_rows():
-    weights, (q, scales) = expert(7168, 2048, device="cuda"), rows(300, 7168, device="cuda")
+@pytest.mark.parametrize("hidden", [2048, 18432])  # without and with items of 2 x 128 rows
+def test_reproducible_expert_has_one_order_for_any_number_of_rows(hidden):
+    weights, (q, scales) = expert(7168, hidden, device="cuda"), rows(300, 7168, device="cuda")
     whole = ops.expert_ffn(q, scales, *weights, reproducible=True)
     for n in (1, 3, 16, 64, 65, 128, 129):
         part = ops.expert_ffn(q[:n], scales[:n], *weights, reproducible=True)
@@ -153,7 +154,9 @@ def test_reproducible_expert_has_one_order_for_any_number_of_rows():
 
 
 @on_gpu
-@pytest.mark.parametrize(("most", "sizes"), [(64, (1, 3, 63)), (300, (65, 127, 129, 299))])
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(128, (1, 3, 63, 64, 65, 127)), (300, (129, 255, 299))]
+)
 def test_within_a_regime_a_row_depends_on_no_other_row(most, sizes):
     weights, (q, scales) = expert(7168, 2048, device="cuda"), rows(most, 7168, device="cuda")
     whole = ops.expert_ffn(q, scales, *weights)

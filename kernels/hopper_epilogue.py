@@ -1,0 +1,74 @@
+"""What becomes of products in registers (stream_hopper): scaled sums, SwiGLU, quantisation; for Hopper in Gluon."""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def add_scaled(product, scale, acc):
+    """acc + product * scale, in place among the products: the compiler would hold all products to the end."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale[:, None], acc], dtype=gl.float32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _swiglu(gate, up):
+    return gate / (1.0 + gl.exp(-gate)) * up
+
+
+@gluon.jit
+def _magnitude(x):
+    """Bits of the largest magnitude of each row: NaN is the largest, so a bad number reaches the scale."""
+    return gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@gluon.jit
+def _block_scale(magnitude, MIN: gl.constexpr):
+    peak = magnitude.to(gl.float32, bitcast=True)
+    scale = gl.div_rn(peak, gl.full_like(peak, 448.0))
+    return gl.where(scale < MIN, MIN, scale)
+
+
+@gluon.jit
+def _quantised(x, scale):
+    return gl.div_rn(x, scale[:, None] + gl.zeros_like(x)).to(gl.float8e4nv)
+
+
+@gluon.jit
+def store_hidden(
+    a0, a1, a2, a3, q, q_scales, hidden, blocks, group, item, row, ok, peaks, met, ACC: gl.constexpr,
+    WG: gl.constexpr, BM: gl.constexpr, MIN: gl.constexpr,
+):  # fmt: skip
+    """SwiGLU and quantisation of a group whose sums are whole: the same bits as from stored sums."""
+    column = group * 128 + gl.arange(0, 64, gl.SliceLayout(0, ACC))
+    at = row[:, None] * hidden + column[None, :]
+    to_scale = q_scales + row * blocks + group
+    if BM == 64:
+        column += WG * 64
+        inside = (column < hidden)[None, :]
+        x = gl.where(inside, _swiglu(a0, a1), 0.0)
+        peak = _magnitude(x)
+        # The other half of the block's columns is the other warpgroup's.
+        peaks.index(item % 2 * 2 + WG).store(peak)
+        _barrier()
+        mbarrier.arrive(met, count=1)
+        mbarrier.wait(met, item & 1)
+        other = peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC))
+        scale = _block_scale(gl.maximum(peak, other), MIN)
+        gl.store(q + at + WG * 64, _quantised(x, scale), mask=ok[:, None] & inside)
+        if WG == 0:
+            gl.store(to_scale, scale, mask=ok)
+    else:
+        inside = (column < hidden)[None, :]
+        inside2 = (column + 64 < hidden)[None, :]
+        x = gl.where(inside, _swiglu(a0, a2), 0.0)
+        y = gl.where(inside2, _swiglu(a1, a3), 0.0)
+        scale = _block_scale(gl.maximum(_magnitude(x), _magnitude(y)), MIN)
+        gl.store(q + at, _quantised(x, scale), mask=ok[:, None] & inside)
+        gl.store(q + at + 64, _quantised(y, scale), mask=ok[:, None] & inside2)
+        gl.store(to_scale, scale, mask=ok)

@@ -1,0 +1,41 @@
+"""How weight rows are shared out to workers: each row once, and the busiest not much over the mean."""
+
+import pytest
+
+from kernels.stream import WORKERS, share
+
+
+def spans(num_rows, halves):
+    """(worker, first row, end) in a half, of every item."""
+    s = share(num_rows, halves)
+    step = 3 - halves
+    for item in range(s.rounds):
+        for worker in range(WORKERS):
+            first = (item * WORKERS + worker) * 128 * step
+            yield worker, first, first + 128 * step
+    for group in range(s.groups):
+        first = s.first_row + group * s.n * step
+        yield group % WORKERS, first, first + s.n * step
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "halves"),
+    [(128, 2), (384, 2), (2816, 2), (4096, 2), (36864, 2),
+     (64, 1), (576, 1), (2064, 1), (7168, 1), (24576, 1), (129280, 1)],
+)  # fmt: skip
+def test_every_row_has_one_worker(num_rows, halves):
+    rows = num_rows // halves
+    taken = [
+        row for _, first, end in spans(num_rows, halves) for row in range(first, min(end, rows))
+    ]
+    assert taken == list(range(rows))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "halves", "busiest"), [(4096, 2, 16), (36864, 2, 144), (7168, 1, 64)]
+)
+def test_the_busiest_worker(num_rows, halves, busiest):
+    load = [0] * WORKERS
+    for worker, first, end in spans(num_rows, halves):
+        load[worker] += end - first
+    assert max(load) == busiest
