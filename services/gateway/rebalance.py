@@ -17,6 +17,7 @@ from common.config import ClusterConfig
 from common.errors import AtollError, LinkClosed, Retryable, WireError
 from common.ids import ProcessId, Role
 from common.model.hf_config import ModelConfig, load_config
+from common.model.slices import sliced_config
 from common.placement.handover import Report, next_frames
 from common.placement.links import RowBytes
 from common.placement.optimise import Options, moves
@@ -272,4 +273,5 @@ class Rebalancer:
 
 
 def _model(config: ClusterConfig) -> ModelConfig:
-    return load_config(config.model.path)
+    """As the expert side sees it: slices are experts."""
+    return sliced_config(load_config(config.model.path), config.placement.expert_slices)

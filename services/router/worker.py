@@ -17,6 +17,7 @@ from common.errors import AuthError, LinkClosed
 from common.ids import ProcessId, Role
 from common.model.hf_config import load_config
 from common.model.manifest import cluster_manifest
+from common.model.slices import sliced_config
 from common.obs.trace import open_recorder
 from common.plan_file import cluster_plan
 from common.status import ProcessStatus, State, status_frame
@@ -79,7 +80,12 @@ class RouterWorker:
             split=partial(split_unicast, self.spec.node) if unicast else split_by_node,
         )  # fmt: skip
         self.placement = Placement(
-            self.config, self.spec, model, self.manifest, self.flow, self._look
+            self.config,
+            self.spec,
+            sliced_config(model, slices),
+            self.manifest,
+            self.flow,
+            self._look,
         )
         await self.transport.listen(self.spec.address, self._hello(), self)
         for spec in routers.values():

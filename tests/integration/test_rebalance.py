@@ -186,6 +186,28 @@ def test_blocks_on_their_way_follow_their_own_epoch(model, expected, tmp_path, r
     asyncio.run(main())
 
 
+def test_slices_move_as_experts_do(model, tmp_path):
+    """Counters, plans and what is loaded are those of the sliced model; where slices lie changes no bit."""
+
+    async def main() -> None:
+        options = {"expert_slices": 2, "ep": 32, "nodes": 2}
+        async with running(model, tmp_path, **options) as (cluster, gateway):
+            before = await cluster.logits(TOKENS)
+            layers = load_config(model).moe_layers
+            places = random.Random(3).sample(range(32), 32)
+            plan = Plan(
+                0, {at: tuple((w,) for w in places) for at in layers}, (0,) * 16 + (1,) * 16
+            )
+            await gateway.rebalancer.carry_out(plan)
+            assert torch.equal(await cluster.logits(TOKENS), before)
+            nothing_is_left(cluster, plan)
+            trace = await gateway.rebalancer.trace()
+            assert (trace.num_experts, trace.top_k) == (32, 2 * load_config(model).top_k)
+            assert (trace.expert_ids[..., ::2] + 1 == trace.expert_ids[..., 1::2]).all()
+
+    asyncio.run(main())
+
+
 def test_blocks_of_two_epochs_are_on_their_way_at_once(model, expected, tmp_path):
     """An attention worker that is slow keeps the old plan alive: it is retired after that one's last block only."""
 
