@@ -1,7 +1,6 @@
 """Experts cut along their hidden dimension: the slices add up, and no bit depends on where they are."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,12 +121,11 @@ def test_a_worker_with_another_slice_is_refused(model, tmp_path):
         async with inproc_cluster(model, tmp_path, ep=32, expert_slices=2) as cluster:
             router = cluster.of(Role.ROUTER)[0]
             peer = router._experts[0].peer
-            router._check_weights(SimpleNamespace(peer=peer))
+            router.placement._checked(SimpleNamespace(peer=peer), peer.facts["experts"])
             of_slice_1 = router.manifest.expert_hashes[1, 1]
             held = [[1, 0, of_slice_1] if e[0] == 1 else e for e in peer.facts["experts"]]
-            wrong = SimpleNamespace(peer=replace(peer, facts={"experts": held}))
             with pytest.raises(AuthError, match="as expert 0 of layer 1, the checkpoint's is"):
-                router._check_weights(wrong)
+                router.placement._checked(SimpleNamespace(peer=peer), held)
 
     asyncio.run(main())
 
