@@ -58,8 +58,8 @@ class Units:
         host.sh(f"kill -9 {host.show(unit, 'MainPID')}")
 
     def stop(self) -> None:
-        for host in self._hosts.values():
-            host.sh("systemctl stop atoll.target")
+        for host in self._hosts.values():  # the gateway's first; the pattern makes systemctl wait
+            host.sh("systemctl stop atoll.target 'atoll-*'")
 
     def _place(self, name: str) -> tuple[Host, str]:
         unit = name.replace("-", "@")
