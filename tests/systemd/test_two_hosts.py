@@ -32,7 +32,7 @@ UNITS = {
 # what belongs to the machine and changes by itself or with any account or service
 NOT_OURS = (
     *("/var/log/", "/run/systemd/", "/run/log/", "/var/lib/systemd/", "/tmp/", "/var/tmp/"),
-    *("/run/user", "/run/utmp", "/root/.ssh", "/root/atoll", "/root/.python_history"),
+    *("/run/motd", "/run/user", "/run/utmp", "/root/.ssh", "/root/atoll", "/root/.python_history"),
     *("/etc/passwd-", "/etc/group-", "/etc/shadow-", "/etc/gshadow-", "/etc/.pwd.lock"),
     *("/etc/subuid-", "/etc/subgid-"),
 )
