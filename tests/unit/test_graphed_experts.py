@@ -1,0 +1,68 @@
+"""Experts on few rows as graphs, here run step by step: buckets, buffers that all share, experts that are dropped."""
+
+import pytest
+import torch
+
+from kernels import ops
+from services.expert.device_bank import DeviceBank, DeviceExpert, GraphedExperts
+
+WIDTH, HIDDEN = 256, 128
+
+
+def expert(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape):
+        return (torch.randn(*shape, generator=generator) * 20).to(torch.float8_e4m3fn)
+
+    gate_up, down = weight(2 * HIDDEN, WIDTH), weight(WIDTH, HIDDEN)
+    return DeviceExpert(gate_up, down, torch.full((2, 2), 0.01), torch.full((2, 1), 0.01))
+
+
+def rows(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return ops.quantise(torch.randn(count, WIDTH, generator=generator))
+
+
+def bank():
+    experts = {(0, 0): expert(1), (0, 1): expert(2)}
+    experts[0, 8] = experts[0, 0]  # one that stands for another
+    counts, hashes = dict.fromkeys(experts, 0), dict.fromkeys(experts, "h")
+    graphed = GraphedExperts(WIDTH, torch.device("cpu"))
+    return DeviceBank(WIDTH, "m", {}, hashes, counts, experts, graphed)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 128, 129])
+def test_a_bucket_computes_what_the_expert_does(count):
+    held = bank()
+    given, scales = rows(count)
+    for place in ((0, 0), (0, 1)):
+        assert torch.equal(held.ffn(*place, given, scales), held.experts[place](given, scales))
+
+
+def test_an_answer_outlives_the_next_call():
+    held = bank()
+    first = held.ffn(0, 0, *rows(8, seed=1))
+    kept = first.clone()
+    held.ffn(0, 1, *rows(8, seed=2))
+    assert torch.equal(first, kept)
+
+
+def test_what_an_earlier_call_left_reaches_nobody():
+    held = bank()
+    poisoned, scales = rows(8, seed=1)
+    bad = torch.full((8, WIDTH), float("nan")).to(torch.float8_e4m3fn)
+    held.ffn(0, 0, bad, torch.ones_like(scales))
+    few, few_scales = poisoned[:3], scales[:3]
+    assert torch.equal(held.ffn(0, 0, few, few_scales), held.experts[0, 0](few, few_scales))
+
+
+def test_graphs_go_with_the_last_place_that_has_their_weights(monkeypatch):
+    held, forgotten = bank(), []
+    monkeypatch.setattr(GraphedExperts, "forget", lambda self, network: forgotten.append(network))
+    network = held.experts[0, 0]
+    held.drop((0, 0))
+    assert forgotten == []
+    held.drop((0, 8))
+    assert forgotten == [network]
+    assert (0, 8) not in held
