@@ -58,7 +58,7 @@ class DeviceExpert:
 
 
 class GraphedExperts:
-    """FP8 experts on few rows as CUDA graphs: a call costs 133 us of Python, copies included, where its kernels launched
+    """FP8 experts on few rows as CUDA graphs: a call costs 133 us of Python, copies included; its kernels launched
     one by one cost 271 (128 rows, hidden 2048, two H100 hosts, 2026-11-25).
 
     A graph per expert and bucket of rows, on buffers that all share; rows that are left over in a bucket hold what
