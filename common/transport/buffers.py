@@ -8,7 +8,7 @@ in device memory (`common.transport.device`) they are `Buffer.rows`, and the buf
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -27,19 +27,18 @@ class Buffer:
 
     `rows` are the leading bytes of the payload where these lie in device memory, else None.
     `headroom_busy` is True while a send reads the headroom: another send of the same payload must not write there.
-    `sent_as` and `received_as` cache what a transport made of this memory (it lives as long as the storage).
+    `address` is where the headroom begins.
     """
 
     __slots__ = (
         "_count",
         "_give_back",
+        "address",
         "capacity",
         "headroom_busy",
         "nbytes",
         "on_free",
-        "received_as",
         "rows",
-        "sent_as",
         "storage",
         "view",
     )
@@ -49,13 +48,12 @@ class Buffer:
     ) -> None:
         self.storage = storage  # headroom, then capacity for the payload
         self.view = storage.data  # ten times cheaper to slice and to pack into than the array
+        self.address: int = storage.ctypes.data
         self.capacity = storage.nbytes - HEADER_NBYTES
         self.nbytes = 0
         self.rows: DeviceRows | None = None
         self.on_free: Callable[[], None] | None = None  # set by a link that must return a credit
         self.headroom_busy = False
-        self.sent_as: dict[int, Any] | None = None  # message size in bytes -> the transport's view
-        self.received_as: Any = None
         self._count = 0
         self._give_back = give_back
 

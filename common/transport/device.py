@@ -20,7 +20,6 @@ from common.transport.buffers import Buffer, BufferPool
 from common.transport.seam import Fence, Seam
 
 _MIN_NBYTES = 1 << 16
-_MAX_CACHED_VIEWS = 256  # per block: what UCX made of (offset, size)
 
 
 class DeviceBlock:
@@ -34,7 +33,6 @@ class DeviceBlock:
         "capacity",
         "on_host",
         "tensor",
-        "views",
     )
 
     def __init__(self, tensor: torch.Tensor, give_back: Callable[["DeviceBlock"], None]) -> None:
@@ -42,7 +40,6 @@ class DeviceBlock:
         self.address = tensor.data_ptr()
         self.capacity = tensor.numel()
         self.on_host = not tensor.is_cuda
-        self.views: dict[tuple[int, int], Any] = {}
         self._typed = {torch.uint8: tensor}
         self._count = 1
         self._give_back = give_back
@@ -104,32 +101,15 @@ class DeviceRows:
         """Drop a reference."""
         self.block.release()
 
-    def view(self, make: Callable[[Any], Any]) -> Any:  # noqa: ANN401  -- what the transport's library makes of memory
-        """`make` of this memory (host memory as a buffer, device memory by its CUDA array interface), cached."""
-        key = (self.offset, self.nbytes)
-        views = self.block.views
-        made = views.get(key)
-        if made is None:
-            if len(views) >= _MAX_CACHED_VIEWS:
-                views.clear()
-            memory: Any = (
-                self.tensor.numpy().data
-                if self.block.on_host
-                else _CudaArray(self.block.address + self.offset, self.nbytes)
-            )
-            made = views[key] = make(memory)
-        return made
+    @property
+    def address(self) -> int:
+        """Where they begin."""
+        return self.block.address + self.offset
 
-
-class _CudaArray:
-    """Memory as libraries exchange it; a torch slice costs ten times as much to make and to ask."""
-
-    __slots__ = ("__cuda_array_interface__",)
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3,
-        }  # fmt: skip
+    @property
+    def on_device(self) -> bool:
+        """False where the device is the CPU."""
+        return not self.block.on_host
 
 
 class DevicePool(BufferPool):

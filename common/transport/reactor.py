@@ -1,8 +1,8 @@
 """UCX on an asyncio loop: one context and worker, progressed when its epoll descriptor says so. Idle costs nothing.
 
-The only file that imports ucxx (core API, private module: pinned in pyproject). The library's own `blocking` mode arms
-its worker once and spins from the first event on; its asyncio endpoints cost 30 to 60 us per message. Here `pump`
-progresses, lets the owner sweep arrivals and completions, and goes back to sleep only when UCX agrees (`arm`).
+The only file that makes ucxx's objects (core API, private module: pinned in pyproject). The library's own `blocking`
+mode arms its worker once and spins from the first event on; its asyncio endpoints cost 30 to 60 us per message. Here
+`pump` polls the worker's port, lets the owner sweep, and goes back to sleep only when UCX agrees (`arm`).
 """
 
 import asyncio
@@ -13,46 +13,18 @@ from typing import Any, Protocol
 
 from common.errors import LinkClosed
 from common.transport.carriers import carriers_of
+from common.transport.port import Arrived, open_port, peer_of
 
 log = logging.getLogger(__name__)
 
-IN_PROGRESS = 1  # ucs_status_t; 0 is success, below 0 an error
 KIND_MESSAGE, KIND_SHIFT = 1, 56  # of a tag whose message is found by probing
 _MAX_ROUNDS = 32  # rounds of progress before other callbacks of the loop get their turn
-
-
-class Request(Protocol):
-    """A send or receive under way. Dropping it cancels it, and it keeps no reference to its memory."""
-
-    status: int
-
-
-class Tag(Protocol):
-    """A 64-bit tag."""
-
-    value: int
-
-
-class Probed(Protocol):
-    """A message taken off UCX's queue and not received yet."""
-
-    matched: bool  # False: there was none, and the rest is not there
-    length: int  # bytes
-    sender_tag: Tag
 
 
 class Endpoint(Protocol):
     """UCX's way to one peer."""
 
     handle: int  # ucp_ep_h
-
-    def tag_send(self, array: object, tag: Tag) -> Request:
-        """Post a send; the memory must stay until it ended."""
-        ...
-
-    def tag_recv(self, array: object, tag: Tag) -> Request:
-        """Post a receive of exactly this peer's message; the memory must stay until it ended."""
-        ...
 
     def remove_close_callback(self) -> None: ...
 
@@ -63,20 +35,21 @@ class Reactor:
     """A UCX worker that lives on the running loop. `sweep` returns True while it finds work."""
 
     def __init__(
-        self, sweep: Callable[[], bool], is_busy: Callable[[], bool], *, spin_us: int = 0
+        self,
+        arrived: Arrived,
+        sweep: Callable[[], bool],
+        is_busy: Callable[[], bool],
+        *,
+        spin_us: int = 0,
     ) -> None:
-        """`is_busy`: something is under way that wakes nobody, so poll. `spin_us`: how long to poll after the last
-        event before sleeping; only for a process with its own core.
+        """`arrived` takes messages, not rows. `is_busy`: something is under way that wakes nobody, so poll. `spin_us`:
+        how long to poll after the last event before sleeping; only for a process with its own core.
         """
         # loaded here: whoever only talks to gateways or runs `inproc` needs no UCX
         from ucxx._lib import libucxx
-        from ucxx._lib.arr import Array
 
         self._lib = libucxx
-        self.array: Callable[[Any], object] = Array
-        self.tag: Callable[[int], Tag] = libucxx.UCXXTag
-        self._message_tag = libucxx.UCXXTag(KIND_MESSAGE << KIND_SHIFT)
-        self._kind_mask = libucxx.UCXXTagMask(0xFF << KIND_SHIFT)
+        self._arrived = arrived
         self._sweep = sweep
         self._is_busy = is_busy
         self._spin_ns = spin_us * 1000
@@ -86,6 +59,7 @@ class Reactor:
         context = libucxx.UCXContext({}, (libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
         self._worker: Any = libucxx.UCXWorker(context)
         self._worker.init_blocking_progress_mode()
+        self.port = open_port(libucxx, self._worker, KIND_MESSAGE << KIND_SHIFT, 0xFF << KIND_SHIFT)
         self.address = bytes(self._worker.address)
         self._loop = asyncio.get_running_loop()
         self._fd: int = self._worker.epoll_file_descriptor
@@ -93,20 +67,11 @@ class Reactor:
 
     # -- what the transport does with it
 
-    def probe(self) -> Probed:
-        """Take the oldest message (not rows) that nobody received yet off the queue, if there is one: `matched`."""
-        probed: Probed = self._worker.tag_probe(self._message_tag, self._kind_mask, True)
-        return probed
+    def endpoint(self, address: bytes, on_failed: Callable[[], None]) -> tuple[Endpoint, Any]:
+        """An endpoint to a worker, and what the port calls it.
 
-    def receive(self, array: object, probed: Probed) -> Request:
-        """Receive a probed message into `array`, whose memory holds at least `probed.length` bytes."""
-        request: Request = self._worker.tag_recv_with_handle(array, probed)
-        return request
-
-    def endpoint(self, address: bytes, on_failed: Callable[[], None]) -> Endpoint:
-        """An endpoint to a worker. A garbage address aborts the process: only ever one from an authenticated peer.
-
-        `on_failed` is called while UCX progresses: it must only take a note.
+        A garbage address aborts the process: only ever one from an authenticated peer. `on_failed` is called while UCX
+        progresses: it must only take a note. Raises LinkClosed.
         """
         try:
             parsed = self._lib.UCXAddress.create_from_buffer(address)
@@ -116,15 +81,14 @@ class Reactor:
         except Exception as exc:
             raise LinkClosed(f"UCX cannot reach the peer's worker: {exc}") from exc
         endpoint.set_close_callback(lambda *_: on_failed())
-        made: Endpoint = endpoint
-        return made
+        return endpoint, peer_of(self.port, endpoint)
 
     def carriers(self, endpoint: Endpoint) -> tuple[str, ...]:
         """What UCX chose for it, "transport/device"."""
         return carriers_of(endpoint.handle)
 
     def close_endpoint(self, endpoint: Endpoint) -> None:
-        """Force it closed, dead peer or not: measured below 0.1 ms; its requests then end as cancelled."""
+        """Force it closed, dead peer or not: measured below 0.1 ms; its sends then end as cancelled."""
         endpoint.remove_close_callback()
         endpoint.close_blocking(0, 1)
         self.kick()  # events may have been consumed on the way
@@ -140,21 +104,21 @@ class Reactor:
         self.pump()
 
     def pump(self) -> None:
-        """Progress and sweep until UCX has nothing more to do."""
-        worker = self._worker
-        if worker is None or self._pumping:
+        """Poll and sweep until UCX has nothing more to do."""
+        if self._worker is None or self._pumping:
             return
         self._pumping = True
+        poll, sweep, arrived = self.port.poll, self._sweep, self._arrived
         try:
             for _ in range(_MAX_ROUNDS):
-                worker.progress()
-                if self._sweep():
+                worked = poll(arrived)
+                if sweep() or worked:
                     if self._spin_ns:
                         self._last_event_ns = time.monotonic_ns()
                     continue
                 if self._worker is None:
                     return
-                if not self._is_busy() and not self._spinning() and worker.arm():
+                if not self._is_busy() and not self._spinning() and self.port.arm():
                     return
         finally:
             self._pumping = False
@@ -163,18 +127,18 @@ class Reactor:
     def _spinning(self) -> bool:
         return self._spin_ns > 0 and time.monotonic_ns() - self._last_event_ns < self._spin_ns
 
-    def drain(self, is_done: Callable[[], bool], *, timeout_s: float) -> bool:
-        """Progress without sleeping until `is_done` or the time is up: only while closing."""
-        deadline = time.monotonic() + timeout_s
-        while not is_done():
-            if self._worker is None or time.monotonic() > deadline:
-                return False
-            self._worker.progress()
-        return True
+    def close(self, *, timeout_s: float) -> bool:
+        """Leave the loop and destroy the worker; idempotent. All endpoints must be closed before.
 
-    def close(self) -> None:
-        """Leave the loop and destroy the worker; idempotent. All endpoints must be closed before."""
+        What is under way may end until the time is up; False when it did not. Every operation has ended afterwards.
+        """
         if self._worker is None:
-            return
+            return True
         self._loop.remove_reader(self._fd)
+        deadline = time.monotonic() + timeout_s
+        while self.port.num_open and time.monotonic() < deadline:
+            self.port.poll(self._arrived)
+        done = not self.port.num_open
         self._worker = None
+        self.port.settle()
+        return done

@@ -28,14 +28,8 @@ from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer
 from common.transport.control import Channel
 from common.transport.link import BaseLink, LinkState
-from common.transport.reactor import (
-    IN_PROGRESS,
-    KIND_MESSAGE,
-    KIND_SHIFT,
-    Endpoint,
-    Probed,
-    Request,
-)
+from common.transport.port import CANCELED, IN_PROGRESS, Ended
+from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
 from common.wire.header import ANSWER_OFFSET, ANSWERS, HEADER_NBYTES, Header
 
 if TYPE_CHECKING:
@@ -47,20 +41,35 @@ log = logging.getLogger(__name__)
 _KIND_ROWS, _KIND_ANSWER_ROWS = 2, 3  # KIND_MESSAGE (1): header and payload, or header and tables
 SENDER_SHIFT = 32
 SENDER_MASK, _SEQUENCE_MASK = (1 << 24) - 1, (1 << 32) - 1
-_MAX_CACHED_SIZES = 8  # UCX views kept per buffer, one per message size: 1.3 us saved per message
 _FIRST_FRAME_S = 5.0  # how long an authenticated dialler may take to say what it needs
 
 _KIND_OFFSET = 3  # of a header's `kind`
 _read_answer = struct.Struct("<I").unpack_from
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _RowsIn:
+    """A posted receive of rows, with a reference to their memory until UCX has ended it."""
+
+    rows: "DeviceRows"
+    status: int = IN_PROGRESS
+    operation: Any = None  # what cancels it
+    arrival: "_Arrival | None" = None  # the message that they belong to, when that is in
+
+
+@dataclass(slots=True, eq=False)
 class _Arrival:
     """A message on its way in: first itself, then (with a header) its rows if they come apart."""
 
-    request: Request
     buffer: Buffer
+    sequence: int
+    status: int = IN_PROGRESS
     header: Header | None = None
+    rows: _RowsIn | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.header is not None and (self.rows is None or self.rows.status == 0)
 
 
 class UcxLink(BaseLink):
@@ -83,13 +92,13 @@ class UcxLink(BaseLink):
         self._opening = opened  # the dialler's `connect` waits for it
         self._deadline: asyncio.TimerHandle | None = None  # the listener's, until the first frame
         self._endpoint: Endpoint | None = None
+        self._to: Any = None  # the port's name of the endpoint
+        self._port = plane.reactor.port
         self._tag_base = 0
         self._num_sent = 0
         self._num_received = 0
-        self.sends: deque[tuple[Request, Callable[[], None]]] = deque()  # and what ends each
-        self.receives: deque[_Arrival] = deque()
-        # receives posted for the rows of answers, by answer number
-        self.expected: dict[int, tuple[Request, DeviceRows]] = {}
+        self._receives: deque[_Arrival] = deque()  # in the order of their sequence
+        self._expected: dict[int, _RowsIn] = {}  # the rows of answers, by answer number
 
     # -- control
 
@@ -139,7 +148,7 @@ class UcxLink(BaseLink):
                 if type(sender) is not int or not 0 < sender <= SENDER_MASK or not worker:
                     raise ValueError("sender or worker")
                 self._tag_base = KIND_MESSAGE << KIND_SHIFT | sender << SENDER_SHIFT
-                self._endpoint = self._reactor.endpoint(worker, self._endpoint_failed)
+                self._endpoint, self._to = self._reactor.endpoint(worker, self._endpoint_failed)
             if not isinstance(facts, dict):
                 raise TypeError("facts")
         except (KeyError, TypeError, ValueError, binascii.Error) as exc:
@@ -169,18 +178,9 @@ class UcxLink(BaseLink):
         """What UCX chose for this link; empty without an endpoint."""
         return () if self._endpoint is None else self._reactor.carriers(self._endpoint)
 
-    # -- data
+    # -- sending
 
     def _transmit(self, buffer: Buffer) -> None:
-        nbytes = HEADER_NBYTES + buffer.nbytes
-        views = buffer.sent_as
-        if views is None:
-            views = buffer.sent_as = {}
-        array = views.get(nbytes)
-        if array is None:
-            if len(views) >= _MAX_CACHED_SIZES:
-                views.clear()
-            array = views[nbytes] = self._reactor.array(buffer.view[:nbytes])
         sequence, self._num_sent = self._num_sent, (self._num_sent + 1) & _SEQUENCE_MASK
         rows, tag = buffer.rows, 0
         if rows is not None:  # read now: the buffer may be gone when its own message is out
@@ -188,7 +188,9 @@ class UcxLink(BaseLink):
             answer = answer if buffer.view[_KIND_OFFSET] in ANSWERS else 0
             tag = self._rows_tag(sequence, answer)
             rows.retain()
-        self._send_array(array, self._tag_base | sequence, partial(_sent, buffer))
+        nbytes = HEADER_NBYTES + buffer.nbytes
+        ended = partial(self._sent, buffer)
+        self._send_memory(buffer.address, nbytes, False, self._tag_base | sequence, ended)
         if rows is None:
             return
         if rows.fence is None or rows.fence.passed:
@@ -198,77 +200,73 @@ class UcxLink(BaseLink):
 
     def _send_rows(self, rows: "DeviceRows", tag: int) -> None:
         """The device has written the rows: send them, taking over a reference."""
-        if self.state is not LinkState.OPEN:
-            rows.release()
-            return
-        self._send_array(rows.view(self._reactor.array), tag, rows.release)
+        ended = partial(self._rows_sent, rows)
+        self._send_memory(rows.address, rows.nbytes, rows.on_device, tag, ended)
 
     def _rows_tag(self, sequence: int, answer: int) -> int:
         sender = self._tag_base & SENDER_MASK << SENDER_SHIFT
         kind, number = (_KIND_ANSWER_ROWS, answer) if answer else (_KIND_ROWS, sequence)
         return kind << KIND_SHIFT | sender | number
 
-    def _send_array(self, array: object, tag: int, ended: Callable[[], None]) -> None:
-        endpoint = self._endpoint
-        if endpoint is None:  # the link closed within `post`
-            ended()
-            return
-        try:
-            request = endpoint.tag_send(array, self._reactor.tag(tag))
-            status = request.status
-        except Exception as exc:
-            # not raised: `post` is not the only caller, and a closed link says what is lost by itself
-            ended()
-            self._close(LinkClosed(f"{self._peer.process} is gone: {exc}"))
-            return
-        if status == 0:
-            ended()
-            return
-        self.sends.append((request, ended))
-        self._plane.sending.add(self)
-        self._reactor.kick()
+    def _send_memory(
+        self, address: int, nbytes: int, on_device: bool, tag: int, ended: Ended
+    ) -> None:
+        """`ended` is called once, now or later. Nothing is raised: a closed link says what is lost by itself."""
+        self._plane.num_moving += 1
+        status = CANCELED
+        if self._endpoint is not None:  # the link may have closed within `post`
+            status = self._port.send(self._to, address, nbytes, on_device, tag, ended)
+        if status == IN_PROGRESS:
+            self._reactor.kick()
+        else:
+            ended(status)
 
-    def sweep_sends(self) -> bool:
-        """Release what is out, in the order posted; True when something was."""
-        sends, worked = self.sends, False
-        while sends:
-            request, ended = sends[0]
-            status = request.status
-            if status == IN_PROGRESS:
-                break
-            worked = True
-            sends.popleft()
-            ended()
-            if status < 0:
-                self._close(LinkClosed(f"{self._peer.process} is gone: send failed ({status})"))
-        return worked
+    def _sent(self, buffer: Buffer, status: int) -> None:
+        buffer.headroom_busy = False
+        buffer.release()
+        self._has_moved("send", status)
+
+    def _rows_sent(self, rows: "DeviceRows", status: int) -> None:
+        rows.release()
+        self._has_moved("send", status)
+
+    def _has_moved(self, what: str, status: int) -> None:
+        self._plane.num_moving -= 1
+        if status < 0:
+            self._close(LinkClosed(f"{self._peer.process} is gone: {what} failed ({status})"))
+
+    # -- receiving
 
     def _expect(self, answer: int, rows: "DeviceRows") -> None:
-        tag = _KIND_ANSWER_ROWS << KIND_SHIFT | self._sender << SENDER_SHIFT | answer
-        request = self._receive_rows(rows, tag)
-        if request is not None:
-            self.expected[answer] = (request, rows.retain())
+        self._expected[answer] = self._post_rows(rows, _KIND_ANSWER_ROWS, answer)
 
     def _unexpect(self, answer: int) -> None:
-        request_and_rows = self.expected.pop(answer, None)
-        if request_and_rows is not None:
-            _, rows = request_and_rows
-            del request_and_rows  # dropping a request cancels it
-            rows.release()
+        posted = self._expected.pop(answer, None)
+        if posted is not None:
+            self._port.cancel(posted.operation)
 
-    def _receive_rows(self, rows: "DeviceRows", tag: int) -> Request | None:
-        """Post a receive; None when the link closed over it."""
-        if self._endpoint is None:
-            return None
-        try:
-            return self._endpoint.tag_recv(rows.view(self._reactor.array), self._reactor.tag(tag))
-        except Exception as exc:
-            self._close(LinkClosed(f"{self._peer.process} is gone: {exc}"))
-            return None
+    def _post_rows(self, rows: "DeviceRows", kind: int, number: int) -> _RowsIn:
+        """Post the receive of rows."""
+        posted = _RowsIn(rows.retain())
+        tag = kind << KIND_SHIFT | self._sender << SENDER_SHIFT | number
+        ended = partial(self._rows_in, posted)
+        status, posted.operation = self._port.expect(
+            tag, rows.address, rows.nbytes, rows.on_device, ended
+        )
+        if status != IN_PROGRESS:
+            ended(status)
+        return posted
 
-    def arrive(self, tag: int, probed: Probed) -> None:
+    def _rows_in(self, posted: _RowsIn, status: int) -> None:
+        posted.status = status
+        posted.operation = None
+        posted.rows.release()
+        if posted.arrival is not None:
+            self._has_moved("receive", status)
+            self._deliver_whole()
+
+    def arrive(self, tag: int, nbytes: int, message: Any) -> None:  # noqa: ANN401  -- the port's
         """A message of this link was probed: receive it, or close the link when it must not be received."""
-        nbytes = probed.length
         sequence = tag & _SEQUENCE_MASK
         if (
             sequence != self._num_received
@@ -284,74 +282,61 @@ class UcxLink(BaseLink):
             return
         self._num_received = (sequence + 1) & _SEQUENCE_MASK
         buffer = self._pool.acquire(nbytes - HEADER_NBYTES)
-        request, header = self._plane.receive(buffer, probed), None
-        if self.state is LinkState.OPEN and request.status == 0:
-            header = self._read_header(buffer)
-            if header is None:
-                return
-            if buffer.rows is None and not self.receives:
-                self._deliver(header, buffer)
-                return
-        arrival = _Arrival(request, buffer, header)
-        if header is not None and not self._expect_rows(arrival, header, sequence):
-            return
-        if header is not None and not self.receives and self._is_whole(arrival):
-            self._deliver(header, buffer)
-            return
-        self.receives.append(arrival)
-        self._plane.receiving.add(self)
+        arrival = _Arrival(buffer, sequence)
+        self._receives.append(arrival)
+        self._plane.num_moving += 1
+        ended = partial(self._message_in, arrival)
+        status = self._port.receive(message, buffer.address, nbytes, ended)
+        if status != IN_PROGRESS:
+            ended(status)
 
-    def _open_arrival(self, arrival: _Arrival, sequence: int) -> bool:
-        """The message is in: read its header and see to its rows. False when the link closed over it."""
-        header = arrival.header = self._read_header(arrival.buffer)
-        return header is not None and self._expect_rows(arrival, header, sequence)
-
-    def _expect_rows(self, arrival: _Arrival, header: Header, sequence: int) -> bool:
-        """Receive the rows of a message if they come apart. False when the link closed over it."""
-        rows = arrival.buffer.rows
-        if rows is None:
-            return True
-        if header.kind in ANSWERS and header.answer in self.expected:
-            arrival.request, expected = self.expected.pop(header.answer)
-            expected.release()
-            return True
-        tag = _KIND_ROWS << KIND_SHIFT | self._sender << SENDER_SHIFT | sequence
-        request = self._receive_rows(rows, tag)
-        if request is None:
+    def _message_in(self, arrival: _Arrival, status: int) -> None:
+        arrival.status = status
+        if self.state is LinkState.CLOSED:
             arrival.buffer.release()
-            return False
-        arrival.request = request
-        return True
+        self._has_moved("receive", status)
+        if self.state is LinkState.OPEN:  # else it overtook the control socket
+            self._open_arrival(arrival)
+            self._deliver_whole()
 
-    def _is_whole(self, arrival: _Arrival) -> bool:
-        return arrival.header is not None and (
-            arrival.buffer.rows is None or arrival.request.status == 0
-        )
+    def _open_arrival(self, arrival: _Arrival) -> None:
+        """The message is in: read its header and see to its rows. A malformed one closes the link."""
+        buffer = arrival.buffer
+        header = self._read_header(buffer.retain())
+        if header is None:
+            return
+        buffer.release()
+        arrival.header = header
+        if buffer.rows is None:
+            return
+        posted = None
+        if header.kind in ANSWERS:
+            posted = self._expected.pop(header.answer, None)
+        if posted is None:
+            posted = self._post_rows(buffer.rows, _KIND_ROWS, arrival.sequence)
+        arrival.rows = posted
+        if posted.status == IN_PROGRESS:
+            posted.arrival = arrival
+            self._plane.num_moving += 1
+        elif posted.status < 0:
+            self._close(
+                LinkClosed(f"{self._peer.process} is gone: receive failed ({posted.status})")
+            )
 
-    def sweep_receives(self) -> bool:
-        """Deliver what is complete, in order; True when something was."""
-        receives, worked = self.receives, False
-        first = (self._num_received - len(receives)) & _SEQUENCE_MASK
-        while receives and self.state is LinkState.OPEN:
-            arrival = receives[0]
-            status = arrival.request.status
-            if status == IN_PROGRESS:
-                break
-            worked = True
-            receives.popleft()
-            if status != 0:
-                arrival.buffer.release()
-                self._close(LinkClosed(f"{self._peer.process} is gone: receive failed ({status})"))
-                break
-            if arrival.header is None and not self._open_arrival(arrival, first):
-                break
-            if not self._is_whole(arrival):
-                receives.appendleft(arrival)
-                continue
-            first = (first + 1) & _SEQUENCE_MASK
+    def deliver_early(self) -> None:
+        """The link is open: what overtook the control socket may be read."""
+        for arrival in list(self._receives):
+            if arrival.status == 0 and self.state is LinkState.OPEN:
+                self._open_arrival(arrival)
+        self._deliver_whole()
+
+    def _deliver_whole(self) -> None:
+        """Deliver what is complete, in order."""
+        receives = self._receives
+        while receives and receives[0].is_whole and self.state is LinkState.OPEN:
+            arrival = receives.popleft()
             assert arrival.header is not None
             self._deliver(arrival.header, arrival.buffer)
-        return worked
 
     # -- closing
 
@@ -361,16 +346,24 @@ class UcxLink(BaseLink):
     def _detach(self, error: LinkClosed) -> None:
         if self._opening is not None and not self._opening.done():
             self._opening.set_exception(error)
-        endpoint, self._endpoint = self._endpoint, None
+        endpoint, self._endpoint, self._to = self._endpoint, None, None
         if endpoint is not None:
             self._reactor.close_endpoint(endpoint)
         if self._deadline is not None:
             self._deadline.cancel()
-        self._plane.forget(self, self._sender)
+        self._plane.forget(self._sender)
+        self._drop_receives()
         if self._channel is not None:
             self._channel.close(error)
 
-
-def _sent(buffer: Buffer) -> None:
-    buffer.headroom_busy = False
-    buffer.release()
+    def _drop_receives(self) -> None:
+        """What is in goes back to its pool now, the rest when UCX has ended it."""
+        posted = [*self._expected.values(), *(a.rows for a in self._receives if a.rows is not None)]
+        self._expected.clear()
+        for rows in posted:
+            if rows.status == IN_PROGRESS:
+                self._port.cancel(rows.operation)
+        arrivals, self._receives = self._receives, deque()
+        for arrival in arrivals:
+            if arrival.status != IN_PROGRESS:
+                arrival.buffer.release()

@@ -17,37 +17,36 @@ from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Reactor
 
 NBYTES = 192  # what a message of 64 bytes has on the wire with our header
 WARM_UP = 200
+TAG = KIND_MESSAGE << KIND_SHIFT
+
+
+def ignore(status: int) -> None:
+    del status
 
 
 async def _bounce(pipe: Connection, trips: int, *, leads: bool) -> dict[str, float] | None:
     """Send one message to and fro; the leading side returns p50 and its CPU per round trip, both in microseconds."""
     done = asyncio.get_running_loop().create_future()
     arrivals: list[int] = []
-    under_way: list[object] = []  # dropping a request cancels it
 
-    def sweep() -> bool:
-        probed = reactor.probe()
-        if not probed.matched:
-            return False
-        under_way[:] = [reactor.receive(into, probed)]
+    def arrived(tag: int, nbytes: int, message: object) -> None:
+        reactor.port.receive(message, into, nbytes, ignore)
         arrivals.append(time.perf_counter_ns())
         if not leads or len(arrivals) < trips:
-            under_way.append(endpoint.tag_send(out, tag))
+            reactor.port.send(to, out, NBYTES, False, TAG, ignore)
         if len(arrivals) == trips:
             done.set_result(None)
-        return True
 
-    reactor = Reactor(sweep, lambda: False)
+    reactor = Reactor(arrived, lambda: False, lambda: False)
     memory = np.zeros((2, NBYTES), np.uint8)
-    out, into = (reactor.array(part.data) for part in memory)
-    tag = reactor.tag(KIND_MESSAGE << KIND_SHIFT)
+    out, into = memory[0].ctypes.data, memory[1].ctypes.data
     pipe.send_bytes(reactor.address)
-    endpoint = reactor.endpoint(pipe.recv_bytes(), lambda: None)
+    endpoint, to = reactor.endpoint(pipe.recv_bytes(), lambda: None)
     pipe.send("ready")
     pipe.recv()
     cpu_started = time.process_time()
     if leads:
-        under_way.append(endpoint.tag_send(out, tag))
+        reactor.port.send(to, out, NBYTES, False, TAG, ignore)
         reactor.kick()
     async with asyncio.timeout(60):
         await done
@@ -57,6 +56,8 @@ async def _bounce(pipe: Connection, trips: int, *, leads: bool) -> dict[str, flo
     else:
         pipe.send("done")
         await asyncio.sleep(0.2)  # the last message leaves
+    reactor.close_endpoint(endpoint)
+    reactor.close(timeout_s=0.1)
     gaps = [(b - a) / 1000 for a, b in itertools.pairwise(arrivals)]
     return {"p50_us": median(gaps[WARM_UP:]), "cpu_us": cpu_us} if leads else None
 

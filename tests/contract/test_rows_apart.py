@@ -35,9 +35,13 @@ class DeviceInprocNet(InprocNet):
         return made
 
 
-@pytest.fixture(params=[DeviceInprocNet, DeviceUcxNet], ids=["inproc", "ucx"])
-def net(request, tmp_path):
-    return request.param(tmp_path)
+@pytest.fixture(params=["inproc", "ucx", "ucxx"])
+def net(request, tmp_path, monkeypatch):
+    if request.param == "inproc":
+        return DeviceInprocNet(tmp_path)
+    if request.param == "ucxx":
+        monkeypatch.setattr("common.transport.port.compiled_port", lambda: None)
+    return DeviceUcxNet(tmp_path)
 
 
 class RowsPeer(Peer):
