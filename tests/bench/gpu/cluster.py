@@ -94,7 +94,7 @@ class GpuCluster:
             environ = os.environ | {"OMP_NUM_THREADS": "1"}
             if spec.id.role is not Role.GATEWAY:
                 environ["CUDA_VISIBLE_DEVICES"] = str(card_of(spec))
-            command = [sys.executable, *_profiled(spec), "-m", f"services.{spec.id.role}"]
+            command = [sys.executable, "-m", *_profiled(spec), f"services.{spec.id.role}"]
             command += ["--cluster", str(file)]
             self._processes[str(spec.id)] = subprocess.Popen(
                 [*command, "--index", str(spec.id.index)], env=environ, stdout=log, stderr=log
@@ -158,11 +158,11 @@ class GpuCluster:
 
 
 def _profiled(spec: ProcessSpec) -> list[str]:
-    """cProfile for the processes that ATOLL_PROFILE names, into the directory ATOLL_PROFILE_OUT."""
+    """A sampling profiler for the processes that ATOLL_PROFILE names, into the directory ATOLL_PROFILE_OUT."""
     if str(spec.id) not in os.environ.get("ATOLL_PROFILE", "").split(","):
         return []
-    out = Path(os.environ["ATOLL_PROFILE_OUT"]) / f"{spec.id}.prof"
-    return ["-m", "cProfile", "-o", str(out)]
+    out = Path(os.environ["ATOLL_PROFILE_OUT"]) / f"{spec.id}.txt"
+    return ["tests.bench.sample", str(out)]
 
 
 def _free_port() -> int:
