@@ -2,7 +2,7 @@
 unless the name says so. Offsets are those of the layouts, whether the rows lie in the buffer or in device memory.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ from common.errors import WireError
 from common.transport.buffers import Buffer
 from common.wire.blocks import RowSegment, RowType, check_payload, num_scales, row_segment
 from common.wire.header import HEADER_NBYTES
+
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
 
 TORCH_DTYPES = {
     RowType.FP8: torch.float8_e4m3fn,
@@ -45,12 +48,12 @@ def row_bytes(buffer: Buffer) -> torch.Tensor:
     return torch.from_numpy(buffer.array) if buffer.rows is None else buffer.rows.tensor
 
 
-def check_rows_apart(what: str, payload: Buffer | None, segment: RowSegment) -> torch.Tensor:
-    """`row_bytes` of a payload that must have exactly this segment in device memory; raises WireError otherwise."""
+def check_rows_apart(what: str, payload: Buffer | None, segment: RowSegment) -> "DeviceRows":
+    """The rows of a payload that must have exactly this segment in device memory; raises WireError otherwise."""
     if payload is None or payload.rows is None or payload.rows.nbytes != segment.end:
         apart = 0 if payload is None else payload.rows_nbytes
         raise WireError(f"{what} has {apart} bytes of rows in device memory, not {segment.end}")
-    return payload.rows.tensor
+    return payload.rows
 
 
 def byte_rows(buffer: Buffer, segment: RowSegment) -> npt.NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
+from kernels.launch import launch
 from kernels.quant import quantise_blocks
 from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
 
@@ -86,10 +87,11 @@ def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) 
     if n == 0:
         return
     exact = torch.float64 in (out.dtype, source.dtype)
-    _combine[(n, triton.cdiv(width, _COLUMNS))](
-        source, slots, weights, out, width, depth, weights is not None,
-        tl.float64 if exact else tl.float32, _COLUMNS, num_warps=_warps(n), enable_fp_fusion=False,
-        **PROGRAMMATIC,
+    launch(
+        _combine, (n, triton.cdiv(width, _COLUMNS), 1),
+        (source, slots, slots if weights is None else weights, out), (width,),
+        (depth, weights is not None, tl.float64 if exact else tl.float32, _COLUMNS),
+        num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
+from kernels.launch import launch
 from kernels.reference.pack import route as route_reference
 
 _UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -223,10 +224,24 @@ def pack_blocks(
 
 
 @triton.jit
+def _units(BYTES, UNIT: tl.constexpr):
+    """Memory as integers of UNIT bytes."""
+    if UNIT == 8:
+        return BYTES.to(tl.pointer_type(tl.int64))
+    if UNIT == 4:
+        return BYTES.to(tl.pointer_type(tl.int32))
+    if UNIT == 2:
+        return BYTES.to(tl.pointer_type(tl.int16))
+    return BYTES
+
+
+@triton.jit
 def _copy_pieces(
-    SOURCE, OUT, SOURCE_SCALES, INDEX, PIECES, size, scale_size, UNIT: tl.constexpr,
+    SOURCE, OUT, INDEX, PIECES, first, first_scales, size, scale_size, UNIT: tl.constexpr,
     SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
+    SOURCE = _units(SOURCE, UNIT)
+    OUT = _units(OUT, UNIT)
     i = tl.program_id(0)
     piece = PIECES + tl.program_id(1) * 4
     if i < tl.load(piece + 1):
@@ -234,10 +249,10 @@ def _copy_pieces(
         one = tl.zeros((1,), tl.int64)
         ok = one == 0
         out = OUT + tl.load(piece + 2) // UNIT
-        _move(SOURCE, out, one + j, one + i, ok, size, C)
+        _move(SOURCE + first, out, one + j, one + i, ok, size, C)
         if SCALED:
             scales = OUT + tl.load(piece + 3) // UNIT
-            _move(SOURCE_SCALES, scales, one + j, one + i, ok, scale_size, CS)
+            _move(SOURCE + first_scales, scales, one + j, one + i, ok, scale_size, CS)
 
 
 def gather_pieces(
@@ -262,9 +277,9 @@ def gather_pieces(
         row_nbytes, source_offset, scale_nbytes, source_scales, source.data_ptr(), out.data_ptr()
     )
     size, scale_size = row_nbytes // unit, scale_nbytes // unit
-    _copy_pieces[(max_rows, pieces.shape[0])](
-        _view(source, source_offset, unit), _view(out, 0, unit),
-        _view(source, source_scales, unit), index, pieces, size, scale_size, unit,
-        scale_size > 0, triton.next_power_of_2(size), triton.next_power_of_2(max(1, scale_size)),
+    launch(
+        _copy_pieces, (max_rows, pieces.shape[0], 1), (source, out, index, pieces),
+        (source_offset // unit, source_scales // unit, size, scale_size),
+        (unit, scale_size > 0, triton.next_power_of_2(size), triton.next_power_of_2(max(1, scale_size))),
         num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, rows_of
+from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, put_bytes, rows_of
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
 from common.transport.seam import Seam
@@ -215,10 +215,12 @@ class RowsApart:
         block = self._pool.take(nbytes)
         is_fp8 = segment.row_type is RowType.FP8
         ops.gather_pieces(
-            source, block.tensor, index, table, max_rows=max(p.stop - p.start for p in pieces),
-            row_nbytes=segment.width * int(segment.row_type), source_offset=segment.rows_offset,
+            source.block.tensor, block.tensor, index, table,
+            max_rows=max(p.stop - p.start for p in pieces),
+            row_nbytes=segment.width * int(segment.row_type),
+            source_offset=source.offset + segment.rows_offset,
             scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
-            source_scales=segment.scales_offset,
+            source_scales=source.offset + segment.scales_offset,
         )  # fmt: skip
         fence = release_behind(self._seam, *held)
         buffers = []
@@ -237,10 +239,8 @@ class RowsApart:
             end += -(-array.nbytes // _ALIGN) * _ALIGN
         staging = self._pool.acquire(end)
         for array, place in zip(arrays, places, strict=True):
-            staging.array[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
-        block = self._pool.take(end)
-        there = block.tensor[:end]
-        there.copy_(torch.from_numpy(staging.array), non_blocking=True)
+            put_bytes(staging, place, array)
+        block = self._pool.upload(staging)
         tensors = []
         for array, place in zip(arrays, places, strict=True):
             shape = array.shape if array.ndim == 2 else (1, len(array))
