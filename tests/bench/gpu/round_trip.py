@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=7168)
+    parser.add_argument("--spin-us", type=int, default=-1, help="as in the cluster's file")
     parser.add_argument("--blocks", type=int, default=300)
     parser.add_argument("--trace", action="store_true", help="medians of every part of the way")
     parser.add_argument("--out", type=Path)
@@ -198,7 +199,7 @@ def main() -> None:
         )  # fmt: skip
         config = gpu_config(
             model, Path(scratch) / "run", experts=args.experts, routers=args.routers,
-            trace_events=(1 << 16) * int(args.trace),
+            trace_events=(1 << 16) * int(args.trace), spin_us=args.spin_us,
         )  # fmt: skip
         with (
             GpuCluster(config, without=Role.ATTENTION) as cluster,
