@@ -6,6 +6,7 @@ computes in fp32, but the library's products may give a row other bits in anothe
 
 import bisect
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -20,6 +21,7 @@ from common.model.slices import sliced_config
 from common.model.source import Source, open_checkpoint
 from common.placement.plan import Place
 from common.plan_file import first_residents
+from common.transport.device import open_copy
 from common.wire.header import Wire
 from kernels import ops
 from kernels.graphs import Replays
@@ -75,27 +77,28 @@ class GraphedExperts:
         self._rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
         self._scales = torch.ones(most, blocks, device=device)
         self._out = torch.empty(most, width, dtype=torch.bfloat16, device=device)
+        self._copy = open_copy(device)
 
     def __call__(self, expert: DeviceExpert, rows: Tensor, scales: Tensor) -> Tensor:
-        """rows e4m3 [n, width] with scales fp32, n at most the largest bucket: bf16 [n, width]."""
+        """rows e4m3 [n, width] with scales fp32, n at most the largest bucket, contiguous: bf16 [n, width]."""
         n = len(rows)
         bucket = self.BUCKETS[bisect.bisect_left(self.BUCKETS, n)]
-        self._rows[:n].copy_(rows.view(torch.uint8))
-        self._scales[:n].copy_(scales)
-        given = self._rows[:bucket].view(torch.float8_e4m3fn), self._scales[:bucket]
-        out = self._out[:bucket]
-        self._graphs.run((expert, bucket), lambda: copy_into(out, expert(*given)))
-        return self._out[:n].clone()
+        self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
+        self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
+        self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
+        out = torch.empty_like(rows, dtype=torch.bfloat16)
+        self._copy(out.data_ptr(), self._out.data_ptr(), out.nbytes)
+        return out
+
+    def _compute(self, expert: DeviceExpert, bucket: int) -> None:
+        """The step of a graph."""
+        rows = self._rows[:bucket].view(torch.float8_e4m3fn)
+        self._out[:bucket].copy_(expert(rows, self._scales[:bucket]))
 
     def forget(self, expert: DeviceExpert) -> None:
         """Its weights are given up: a graph would read them."""
         for bucket in self.BUCKETS:
             self._graphs.forget((expert, bucket))
-
-
-def copy_into(target: Tensor, source: Tensor) -> None:
-    """A step of a graph."""
-    target.copy_(source)
 
 
 @dataclass(slots=True)
