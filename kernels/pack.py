@@ -226,13 +226,14 @@ def pack_blocks(
 @triton.jit
 def _units(BYTES, UNIT: tl.constexpr):
     """Memory as integers of UNIT bytes."""
+    typed = BYTES
     if UNIT == 8:
-        return BYTES.to(tl.pointer_type(tl.int64))
-    if UNIT == 4:
-        return BYTES.to(tl.pointer_type(tl.int32))
-    if UNIT == 2:
-        return BYTES.to(tl.pointer_type(tl.int16))
-    return BYTES
+        typed = BYTES.to(tl.pointer_type(tl.int64))
+    elif UNIT == 4:
+        typed = BYTES.to(tl.pointer_type(tl.int32))
+    elif UNIT == 2:
+        typed = BYTES.to(tl.pointer_type(tl.int16))
+    return typed
 
 
 @triton.jit
@@ -248,10 +249,10 @@ def _copy_pieces(
         j = tl.load(INDEX + tl.load(piece) + i).to(tl.int64)
         one = tl.zeros((1,), tl.int64)
         ok = one == 0
-        out = OUT + tl.load(piece + 2) // UNIT
+        out = OUT + tl.multiple_of(tl.load(piece + 2) // UNIT, 16 // UNIT)
         _move(SOURCE + first, out, one + j, one + i, ok, size, C)
         if SCALED:
-            scales = OUT + tl.load(piece + 3) // UNIT
+            scales = OUT + tl.multiple_of(tl.load(piece + 3) // UNIT, 16 // UNIT)
             _move(SOURCE + first_scales, scales, one + j, one + i, ok, scale_size, CS)
 
 

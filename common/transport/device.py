@@ -207,7 +207,7 @@ class DevicePool(BufferPool):
 
 
 def open_copy(device: torch.device) -> Callable[[int, int, int], object]:
-    """A copy (to address, from address, bytes) that the device makes in its turn; torch takes ten times the Python for it.
+    """A copy (to address, from address, bytes) that the device makes in its turn: a tenth of the Python of torch's.
 
     On the stream that is current now. Raises RuntimeError when the driver refuses.
     """
