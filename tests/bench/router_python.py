@@ -1,0 +1,174 @@
+"""What a router's Python costs per block: kernels, copies and the wire left out.
+
+    python -m tests.bench.router_python [--rows 128] [--experts 8] [--profile]
+
+One block of rows in device form, each to 8 experts on as many workers of one node, through the real dataflow, links,
+credits and pools of one process; a link hands its messages to nobody, answers are put in by hand. Microseconds, the
+median of many, by step.
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+import time
+from collections import defaultdict
+from statistics import median
+
+import numpy as np
+import torch
+
+from common.ids import ProcessId, Role
+from common.placement.plan import Plan
+from common.transport.base import Hello
+from common.transport.buffers import Buffer
+from common.transport.device import DevicePool
+from common.transport.link import BaseLink, LinkLimits
+from common.transport.outbox import Outbox
+from common.wire.blocks import RowType, dispatch_layout, row_segment
+from common.wire.header import Header, Kind, Wire
+from kernels import ops
+from services.router.dataflow import Dataflow
+
+WIDTH, LAYER = 7168, 3
+
+
+class SilentLink(BaseLink):
+    """Takes messages and sends none."""
+
+    def __init__(self, role: Role, index: int, handler: Dataflow, pool: DevicePool) -> None:
+        mine = Hello(ProcessId(Role.ROUTER, 0), 0, 1, "m", 1, "fp8")
+        peer = Hello(ProcessId(role, index), 0, 1, "m", 1, "fp8")
+        super().__init__(mine, peer, handler, pool, LinkLimits(window=1 << 16))
+        self.posted: list[Header] = []
+        self._opened(peer)
+
+    def _transmit(self, buffer: Buffer) -> None:
+        header = Header.unpack_from(buffer.view, max_payload_nbytes=1 << 30)
+        self.posted.append(header)
+        buffer.headroom_busy = False
+        buffer.release()
+
+    def _defer(self, call: object) -> None: ...
+
+    def _detach(self, error: object) -> None: ...
+
+    def _send_control(self, frame: dict[str, object]) -> None: ...
+
+    def take(self, buffer: Buffer) -> None:
+        """A message has arrived."""
+        header = self._read_header(buffer)
+        assert header is not None
+        self._deliver(header, buffer)
+
+
+class Handler:
+    """Gives a link to the dataflow."""
+
+    def __init__(self) -> None:
+        self.flow: Dataflow
+
+    def on_open(self, link: object) -> None: ...
+
+    def on_message(self, link: SilentLink, header: Header, payload: Buffer | None) -> None:
+        self.flow.on_message(link, header, payload)
+
+
+def block(pool: DevicePool, rows: int, experts: int, number: int) -> Buffer:
+    """A DISPATCH as it comes in."""
+    layout = dispatch_layout(rows, WIDTH, 8, Wire.FP8)
+    buffer = pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+    ids = np.stack([np.sort(np.random.permutation(experts)[:8]) for _ in range(rows)]).astype(
+        np.int32
+    )
+    tables = buffer.array
+    tables[layout.experts - layout.rows.end :][: ids.nbytes] = ids.reshape(-1).view(np.uint8)
+    weights = np.full(ids.shape, 0.125, np.float32)
+    tables[layout.weights - layout.rows.end :][: ids.nbytes] = weights.reshape(-1).view(np.uint8)
+    header = Header(Kind.DISPATCH, Wire.FP8, 0, LAYER, 1, WIDTH, number, number, rows, rows * 8,
+                    payload_nbytes=layout.nbytes, rows_nbytes=layout.rows.end)  # fmt: skip
+    header.pack_into(buffer.view)
+    return buffer
+
+
+def answer(pool: DevicePool, request: Header) -> Buffer:
+    """An EXPERT_OUT as it comes in: its rows are where they were wanted."""
+    segment = row_segment(request.num_rows, WIDTH, RowType.BF16)
+    header = request.derive(
+        Kind.EXPERT_OUT,
+        target=request.target,
+        num_rows=request.num_rows,
+        payload_nbytes=segment.end,
+    )
+    header.rows_nbytes = segment.end
+    buffer = pool.acquire(0)
+    header.pack_into(buffer.view)
+    return buffer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=400)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    ops.gather_pieces = ops.combine = lambda *_, **__: None  # kernels are left out
+    pool = DevicePool("cpu")
+    plan = Plan(1, {LAYER: tuple((w,) for w in range(args.experts))}, (0,) * args.experts)
+    handler = Handler()
+    experts = {w: Outbox(f"expert-{w}") for w in range(args.experts)}
+    flow = handler.flow = Dataflow(
+        0, plan, args.experts, pool, experts, {}, answer_rows=RowType.BF16
+    )
+    links = {w: SilentLink(Role.EXPERT, w, handler, pool) for w in experts}
+    for w, outbox in experts.items():
+        outbox.opened(links[w])
+    flow.calls.look()
+    origin = SilentLink(Role.ATTENTION, 0, handler, pool)
+    times: dict[str, list[float]] = defaultdict(list)
+    profile = cProfile.Profile()
+    with torch.inference_mode():
+        for number in range(1, args.blocks + 1):
+            message = block(pool, args.rows, args.experts, number)
+            if args.profile and number == args.blocks // 4:
+                profile.enable()
+            started = time.perf_counter()
+            origin.take(message)
+            split = time.perf_counter()
+            requests = [(link, link.posted.pop()) for link in links.values()]
+            answers = [(link, answer(pool, request)) for link, request in requests]
+            ready = time.perf_counter()
+            for link, buffer in answers[:-1]:
+                link.take(buffer)
+            last = time.perf_counter()
+            answers[-1][0].take(answers[-1][1])
+            ended = time.perf_counter()
+            assert origin.posted.pop().kind is Kind.COMBINED
+            for name, seconds in (
+                ("dispatch", split - started),
+                ("answers", last - ready),
+                ("sum", ended - last),
+            ):
+                times[name].append(seconds * 1e6)
+    profile.disable()
+    figures = {name: round(median(values), 1) for name, values in times.items()}
+    least = {name: round(min(values), 1) for name, values in times.items()}
+    print(
+        json.dumps(
+            {
+                "median_us": figures,
+                "least_us": least,
+                "sum_of_medians_us": round(sum(figures.values()), 1),
+            }
+        )
+    )
+    print(pool)
+    if args.profile:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+
+
+if __name__ == "__main__":
+    main()
