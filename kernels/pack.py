@@ -238,15 +238,15 @@ def _units(BYTES, UNIT: tl.constexpr):
 
 @triton.jit
 def _copy_pieces(
-    SOURCE, OUT, INDEX, PIECES, first, first_scales, size, scale_size, UNIT: tl.constexpr,
+    SOURCE, OUT, TABLES, index_at, pieces_at, first, first_scales, size, scale_size, UNIT: tl.constexpr,
     SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
     SOURCE = _units(SOURCE, UNIT)
     OUT = _units(OUT, UNIT)
     i = tl.program_id(0)
-    piece = PIECES + tl.program_id(1) * 4
+    piece = _units(TABLES + pieces_at, 8) + tl.program_id(1) * 4
     if i < tl.load(piece + 1):
-        j = tl.load(INDEX + tl.load(piece) + i).to(tl.int64)
+        j = tl.load(_units(TABLES + index_at, 4) + tl.load(piece) + i).to(tl.int64)
         one = tl.zeros((1,), tl.int64)
         ok = one == 0
         out = OUT + tl.multiple_of(tl.load(piece + 2) // UNIT, 16 // UNIT)
@@ -259,9 +259,11 @@ def _copy_pieces(
 def gather_pieces(
     source: Tensor,
     out: Tensor,
-    index: Tensor,
-    pieces: Tensor,
+    tables: Tensor,
     *,
+    index_offset: int,
+    pieces_offset: int,
+    num_pieces: int,
     max_rows: int,
     row_nbytes: int,
     source_offset: int,
@@ -270,17 +272,17 @@ def gather_pieces(
 ) -> None:
     """Gather rows into several blocks of one buffer, in one launch.
 
-    index [n]; pieces int64 [num_pieces, 4]: first place in `index`, number of rows (at most `max_rows`), byte offset of
-    the rows in `out`, byte offset of their scales. Offsets are multiples of 16. Pieces are not checked: they stay on
-    the device.
+    In `tables` (uint8) are, from these byte offsets on, index int32 and pieces int64 [num_pieces, 4]: first place in
+    `index`, number of rows (at most `max_rows`), byte offset of the rows in `out`, byte offset of their scales. Offsets
+    are multiples of 16. Pieces are not checked: they stay on the device.
     """
     unit = _unit(
         row_nbytes, source_offset, scale_nbytes, source_scales, source.data_ptr(), out.data_ptr()
     )
     size, scale_size = row_nbytes // unit, scale_nbytes // unit
     launch(
-        _copy_pieces, (max_rows, pieces.shape[0], 1), (source, out, index, pieces),
-        (source_offset // unit, source_scales // unit, size, scale_size),
+        _copy_pieces, (max_rows, num_pieces, 1), (source, out, tables),
+        (index_offset, pieces_offset, source_offset // unit, source_scales // unit, size, scale_size),
         (unit, scale_size > 0, triton.next_power_of_2(size), triton.next_power_of_2(max(1, scale_size))),
         num_warps=4,
     )  # fmt: skip

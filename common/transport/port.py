@@ -8,16 +8,18 @@ import ctypes
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
+from common.compiled import compiled
 from common.transport.carriers import loaded_library
-from common.transport.compiled import compiled_port
 
 log = logging.getLogger(__name__)
 
 IN_PROGRESS = 1  # ucs_status_t; 0 is success, below 0 an error
 CANCELED = -16  # UCS_ERRCANCELED
 _MAX_ARRIVALS = 256  # per poll, so that a flood cannot keep completions and timers waiting
+_SOURCE = Path(__file__).with_name("port.c")
 _EVERY_BIT = (1 << 64) - 1
 
 Foreign = Any  # an object of UCXX, or a number that the compiled port understands
@@ -73,7 +75,7 @@ class Port(Protocol):
 
 def open_port(library: Foreign, worker: Foreign, tag: int, mask: int) -> Port:
     """A port of a UCXX worker, which finds by probing what has `tag` under `mask`."""
-    module, path = compiled_port(), loaded_library("libucp")
+    module, path = compiled(_SOURCE, needs=("libucx",)), loaded_library("libucp")
     if module is None or path is None:
         return UcxxPort(library, worker, tag, mask)
     module.use_library(str(path))

@@ -104,20 +104,23 @@ class Reactor:
         self.pump()
 
     def pump(self) -> None:
-        """Poll and sweep until UCX has nothing more to do."""
+        """Poll and sweep until UCX has nothing more to do, then let those go on who waited for what came."""
         if self._worker is None or self._pumping:
             return
         self._pumping = True
         poll, sweep, arrived = self.port.poll, self._sweep, self._arrived
+        has_worked = False
         try:
             for _ in range(_MAX_ROUNDS):
                 worked = poll(arrived)
                 if sweep() or worked:
-                    if self._spin_ns:
-                        self._last_event_ns = time.monotonic_ns()
+                    has_worked = True
                     continue
                 if self._worker is None:
                     return
+                if has_worked and (self._spin_ns or self._is_busy()):
+                    self._last_event_ns = time.monotonic_ns()
+                    break
                 if not self._is_busy() and not self._spinning() and self.port.arm():
                     return
         finally:

@@ -120,9 +120,11 @@ def pack_blocks(
 def gather_pieces(
     source: Tensor,
     out: Tensor,
-    index: Tensor,
-    pieces: Tensor,
+    tables: Tensor,
     *,
+    index_offset: int,
+    pieces_offset: int,
+    num_pieces: int,
     max_rows: int,
     row_nbytes: int,
     source_offset: int,
@@ -131,9 +133,12 @@ def gather_pieces(
 ) -> None:
     """Gather rows into several blocks of one buffer: `pack` for each of the pieces, whose numbers lie on the device.
 
-    index [n]; pieces int64 [num_pieces, 4]: first place in `index`, number of rows (at most `max_rows`), byte offset of
-    the rows in `out`, byte offset of their scales. Offsets are multiples of 16.
+    In `tables` (uint8) are, from these byte offsets on, index int32 and pieces int64 [num_pieces, 4]: first place in
+    `index`, number of rows (at most `max_rows`), byte offset of the rows in `out`, byte offset of their scales. Offsets
+    are multiples of 16.
     """
+    pieces = tables[pieces_offset : pieces_offset + num_pieces * 32].view(torch.int64).view(-1, 4)
+    index = tables[index_offset : tables.numel() // 4 * 4].view(torch.int32)
     for start, count, rows_at, scales_at in pieces.tolist():
         pack(
             source,

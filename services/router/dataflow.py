@@ -26,12 +26,13 @@ from services.router import payloads
 from services.router.answers import Answers
 from services.router.block import Int32s, NodeWork, SourceWork, Tensor, Work
 from services.router.calls import Calls
+from services.router.compiled_plan import fan_out, split_by_node
 from services.router.counters import Counters
 from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
-from services.router.plan import NodeShare, WorkerShare, fan_out, split_by_node
-from services.router.routes import NOT_OURS, Routes
+from services.router.plan import NodeShare, WorkerShare
+from services.router.routes import Routes
 from services.router.rows import Piece, Rows, expert_pieces, open_rows
 
 # More for another router, which watches its own experts and knows better who owes what.
@@ -183,8 +184,6 @@ class Dataflow:
         calls = self.calls
         table = routes.workers(request.layer, share.experts, calls.fleet)
         workers = table[share.experts]
-        if (workers == NOT_OURS).any():
-            raise WireError(f"a RELAY for experts that node {self.node} does not hold")
         plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
         pieces = expert_pieces(plan.shares, request.width, request.wire)
         buffers, outputs = self._rows.fan_out(

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from common.errors import WireError
 
+NOBODY = "a RELAY for experts that this node does not hold"
+
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -54,7 +56,7 @@ class FanOut:
 
 def check_experts(experts: Int32s, num_experts: int) -> None:
     """Raise WireError for an expert id that the model does not have."""
-    if experts.size and (int(experts.min()) < 0 or int(experts.max()) >= num_experts):
+    if experts.size and int(experts.view(np.uint32).max()) >= num_experts:  # negative ids are huge
         raise WireError(f"expert id outside 0..{num_experts - 1}")
 
 
@@ -63,13 +65,13 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
 
     `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
     """
-    rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
+    rows, pair_rows, firsts = rows_of_pairs(*experts.shape)
     order = (experts.argsort(axis=1, kind="stable") + firsts).ravel()
     return split_pairs(rows, pair_rows, experts.take(order), weights.take(order), nodes.take(order))
 
 
 @lru_cache(maxsize=256)
-def _rows_of_pairs(num_rows: int, top_k: int) -> tuple[Ints, Int32s, Ints]:
+def rows_of_pairs(num_rows: int, top_k: int) -> tuple[Ints, Int32s, Ints]:
     """Every row, the row of every pair, and each row's first pair as a column: the same for all blocks of a size.
 
     Nobody writes to them.
@@ -138,8 +140,11 @@ def fan_out(
 ) -> FanOut:
     """Divide a node's pairs by expert worker; every row has at least one pair.
 
-    `workers` [num_pairs] says who computes each pair: the rows of one expert may be divided among its replicas.
+    `workers` [num_pairs] says who computes each pair: the rows of one expert may be divided among its replicas. Raises
+    WireError where it says nobody.
     """
+    if int(workers.min()) < 0:
+        raise WireError(NOBODY)
     order = _radix_order(workers, experts)  # rows stay ascending within an expert
     hit, ids = workers.take(order), experts.take(order)
     is_first = np.empty(len(order), np.bool_)

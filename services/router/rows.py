@@ -170,11 +170,9 @@ class RowsApart:
         self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
     ) -> list[Buffer]:
         table, places, nbytes = _layout(pieces)
-        (index_there, table_there), block, staging = self._copy(index.astype(np.int32), table)
-        held = payload.retain(), staging, block
-        return self._gather(
-            payload, segment, index_there, table_there, pieces, places, nbytes, held
-        )
+        ats, tables, staging = self._copy(index.astype(np.int32, copy=False), table)
+        held = payload.retain(), staging, tables
+        return self._gather(payload, segment, tables, ats, pieces, places, nbytes, held)
 
     def fan_out(
         self,
@@ -186,17 +184,16 @@ class RowsApart:
         row_type: RowType,
     ) -> tuple[list[Buffer], Outputs]:
         table, places, nbytes = _layout(pieces)
-        (index_there, table_there, slots, weights), tables, staging = self._copy(
+        ats, tables, staging = self._copy(
             index.astype(np.int32, copy=False), table, plan.slots, plan.weights
         )
         held = payload.retain(), staging
-        buffers = self._gather(
-            payload, segment, index_there, table_there, pieces, places, nbytes, held
-        )
-        row_nbytes = segment.width * int(row_type)
+        buffers = self._gather(payload, segment, tables, ats, pieces, places, nbytes, held)
         num_places = len(plan.rows)
-        block = self._pool.take(num_places * row_nbytes)
+        block = self._pool.take(num_places * segment.width * int(row_type))
         rows = block.matrix(TORCH_DTYPES[row_type], 0, num_places, segment.width)
+        slots = tables.matrix(torch.int32, ats[2], *plan.slots.shape)
+        weights = tables.matrix(torch.float32, ats[3], *plan.weights.shape)
         return buffers, Outputs(rows, slots, weights, [block, tables])
 
     def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
@@ -207,15 +204,16 @@ class RowsApart:
         return [block.rows(s.start * nbytes, (s.stop - s.start) * nbytes) for s in shares]
 
     def _gather(
-        self, payload: Buffer, segment: RowSegment, index: Tensor, table: Tensor,
+        self, payload: Buffer, segment: RowSegment, tables: DeviceBlock, ats: Sequence[int],
         pieces: Sequence[Piece], places: list[int], nbytes: int, held: Sequence[Buffer | DeviceBlock],
     ) -> list[Buffer]:  # fmt: skip
-        """`held` are released behind the gather."""
+        """The index and the kernel's table are in `tables` at the first two of `ats`; `held` are released behind it."""
         source = check_rows_apart("a block", payload, segment)
         block = self._pool.take(nbytes)
         is_fp8 = segment.row_type is RowType.FP8
         ops.gather_pieces(
-            source.block.tensor, block.tensor, index, table,
+            source.block.tensor, block.tensor, tables.tensor,
+            index_offset=ats[0], pieces_offset=ats[1], num_pieces=len(pieces),
             max_rows=max(p.stop - p.start for p in pieces),
             row_nbytes=segment.width * int(segment.row_type),
             source_offset=source.offset + segment.rows_offset,
@@ -231,26 +229,23 @@ class RowsApart:
         block.release()
         return buffers
 
-    def _copy(self, *arrays: Array) -> tuple[list[Tensor], DeviceBlock, Buffer]:
-        """Arrays on the device, in one block; the caller releases it, and the memory that they are copied from."""
-        places, end = [], 0
+    def _copy(self, *arrays: Array) -> tuple[list[int], DeviceBlock, Buffer]:
+        """Arrays on the device, in one block, and where each begins in it.
+
+        The caller releases the block, and the memory that it is copied from.
+        """
+        ats, end = [], 0
         for array in arrays:
-            places.append(end)
+            ats.append(end)
             end += -(-array.nbytes // _ALIGN) * _ALIGN
         staging = self._pool.acquire(end)
-        for array, place in zip(arrays, places, strict=True):
-            put_bytes(staging, place, array)
-        block = self._pool.upload(staging)
-        tensors = []
-        for array, place in zip(arrays, places, strict=True):
-            shape = array.shape if array.ndim == 2 else (1, len(array))
-            tensor = block.matrix(_DTYPES[array.dtype.char], place, *shape)
-            tensors.append(tensor if array.ndim == 2 else tensor[0])
-        return tensors, block, staging
+        for array, at in zip(arrays, ats, strict=True):
+            put_bytes(staging, at, array)
+        return ats, self._pool.upload(staging), staging
 
     def upload(self, array: Array) -> Tensor:
-        (tensor,), block, staging = self._copy(np.ascontiguousarray(array))
-        copy = tensor.clone()
+        _, block, staging = self._copy(np.ascontiguousarray(array))
+        copy = block.matrix(_DTYPES[array.dtype.char], 0, 1, len(array))[0].clone()
         release_behind(self._seam, block, staging)
         return copy
 
@@ -266,7 +261,7 @@ class RowsApart:
         release_behind(self._seam, *held)
 
 
-_DTYPES = {"i": torch.int32, "l": torch.int64, "f": torch.float32}
+_DTYPES = {"i": torch.int32, "l": torch.int64}
 
 
 def _layout(pieces: Sequence[Piece]) -> tuple[Array, list[int], int]:

@@ -77,7 +77,7 @@ class Handler:
 def block(pool: DevicePool, rows: int, experts: int, number: int) -> Buffer:
     """A DISPATCH as it comes in."""
     layout = dispatch_layout(rows, WIDTH, 8, Wire.FP8)
-    buffer = pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+    buffer = pool.acquire(layout.nbytes - layout.rows.end)
     ids = np.stack([np.sort(np.random.permutation(experts)[:8]) for _ in range(rows)]).astype(
         np.int32
     )
@@ -165,7 +165,7 @@ def main() -> None:
             }
         )
     )
-    print(pool)
+    assert pool.outstanding == pool.rows_outstanding == 0, pool
     if args.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(45)
 

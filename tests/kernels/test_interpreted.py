@@ -48,8 +48,10 @@ assert torch.equal(got, expected), "pack_blocks"
 got, expected = (torch.zeros(3000, dtype=torch.uint8) for _ in range(2))
 index = torch.tensor([7, 0, 3, 4, 8, 3]).int()
 pieces = torch.tensor([[0, 1, 16, 240], [1, 3, 256, 864], [4, 2, 1024, 1424]])
+tables = torch.cat([pieces.view(-1).view(torch.uint8), torch.zeros(16, dtype=torch.uint8), index.view(torch.uint8)])
+where = {"index_offset": 112, "pieces_offset": 0, "num_pieces": 3, "max_rows": 3}
 for module, out in ((pack, got), (ref_pack, expected)):
-    module.gather_pieces(source, out, index, pieces, max_rows=3, **place)
+    module.gather_pieces(source, out, tables, **where, **place)
 assert torch.equal(got, expected) and expected.count_nonzero() > 900, "gather_pieces"
 for name in ("pack", "unpack"):
     got, expected = (torch.zeros(3000, dtype=torch.uint8) for _ in range(2))

@@ -1,28 +1,36 @@
 """The compiled port: built once, and done without where it cannot be built."""
 
 import stat
+from pathlib import Path
 
 import pytest
 
-from common.transport import compiled
+import common.transport.port
+from common import compiled
+
+PORT = Path(common.transport.port.__file__).with_name("port.c")
+
+
+def port():
+    return compiled.compiled(PORT, needs=("libucx",))
 
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "_CACHE", tmp_path / "compiled")
     monkeypatch.delenv("ATOLL_COMPILED", raising=False)
-    compiled.compiled_port.cache_clear()
+    compiled.compiled.cache_clear()
     yield
-    compiled.compiled_port.cache_clear()
+    compiled.compiled.cache_clear()
 
 
 def test_it_is_built_once_and_only_for_its_owner(tmp_path, monkeypatch):
-    assert compiled.compiled_port().Port is not None
+    assert port().Port is not None
     (library,) = (tmp_path / "compiled").iterdir()
     assert stat.S_IMODE((tmp_path / "compiled").stat().st_mode) == 0o700
-    compiled.compiled_port.cache_clear()
+    compiled.compiled.cache_clear()
     monkeypatch.setattr("shutil.which", lambda name: None)  # nothing is left to compile
-    assert compiled.compiled_port() is not None
+    assert port() is not None
     assert [library] == list((tmp_path / "compiled").iterdir())
 
 
@@ -31,29 +39,29 @@ def test_it_is_built_once_and_only_for_its_owner(tmp_path, monkeypatch):
     [
         ("shutil.which", lambda name: None, "there is no C compiler"),
         ("sysconfig.get_paths", lambda: {"include": "/nowhere"}, "cannot compile port.c"),
-        ("importlib.util.find_spec", lambda name: None, "UCX's headers are not installed"),
+        ("importlib.util.find_spec", lambda name: None, "the headers of libucx are not installed"),
     ],
 )
 def test_without_it_messages_go_on(monkeypatch, caplog, target, value, reason):
     monkeypatch.setattr(target, value)
-    assert compiled.compiled_port() is None
+    assert port() is None
     assert reason in caplog.text
-    assert "UCXX's Python API" in caplog.text
+    assert "its slower form in Python goes on" in caplog.text
 
 
 def test_a_directory_that_cannot_be_written(monkeypatch, caplog, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(compiled, "_CACHE", tmp_path / "file" / "compiled")
-    assert compiled.compiled_port() is None
-    assert "UCXX's Python API" in caplog.text
+    assert port() is None
+    assert "its slower form in Python goes on" in caplog.text
 
 
 def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("ATOLL_COMPILED", "0")
-    assert compiled.compiled_port() is None
+    assert port() is None
 
 
 def test_wrong_arguments_are_refused():
-    module = compiled.compiled_port()
+    module = port()
     with pytest.raises(OSError, match=r"/nowhere\.so is not loaded"):
         module.use_library("/nowhere.so")

@@ -1,0 +1,82 @@
+"""C sources compiled for this Python, once per machine, where there is a C compiler.
+
+Compiled at first use, as Triton compiles its launchers, so that an install needs no compiler and no build step. Whoever
+uses one has the same in Python. ATOLL_COMPILED=0 goes without.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_CACHE = Path("~/.cache/atoll/compiled")
+_COMPILE_S = 60.0
+
+
+@functools.cache
+def compiled(source: Path, *, needs: tuple[str, ...] = ()) -> Any | None:  # noqa: ANN401  -- a module of another language
+    """The module in a C file, compiled if need be; None where it cannot be had, with the reason in the log.
+
+    `needs`: packages whose `include` folder has headers that the source includes.
+    """
+    if os.environ.get("ATOLL_COMPILED") == "0":
+        return None
+    try:
+        return _load(source.stem, _built(source, needs, _CACHE.expanduser()))
+    except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as exc:
+        log.warning("%s is not compiled, its slower form in Python goes on: %s", source.name, exc)
+        return None
+
+
+def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
+    """The library's file. Raises OSError, RuntimeError or SubprocessError."""
+    headers = [sysconfig.get_paths()["include"], *map(_headers_of, needs)]
+    key = hashlib.sha256(repr((source.read_bytes(), sys.version, headers)).encode())
+    target = directory / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("there is no C compiler (cc, gcc or clang)")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:  # others may compile it too
+        output = Path(scratch) / target.name
+        command = [compiler, "-O2", "-shared", "-fPIC", *(f"-I{path}" for path in headers)]
+        done = subprocess.run(
+            [*command, str(source), "-o", str(output)],
+            capture_output=True, text=True, timeout=_COMPILE_S, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"{compiler} cannot compile {source.name}: {done.stderr.strip()[:500]}"
+            )
+        output.replace(target)
+    return target
+
+
+def _headers_of(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    for place in (spec and spec.submodule_search_locations) or ():
+        if (Path(place) / "include").is_dir():
+            return str(Path(place) / "include")
+    raise RuntimeError(f"the headers of {package} are not installed")
+
+
+def _load(name: str, path: Path) -> Any:  # noqa: ANN401
+    loader = ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
