@@ -131,7 +131,7 @@ class DevicePool(BufferPool):
         self._max_kept_device_nbytes = max_kept_device_nbytes
         self._kept_device_nbytes = 0
         self._free_blocks: dict[int, list[DeviceBlock]] = {}
-        self._copy = open_copy(self.device)
+        self.copy = open_copy(self.device)
 
     def __repr__(self) -> str:
         return (
@@ -177,7 +177,7 @@ class DevicePool(BufferPool):
     def upload(self, buffer: Buffer) -> DeviceBlock:
         """The payload of a buffer on the device, which has yet to copy it: keep the buffer until it has."""
         block = self.take(buffer.nbytes)
-        self._copy(block.address, buffer.address + HEADER_NBYTES, buffer.nbytes)
+        self.copy(block.address, buffer.address + HEADER_NBYTES, buffer.nbytes)
         return block
 
     def adopt(self, tensor: torch.Tensor) -> DeviceRows:

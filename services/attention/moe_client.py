@@ -17,10 +17,10 @@ import torch
 
 from common.errors import AtollError, DeadlineExceeded, Retryable, WireError
 from common.obs.trace import Recorder
-from common.tensors import TORCH_DTYPES, numbers, read_rows, row_bytes, rows_of, scales_of
+from common.tensors import TORCH_DTYPES, check_rows, numbers, row_bytes, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.device import DeviceRows
+from common.transport.device import DevicePool, DeviceRows
 from common.transport.outbox import Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import (
@@ -119,8 +119,9 @@ class MoeClient:
     ) -> "asyncio.Future[Tensor]":  # fmt: skip
         """Post a block: rows [n, width], experts int32 [n, k], weights fp32 [n, k]; never waits.
 
-        `rows` may be quantised already: e4m3 and their scales fp32 [n, ceil(width / 128)]. Experts and weights are in
-        host memory. On a GPU the block is posted when the current stream has written all of them.
+        Where rows lie in device memory `rows` may be quantised already: e4m3 and scales fp32 [n, ceil(width / 128)],
+        contiguous, as `out` is. Experts and weights are in host memory. On a GPU the block is posted when the current
+        stream has written all of them.
 
         The future gets the combined rows, [n, width] in the row type `combined` on the device of `rows`, or
         DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. `since` is when packing
@@ -151,8 +152,13 @@ class MoeClient:
     def _write_rows(self, rows: Rows, buffer: Buffer, segment: RowSegment) -> None:
         if not isinstance(rows, Tensor):
             values, scales = rows
-            rows_of(buffer, segment).view(torch.uint8).copy_(values.view(torch.uint8))
-            scales_of(buffer, segment).copy_(scales)
+            assert isinstance(self.pool, DevicePool), "quantised rows without device buffers"
+            assert buffer.rows is not None, "a block without rows apart"
+            assert values.is_contiguous(), "rows must be contiguous"
+            assert scales.is_contiguous(), "scales must be contiguous"
+            start = buffer.rows.address
+            self.pool.copy(start + segment.rows_offset, values.data_ptr(), values.nbytes)
+            self.pool.copy(start + segment.scales_offset, scales.data_ptr(), scales.nbytes)
         elif self.wire is Wire.FP8:
             ops.quantise_rows(
                 rows, row_bytes(buffer),
@@ -215,8 +221,16 @@ class MoeClient:
     ) -> tuple[Tensor, Tensor | None]:
         """One router's answer: its rows, and their ids int64 [n] in the block (None: all of them, in order)."""
         if len(self.routers) == 1:
-            rows = read_rows(payload, pending.num_rows, self.width, self.combined, "COMBINED")
-            return (rows.clone() if pending.out is None else pending.out.copy_(rows)), None
+            payload, segment = check_rows(
+                payload, pending.num_rows, self.width, self.combined, "COMBINED"
+            )
+            out, apart = pending.out, payload.rows
+            same = out is not None and out.dtype is TORCH_DTYPES[self.combined]
+            if out is None or apart is None or not same or not isinstance(self.pool, DevicePool):
+                rows = rows_of(payload, segment)
+                return (rows.clone() if out is None else out.copy_(rows)), None
+            self.pool.copy(out.data_ptr(), apart.address + segment.rows_offset, out.nbytes)
+            return out, None
         if header.num_rows == 0:
             return torch.empty((0, self.width)), torch.empty(0, dtype=torch.int64)
         row_type = RowType.FP64 if self.wire is Wire.FP32 else self.combined
