@@ -26,16 +26,17 @@ def _add_unit(acc, x, xs, W, WS, tile, n0, k, kb):
 
 @triton.jit
 def _tile_gemm(
-    X, XS, W, WS, OUT, OFFSETS, M, N, kb, half_rows, half_tiles,
+    X, XS, W, WS, OUT, GROUPS, M, N, kb, half_rows, half_tiles,
     w_rows, ws_size, BM: tl.constexpr, GROUPED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT [M, N]: one program per 128 weight rows, BM rows and, when grouped, expert (rows OFFSETS[e] .. [e + 1])."""
+    """OUT [M, N]: one program per 128 weight rows, BM rows and, if grouped, group (weights, first row, row behind)."""
     tile = tl.program_id(0)
     first_row, last_row, w0 = 0, M, 0
     if GROUPED:
-        e = tl.program_id(2)
-        first_row = tl.load(OFFSETS + e)
-        last_row = tl.load(OFFSETS + e + 1)
+        group = GROUPS + tl.program_id(2) * 3
+        e = tl.load(group)
+        first_row = tl.load(group + 1)
+        last_row = tl.load(group + 2)
         w0 = e * w_rows
         WS += e * ws_size
     m0 = first_row + tl.program_id(1) * BM
@@ -61,27 +62,26 @@ def tile_gemm(
     w_scales: Tensor,
     out: Tensor,
     halves: int,
-    offsets: Tensor | None = None,
+    groups: Tensor | None = None,
     max_rows: int | None = None,
 ) -> None:
     """out [M, N] = x e4m3 [M, K] times w e4m3 [N, K], in ascending blocks of 128 columns; out fp32 or bf16.
 
-    Grouped when `offsets` int32 [E + 1] is given: w [E, N, K], w_scales [E, tiles, ceil(K / 128)], and expert e has the
-    rows offsets[e] .. offsets[e + 1], at most `max_rows` of them.
+    Grouped when `groups` int32 [G, 3] is given, each (e, first row, row behind): w [E, N, K] and w_scales [E, tiles,
+    ceil(K / 128)] of expert e are for these rows, at most `max_rows` of them.
     """
     m, k = x.shape
-    grouped = offsets is not None
     rows = m if max_rows is None else max_rows
     block = 64 if rows <= 64 else 128
     num_rows = w.shape[-2]
     half_rows, kb = num_rows // halves, triton.cdiv(k, 128)
     half_tiles = triton.cdiv(half_rows, 128)
-    grid = (halves * half_tiles, triton.cdiv(rows, block), w.shape[0] if grouped else 1)
+    grid = (halves * half_tiles, triton.cdiv(rows, block), 1 if groups is None else len(groups))
     flat = w.view(-1, k)
     _tile_gemm[grid](
         TensorDescriptor(x, list(x.shape), [k, 1], [block, 128]), x_scales,
-        TensorDescriptor(flat, list(flat.shape), [k, 1], [128, 128]), w_scales, out, offsets, m,
+        TensorDescriptor(flat, list(flat.shape), [k, 1], [128, 128]), w_scales, out, groups, m,
         num_rows, kb, half_rows, half_tiles, num_rows,
-        w_scales.shape[-2] * kb, block, grouped, 4, num_warps=4 if block == 64 else 8,
+        w_scales.shape[-2] * kb, block, groups is not None, 4, num_warps=4 if block == 64 else 8,
         num_stages=4,
     )  # fmt: skip

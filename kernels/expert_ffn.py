@@ -49,14 +49,14 @@ def _library(
 
 def _tiles(
     rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
-    down_scales: Tensor, offsets: Tensor | None = None, max_rows: int | None = None,
+    down_scales: Tensor, groups: Tensor | None = None, max_rows: int | None = None,
 ) -> Tensor:  # fmt: skip
     m, width, hidden = rows.shape[0], down.shape[-2], down.shape[-1]
     both = torch.empty(m, 2 * hidden, device=rows.device)
-    tile_gemm(rows, scales, gate_up, gate_up_scales, both, 2, offsets, max_rows)
+    tile_gemm(rows, scales, gate_up, gate_up_scales, both, 2, groups, max_rows)
     h, h_scales = swiglu_dense(both, scales_by_block=False)
     out = torch.empty(m, width, dtype=torch.bfloat16, device=rows.device)
-    tile_gemm(h, h_scales, down, down_scales, out, 1, offsets, max_rows)
+    tile_gemm(h, h_scales, down, down_scales, out, 1, groups, max_rows)
     return out
 
 
@@ -89,7 +89,7 @@ def expert_ffn(
 def expert_ffn_grouped(
     rows: Tensor,
     scales: Tensor,
-    offsets: Tensor,
+    groups: Tensor,
     gate_up: Tensor,
     gate_up_scales: Tensor,
     down: Tensor,
@@ -97,11 +97,12 @@ def expert_ffn_grouped(
     *,
     max_rows: int,
 ) -> Tensor:
-    """Apply E experts that share a GPU: expert e to rows offsets[e] .. offsets[e + 1] (int32 [E + 1], on the GPU).
+    """Apply experts that share a GPU, each of `groups` int32 [G, 3], on the GPU: (expert, first row, row behind).
 
-    As `expert_ffn`, with weights and their scales stacked along a first dimension E; no expert may have more than
-    `max_rows` rows. A row's bits are those of `expert_ffn(reproducible=True)`.
+    As `expert_ffn`, with weights and their scales stacked along a first dimension; no group may have more than
+    `max_rows` rows, and what a row without a group becomes is anybody's guess. A row's bits are those of
+    `expert_ffn(reproducible=True)`.
     """
     if rows.shape[0] == 0:
         return torch.empty(0, down.shape[-2], dtype=torch.bfloat16, device=rows.device)
-    return _tiles(rows, scales, gate_up, gate_up_scales, down, down_scales, offsets, max_rows)
+    return _tiles(rows, scales, gate_up, gate_up_scales, down, down_scales, groups, max_rows)

@@ -3,8 +3,6 @@
 Products in fp32 on dequantised operands; SwiGLU in fp32; the hidden rows are requantised, as on a GPU.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,7 @@ def expert_ffn(
 def expert_ffn_grouped(
     rows: Tensor,
     scales: Tensor,
-    offsets: Tensor,
+    groups: Tensor,
     gate_up: Tensor,
     gate_up_scales: Tensor,
     down: Tensor,
@@ -58,13 +56,12 @@ def expert_ffn_grouped(
     *,
     max_rows: int,
 ) -> Tensor:
-    """Apply E experts: expert e to rows offsets[e] .. offsets[e + 1] (int32 [E + 1]); weights stacked along E.
+    """Apply each of `groups` int32 [G, 3]: (expert, first row, row behind); weights are stacked along dimension 0.
 
-    Raises ValueError when an expert has more than `max_rows` rows.
+    A row without a group becomes anything. Raises ValueError when a group has more than `max_rows` rows.
     """
     out = torch.empty(rows.shape[0], down.shape[-2], dtype=torch.bfloat16, device=rows.device)
-    bounds = offsets.tolist()
-    for e, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for e, start, end in groups.tolist():
         if end - start > max_rows:
             raise ValueError(f"expert {e} has {end - start} rows, more than {max_rows}")
         part = slice(start, end)

@@ -1,5 +1,6 @@
 """The weights that an expert worker holds: its experts of each of its layers, with the content hash of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -67,6 +68,17 @@ class Bank:
             w = self.weights[place]
             run = self._networks[place] = network(w.gate_up, w.down)
         return run(rows)
+
+    def ffn_together(
+        self,
+        layer: int,
+        segments: Sequence[tuple[int, int]],
+        rows: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Several experts at once: not on CPU, where nothing is gained."""
+        del layer, segments, rows, scales
+        return None
 
 
 def read_expert(checkpoint: Source, model: ModelConfig, place: Place) -> FfnWeights:

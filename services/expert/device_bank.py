@@ -4,12 +4,10 @@ What is launched here runs on the current stream; nothing waits for it. Exact mo
 computes in fp32, but the library's products may give a row other bits in another batch.
 """
 
-import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from torch.nn.functional import linear
 
 from common.config import ClusterConfig
 from common.errors import ModelError
@@ -21,84 +19,12 @@ from common.model.slices import sliced_config
 from common.model.source import Source, open_checkpoint
 from common.placement.plan import Place
 from common.plan_file import first_residents
-from common.transport.device import open_copy
 from common.wire.header import Wire
-from kernels import ops
-from kernels.graphs import Replays
 from kernels.reference.quant import BLOCK
 from services.expert.bank import Bank, read_expert
+from services.expert.device_experts import DeviceExpert, GraphedExperts, Group, GroupedExperts
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceExpert:
-    """gate_up [2 * hidden, width], gate first; down [width, hidden]. e4m3 where there are scales per 128x128 block."""
-
-    gate_up: Tensor
-    down: Tensor
-    gate_up_scales: Tensor | None = None
-    down_scales: Tensor | None = None
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether it goes through the fused kernel."""
-        return self.gate_up_scales is not None
-
-    def __call__(self, rows: Tensor, scales: Tensor | None) -> Tensor:
-        """rows [n, width], e4m3 where `scales` fp32 [n, ceil(width / 128)] are given: [n, width], bf16 or fp32."""
-        if self.gate_up_scales is not None and self.down_scales is not None:
-            if scales is None:
-                rows, scales = ops.quantise(rows)
-            return ops.expert_ffn(
-                rows, scales, self.gate_up, self.gate_up_scales, self.down, self.down_scales
-            )
-        dtype = self.gate_up.dtype
-        x = rows.to(dtype) if scales is None else ops.dequantise(rows, scales, dtype)
-        gate, up = linear(x, self.gate_up).float().chunk(2, dim=1)
-        return linear((torch.nn.functional.silu(gate) * up).to(dtype), self.down)
-
-
-class GraphedExperts:
-    """FP8 experts on few rows as CUDA graphs: a call costs 133 us of Python, copies included; its kernels launched
-    one by one cost 271 (128 rows, hidden 2048, two H100 hosts, 2026-11-25).
-
-    A graph per expert and bucket of rows, on buffers that all share; rows that are left over in a bucket hold what
-    was there before, and nobody reads theirs.
-    """
-
-    BUCKETS = (8, 16, 32, 64, 128)
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        blocks = -(-width // BLOCK)
-        self._graphs = Replays(device)
-        self._width = width
-        most = self.BUCKETS[-1]
-        self._rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
-        self._scales = torch.ones(most, blocks, device=device)
-        self._out = torch.empty(most, width, dtype=torch.bfloat16, device=device)
-        self._copy = open_copy(device)
-
-    def __call__(self, expert: DeviceExpert, rows: Tensor, scales: Tensor) -> Tensor:
-        """rows e4m3 [n, width] with scales fp32, n at most the largest bucket, contiguous: bf16 [n, width]."""
-        n = len(rows)
-        bucket = self.BUCKETS[bisect.bisect_left(self.BUCKETS, n)]
-        self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
-        self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
-        self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
-        out = torch.empty_like(rows, dtype=torch.bfloat16)
-        self._copy(out.data_ptr(), self._out.data_ptr(), out.nbytes)
-        return out
-
-    def _compute(self, expert: DeviceExpert, bucket: int) -> None:
-        """The step of a graph."""
-        rows = self._rows[:bucket].view(torch.float8_e4m3fn)
-        self._out[:bucket].copy_(expert(rows, self._scales[:bucket]))
-
-    def forget(self, expert: DeviceExpert) -> None:
-        """Its weights are given up: a graph would read them."""
-        for bucket in self.BUCKETS:
-            self._graphs.forget((expert, bucket))
 
 
 @dataclass(slots=True)
@@ -107,12 +33,15 @@ class DeviceBank(Bank):
 
     experts: dict[Place, DeviceExpert] = field(default_factory=dict)
     graphed: GraphedExperts | None = None
+    grouped: GroupedExperts | None = None  # where a layer has several experts here
 
     def __contains__(self, place: object) -> bool:
         return place in self.experts
 
     def add(self, place: Place, weights: DeviceExpert, digest: str) -> None:  # type: ignore[override]
         """Hold one expert more."""
+        if self.grouped is not None and weights.is_fp8:
+            weights = self.grouped.hold(weights)
         self.experts[place] = weights
         self.hashes[place] = digest
         self.rows.setdefault(place, 0)
@@ -121,8 +50,11 @@ class DeviceBank(Bank):
         """Hold an expert no longer; others may stand for the same weights."""
         network = self.experts.pop(place, None)
         shared = any(other is network for other in self.experts.values())
-        if network is not None and self.graphed is not None and not shared:
-            self.graphed.forget(network)
+        if network is not None and not shared:
+            if self.graphed is not None:
+                self.graphed.forget(network)
+            if self.grouped is not None:
+                self.grouped.forget(network)
         Bank.drop(self, place)  # slots: a class of its own, which `super()` would not find
 
     def ffn(
@@ -136,6 +68,26 @@ class DeviceBank(Bank):
             return self.graphed(network, rows, scales)
         return network(rows, scales)
 
+    def ffn_together(
+        self, layer: int, segments: Sequence[tuple[int, int]], rows: Tensor, scales: Tensor
+    ) -> torch.Tensor | None:
+        """Experts of a layer on their rows, one behind the other: segments of (expert, number of rows).
+
+        None where they have to be computed one by one.
+        """
+        if self.grouped is None:
+            return None
+        groups: list[Group] = []
+        start = 0
+        for expert, count in segments:
+            groups.append((self.experts[layer, expert], start, start + count))
+            start += count
+        result = self.grouped(groups, rows, scales)
+        if result is not None:
+            for expert, count in segments:
+                self.rows[layer, expert] += count
+        return result
+
 
 def load_bank(config: ClusterConfig, worker: int) -> Bank:
     """Read what the plan gives this worker, and nothing else of the checkpoint. Raises ModelError."""
@@ -148,15 +100,24 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
     places = first_residents(config, stored, worker)
     with open_checkpoint(config.model.path, slices) as checkpoint:
         distinct = {place: checkpoint.stands_for(*place) for place in places}  # each held once
-        held = {
-            place: load_device_expert(checkpoint, model, place, wire, device)
-            for place in set(distinct.values())
-        }
+        held: dict[Place, DeviceExpert] = {}
+        grouped: GroupedExperts | None = None
+        several = len(places) > len({layer for layer, _ in places})
+        for place in sorted(set(distinct.values())):
+            expert = load_device_expert(checkpoint, model, place, wire, device)
+            if several and expert.is_fp8:
+                if grouped is None:
+                    size = len(set(distinct.values()))
+                    grouped = GroupedExperts(expert, size, torch.device(device))
+                expert = grouped.hold(expert)
+            held[place] = expert
         experts = {place: held[same] for place, same in distinct.items()}
         hashes = {place: hash_expert(checkpoint, *place) for place in places}
     counts = dict.fromkeys(places, 0)
     graphed = GraphedExperts(model.hidden_size, torch.device(device))
-    return DeviceBank(model.hidden_size, manifest.model_hash, {}, hashes, counts, experts, graphed)
+    return DeviceBank(
+        model.hidden_size, manifest.model_hash, {}, hashes, counts, experts, graphed, grouped
+    )
 
 
 @torch.inference_mode()

@@ -70,6 +70,15 @@ def compute(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
     if len(calls) == 1 and len(calls[0].segments) == 1:  # one block for one expert: no regrouping
         ((expert, _),) = calls[0].segments
         return [bank.ffn(layer, expert, calls[0].rows, calls[0].scales)]
+    if calls[0].scales is not None:
+        segments = [segment for call in calls for segment in call.segments]
+        all_rows, all_scales = (
+            _joined([c.rows for c in calls]),
+            _joined([_scales(c) for c in calls]),
+        )
+        together = bank.ffn_together(layer, segments, all_rows, all_scales)
+        if together is not None:
+            return list(torch.split(together, [len(call.rows) for call in calls]))
     by_expert: dict[int, list[tuple[int, slice]]] = {}  # expert -> (call, its rows)
     for index, call in enumerate(calls):
         start = 0

@@ -27,13 +27,13 @@ def test_a_row_depends_on_no_other_row():
 def test_grouped_is_each_expert_on_its_rows():
     experts = [expert(256, 128, seed=s) for s in range(3)]
     q, scales = rows(20, 256)
-    offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+    groups = torch.tensor([[0, 0, 7], [1, 7, 7], [2, 7, 20]], dtype=torch.int32)
     stacked = [torch.stack(parts) for parts in zip(*experts, strict=True)]
-    got = expert_ffn_grouped(q, scales, offsets, *stacked, max_rows=13)
+    got = expert_ffn_grouped(q, scales, groups, *stacked, max_rows=13)
     assert torch.equal(got[:7], expert_ffn(q[:7], scales[:7], *experts[0]))
     assert torch.equal(got[7:], expert_ffn(q[7:], scales[7:], *experts[2]))
     with pytest.raises(ValueError, match="expert 2 has 13 rows"):
-        expert_ffn_grouped(q, scales, offsets, *stacked, max_rows=12)
+        expert_ffn_grouped(q, scales, groups, *stacked, max_rows=12)
 
 
 def test_nan_in_a_row_stays_in_that_row():

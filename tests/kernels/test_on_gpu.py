@@ -168,10 +168,11 @@ def test_within_a_regime_a_row_depends_on_no_other_row(most, sizes):
 def test_grouped_experts_have_the_bits_of_single_ones():
     experts = [expert(1024, 256, device="cuda", seed=s) for s in range(4)]
     q, scales = rows(200, 1024, device="cuda")
-    offsets = torch.tensor([0, 70, 70, 71, 200], dtype=torch.int32, device="cuda")
+    listed = [(0, 0, 70), (1, 70, 70), (3, 70, 71), (2, 71, 190), (0, 190, 200)]
+    groups = torch.tensor(listed, dtype=torch.int32, device="cuda")
     stacked = [torch.stack(parts) for parts in zip(*experts, strict=True)]
-    got = ops.expert_ffn_grouped(q, scales, offsets, *stacked, max_rows=129)
-    for e, (start, end) in enumerate([(0, 70), (70, 70), (70, 71), (71, 200)]):
+    got = ops.expert_ffn_grouped(q, scales, groups, *stacked, max_rows=129)
+    for e, start, end in listed:
         part = slice(start, end)
         single = ops.expert_ffn(
             q[part].contiguous(), scales[part].contiguous(), *experts[e], reproducible=True

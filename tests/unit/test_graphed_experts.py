@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kernels import ops
-from services.expert.device_bank import DeviceBank, DeviceExpert, GraphedExperts
+from services.expert.device_bank import DeviceBank
+from services.expert.device_experts import DeviceExpert, GraphedExperts, GroupedExperts
+from services.expert.engine import Call, compute
 
 WIDTH, HIDDEN = 256, 128
 
@@ -66,3 +68,51 @@ def test_graphs_go_with_the_last_place_that_has_their_weights(monkeypatch):
     held.drop((0, 8))
     assert forgotten == [network]
     assert (0, 8) not in held
+
+
+def packed_bank(size=3):
+    """Three experts of a layer, of which `size` have a slot."""
+    held = bank()
+    loose = [expert(seed) for seed in (1, 2, 3)]
+    held.experts, held.hashes, held.rows = {}, {}, {}
+    held.grouped = GroupedExperts(loose[0], size, torch.device("cpu"))
+    for i, one in enumerate(loose):
+        held.add((0, i), one, "h")
+    return held
+
+
+@pytest.mark.parametrize("size", [3, 2])
+@pytest.mark.parametrize("counts", [(3, 0, 5), (1, 70, 64), (100, 90, 129), (500, 500, 500)])
+def test_experts_together_compute_what_each_does(size, counts):
+    held, start, expected = packed_bank(size), 0, []
+    given, scales = rows(sum(counts))
+    segments = [(e, n) for e, n in enumerate(counts) if n]
+    for e, n in segments:
+        part = slice(start, start + n)
+        expected.append(held.experts[0, e](given[part], scales[part]))
+        start += n
+    (out,) = compute(held, 0, [Call(given, scales, segments)])
+    assert torch.equal(out, torch.cat(expected))
+    assert held.rows == {(0, e): n for e, n in enumerate(counts)}
+    ran_together = held.ffn_together(0, segments, given, scales) is not None
+    assert ran_together == (size == 3)
+
+
+def test_calls_of_one_layer_are_computed_together():
+    held = packed_bank()
+    (a, a_scales), (b, b_scales) = rows(9, seed=1), rows(4, seed=2)
+    calls = [Call(a, a_scales, [(0, 4), (2, 5)]), Call(b, b_scales, [(0, 4)])]
+    first, second = compute(held, 0, calls)
+    assert torch.equal(first[:4], held.experts[0, 0](a[:4], a_scales[:4]))
+    assert torch.equal(first[4:], held.experts[0, 2](a[4:], a_scales[4:]))
+    assert torch.equal(second, held.experts[0, 0](b, b_scales))
+
+
+def test_a_slot_that_was_given_up_serves_the_next_expert():
+    held = packed_bank()
+    held.drop((0, 1))
+    new = expert(9)
+    held.add((0, 7), new, "h")
+    given, scales = rows(6)
+    together = held.ffn_together(0, [(0, 2), (7, 4)], given, scales)
+    assert torch.equal(together[2:], new(given[2:], scales[2:]))
