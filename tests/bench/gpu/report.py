@@ -58,14 +58,26 @@ def round_trip() -> str:
         )
     parts = facts["parts_us"]
     way = ", ".join(f"{name} {parts[name]:.0f}" for name in PARTS) if parts else ""
+    way = f"; medians of a block's way over all these runs, us: {way}" if way else ""
     return "\n".join(
         [
             *lines, "",
-            f"`python -m tests.bench.gpu.round_trip --trace`, {facts['experts']} experts of hidden width "
-            f"{facts['hidden']}, every token to all of them; medians of a block's way over all these runs, us: {way}. "
-            f"{where(facts)}. `python -m tests.bench.gpu.nccl`: {where(nccl)}.",
+            f"`python -m tests.bench.gpu.round_trip`, {facts['experts']} experts of hidden width "
+            f"{facts['hidden']}, every token to all of them{way}. "
+            f"{where(facts)}. `python -m tests.bench.gpu.nccl`: {where(nccl)}. {rails()}",
         ]
     )  # fmt: skip
+
+
+def rails() -> str:
+    """The same with more routers."""
+    facts = read("rails")
+    found = [
+        f"{r['latency_us']} us with {r['in_flight']} in flight ({r['per_block_us']} per block)"
+        for r in facts["rows"]
+    ]
+    tokens = facts["rows"][0]["tokens"]
+    return f"With {facts['routers']} routers (`--routers`), {tokens} tokens: {', '.join(found)}."
 
 
 def serving() -> str:
@@ -82,10 +94,13 @@ def serving() -> str:
             f"| {r['decode_tokens_per_s']:.0f} | {r['tpot_ms']} | {seen.get('exposed_percent', '')} "
             f"| {seen.get('free_wire_exposed_percent', '')} |"
         )
+    commits = sorted({r["commit"] for r in facts["rows"] if "commit" in r})
+    earlier = f"; one micro-batch at {', '.join(commits)}" if commits else ""
     return "\n".join(
         [
             *lines, "",
             f"`python -m tests.bench.gpu.serving --trace`: {facts['model']} at full width, {facts['layers']} layers, "
-            f"{facts['workers']} expert workers with 32 experts of each layer, {where(facts)}.",
+            f"{facts['workers']} expert workers with 32 experts of each layer, {facts['distinct']} of them distinct, "
+            f"{where(facts)}{earlier}.",
         ]
     )  # fmt: skip

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--preset", default="deepseek-v3")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--distinct", type=int, default=8)
+    parser.add_argument("--distinct", type=int, default=32)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--routers", type=int, default=1)
@@ -136,7 +136,7 @@ def main() -> None:
     if args.out:
         layout = {
             "model": args.preset if args.model is None else model.name, "layers": args.layers,
-            "workers": args.workers, "nodes": args.nodes, "routers": args.routers,
+            "workers": args.workers, "nodes": args.nodes, "routers": args.routers, "distinct": args.distinct,
         }  # fmt: skip
         args.out.write_text(json.dumps(gpu_facts() | layout | {"rows": rows}, indent=1) + "\n")
 
