@@ -43,7 +43,7 @@ class Launched:
         (model / "config.json").write_text('{"n_routed_experts": 3}')
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}:{HERE}",
+            "PYTHONPATH": f"{ROOT}:{HERE}:{HERE / 'light'}",
             "DUMMY": dummy,
             "TMPDIR": str(directory),
             **variables,
