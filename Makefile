@@ -21,9 +21,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a process of tests per core, each with one thread of torch's, as a service has
+# a process of tests per core, each with one thread of torch's, as a service has; bytecode is kept for the many they start
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-oracle: setup
 	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e -m oracle --timeout 3600
