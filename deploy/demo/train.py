@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from common.model.writer import quantise_blocks
 from deploy.demo import fp8
 
 SOURCES = {"sotu": 0.66, "moby": 0.09, "docs": 0.25}  # share of the sequences of a batch
@@ -296,7 +297,7 @@ def export(model: Model, shape: Shape, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
 
     def put(name: str, weight: Tensor) -> None:
-        quantized, scale = fp8.quantize(weight.detach())
+        quantized, scale = quantise_blocks(weight.detach(), fp8.BLOCK)
         tensors[f"{name}.weight"] = quantized.cpu().contiguous()
         tensors[f"{name}.weight_scale_inv"] = scale.cpu().contiguous()
 

@@ -316,7 +316,7 @@ def flip_a_byte(model: Path, layer: int, expert: int) -> None:
     name = next(iter(names.ffn_weights(names.layer(layer, names.expert(expert)))))
     with Checkpoint(model) as checkpoint:
         (path,) = checkpoint.files
-        wanted = bytes(checkpoint.read_bytes(name))
+        wanted = bytes(checkpoint.content(name))
     data = bytearray(path.read_bytes())
     data[data.index(wanted)] ^= 1
     path.write_bytes(data)

@@ -115,9 +115,7 @@ def test_training_network_computes_what_transformers_computes(reference):
 
 def test_rounding_is_its_own_inverse():
     weight = torch.randn(256, 160)
-    quantized, scale = fp8.quantize(weight)
-    assert scale.shape == (2, 2)
-    once = fp8.dequantize(quantized, scale)
+    once = fp8.rounded(weight)
     assert (once - weight).abs().max() / weight.abs().max() < 0.04
     torch.testing.assert_close(fp8.rounded(once), once)
 
