@@ -82,7 +82,7 @@ def quantise_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 [m, n] and fp32 scales [ceil(m / rows), ceil(n / columns)]: each block's largest value becomes 448."""
     padded = pad(weight.float(), (0, -weight.shape[1] % block[1], 0, -weight.shape[0] % block[0]))
-    blocks = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    blocks = padded.view(padded.shape[0] // block[0], block[0], -1, block[1])
     scales = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / _FP8_MAX
     scaled = (blocks / scales[:, None, :, None]).reshape(padded.shape)
     quantised = scaled[: weight.shape[0], : weight.shape[1]].clamp(-_FP8_MAX, _FP8_MAX)
