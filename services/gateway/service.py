@@ -16,11 +16,11 @@ from common.config import ClusterConfig
 from common.errors import ConfigError
 from common.ids import Role
 from common.obs.metrics import Metrics
-from common.status import State
+from common.status import ProcessStatus, State
 from services.gateway.admission import Admission
 from services.gateway.app import Parts, make_app
 from services.gateway.auth import load_keys
-from services.gateway.backends import Backends, ProcessReport
+from services.gateway.backends import Backends
 from services.gateway.dispatch import Dispatcher
 from services.gateway.links import ClusterDialler
 from services.gateway.metrics import GatewayMetrics
@@ -38,7 +38,7 @@ class GatewayService:
         self._config = config
         self._dialler = dialler
         spec = config.process(Role.GATEWAY, index)
-        self._own = ProcessReport(spec.id, spec.node, os.getpid())
+        self._own = ProcessStatus.of(spec.id, node=spec.node, pid=os.getpid())
         # Everything that can be wrong with the input is found before anything runs.
         self._model = load_model(config, created=int(time.time()))
         keys = config.gateway.api_key_file
