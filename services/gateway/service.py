@@ -15,7 +15,6 @@ from aiohttp import web
 from common.config import ClusterConfig
 from common.errors import ConfigError
 from common.ids import Role
-from common.obs.metrics import Metrics
 from common.status import ProcessStatus, State
 from services.gateway.admission import Admission
 from services.gateway.app import Parts, make_app
@@ -52,7 +51,7 @@ class GatewayService:
         """Dial and listen. Raises ConfigError when the port is taken."""
         config = self._config
         backends = Backends(config, self._own)
-        metrics = GatewayMetrics(Metrics())
+        metrics = GatewayMetrics()
         metrics.export_processes(backends.processes)
         workers = config.of_role(Role.ATTENTION)
         admission = Admission(
