@@ -21,11 +21,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# a process of tests per core, each with one thread of torch's, as a service has; bytecode is kept for the many they start
 test: setup
-	$(BIN)/python -m pytest
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-oracle: setup
-	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e/test_oracle.py -m oracle --timeout 3600
+	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e -m oracle --timeout 3600
 
 test-ep256: setup
 	ATOLL_EP256_RESULTS=tests/bench/results/ep256.json $(BIN)/python -m pytest tests/e2e/test_ep256.py -m ep256 -s --timeout 1200

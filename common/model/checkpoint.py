@@ -1,19 +1,18 @@
 """A checkpoint directory: which file holds which tensor. Reads nothing but what is asked for."""
 
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from common.errors import ModelError
 from common.model.hf_config import read_json
-from common.model.safetensors_file import SafetensorsFile, TensorEntry
+from common.model.safetensors_file import Closing, SafetensorsFile, TensorEntry
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """The tensors of a directory by name. Files are opened when first needed."""
 
     def __init__(self, directory: Path) -> None:
@@ -32,14 +31,6 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def names(self) -> list[str]:
@@ -60,13 +51,9 @@ class Checkpoint:
         """Where and what a tensor is. Raises ModelError naming it when it is missing."""
         return self._holder(name).entries[name]
 
-    def read_bytes(self, name: str) -> bytearray:
-        """Raw bytes of a tensor. Raises ModelError naming file and tensor."""
-        return self._holder(name).read_bytes(name)
-
     def content(self, name: str) -> bytearray:
-        """What a tensor's hash covers besides dtype and shape: its bytes."""
-        return self.read_bytes(name)
+        """What a tensor's hash covers besides dtype and shape: its bytes. Raises ModelError naming file and tensor."""
+        return self._holder(name).read_bytes(name)
 
     def stands_for(self, layer: int, expert: int) -> tuple[int, int]:
         """The expert whose weights these are: itself (see `common.model.random_weights`)."""

@@ -73,19 +73,12 @@ class AttentionWeights:
     lm_head: torch.Tensor  # [vocab, width]
 
 
-def load_attention_weights(
-    checkpoint: Source,
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    keep_16_bit: bool = False,
-) -> AttentionWeights:
-    """All weights but the routed experts. Raises ModelError naming the tensor that is missing or has a wrong shape.
+def load_attention_weights(checkpoint: Source, config: ModelConfig) -> AttentionWeights:
+    """All weights but the routed experts, in fp32 on CPU; projections and feed-forward matrices of 16 bits as stored.
 
-    With `keep_16_bit`, projections and feed-forward matrices stored in 16 bits stay as stored.
+    Raises ModelError naming the tensor that is missing or has a wrong shape.
     """
-    reader = _Reader(checkpoint, config, dtype, device, keep_16_bit)
+    reader = _Reader(checkpoint, config, keep_16_bit=True)
     embedding = reader.weight(names.EMBEDDING, config.vocab_size, config.hidden_size)
     return AttentionWeights(
         embedding=embedding,
@@ -111,7 +104,7 @@ def load_expert(
 
     With `keep_16_bit`, matrices stored in 16 bits stay as stored.
     """
-    reader = _Reader(checkpoint, config, dtype, device, keep_16_bit)
+    reader = _Reader(checkpoint, config, dtype, device, keep_16_bit=keep_16_bit)
     prefix = names.layer(layer, names.expert(expert))
     return _ffn(reader, prefix, config.moe_intermediate_size, bias=False)
 
@@ -140,8 +133,9 @@ class _Reader:
         self,
         checkpoint: Source,
         config: ModelConfig,
-        dtype: torch.dtype,
-        device: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *,
         keep_16_bit: bool,
     ) -> None:
         self.checkpoint = checkpoint

@@ -14,8 +14,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -23,7 +21,7 @@ from common.errors import ModelError
 from common.model import names
 from common.model.hf_config import ModelConfig, load_config, read_json
 from common.model.presets import RANDOM_FILE
-from common.model.safetensors_file import TensorEntry
+from common.model.safetensors_file import Closing, TensorEntry
 from common.model.tensor_shapes import tensor_shapes
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -38,7 +36,7 @@ class _Tensor:
     mean: float = 0.0
 
 
-class RandomWeights:
+class RandomWeights(Closing):
     """The tensors of such a directory; what `common.model.checkpoint.Checkpoint` is for files."""
 
     def __init__(self, directory: Path) -> None:
@@ -60,14 +58,6 @@ class RandomWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def names(self) -> list[str]:
@@ -107,9 +97,6 @@ class RandomWeights:
             return (values * _SPREAD).clamp_(-448, 448).to(torch.float8_e4m3fn)
         values = values * tensor.std + tensor.mean
         return values if dtype == "F32" else values.to(torch.bfloat16)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
     def _tensor(self, name: str) -> _Tensor:
         tensor = self._tensors.get(name)

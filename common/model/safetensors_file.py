@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
+from safetensors.torch import save_file
 
 from common.errors import ModelError
 
@@ -30,7 +30,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,20 @@ class TensorEntry:
         return self.end - self.start
 
 
-class SafetensorsFile:
+class Closing:
+    """A context manager that closes; what holds nothing open need not override `close`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open; idempotent."""
+
+
+class SafetensorsFile(Closing):
     """One open file. `nbytes_read` counts tensor bytes, to show that a worker reads only what is its own."""
 
     def __init__(self, path: Path) -> None:
@@ -67,14 +79,6 @@ class SafetensorsFile:
 
     def __repr__(self) -> str:
         return f"<SafetensorsFile {self.path.name} [{len(self.entries)} tensors]>"
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -168,23 +172,7 @@ class SafetensorsFile:
 
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write tensors in the given order; the same input gives the same bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    chunks: list[bytes] = []
-    offset = 0
-    for name, tensor in tensors:
-        data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        end = offset + len(data)
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        chunks.append(data)
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for chunk in chunks:
-            file.write(chunk)
+    """The same tensors give the same bytes."""
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors}, path, metadata={"format": "pt"}
+    )

@@ -83,10 +83,10 @@ class SlicedCheckpoint(Checkpoint):
             tensor = tensor.narrow(dimension, part * length, length).contiguous()
         return tensor.to(device)
 
-    def read_bytes(self, name: str) -> bytearray:
+    def content(self, name: str) -> bytearray:
         """The bytes of what `read` returns."""
         if self._cut(name)[2] is None:
-            return super().read_bytes(name)
+            return super().content(name)
         return bytearray(self.read(name).view(torch.uint8).numpy().tobytes())
 
     def _cut(self, name: str) -> tuple[str, int, int | None]:

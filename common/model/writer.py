@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from common.model import names
 from common.model.checkpoint import INDEX, SINGLE
@@ -80,10 +81,8 @@ def quantise_blocks(
     weight: torch.Tensor, block: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 [m, n] and fp32 scales [ceil(m / rows), ceil(n / columns)]: each block's largest value becomes 448."""
-    rows, columns = -(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])
-    padded = torch.zeros(rows * block[0], columns * block[1])
-    padded[: weight.shape[0], : weight.shape[1]] = weight
-    blocks = padded.view(rows, block[0], columns, block[1])
+    padded = pad(weight.float(), (0, -weight.shape[1] % block[1], 0, -weight.shape[0] % block[0]))
+    blocks = padded.view(padded.shape[0] // block[0], block[0], -1, block[1])
     scales = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / _FP8_MAX
     scaled = (blocks / scales[:, None, :, None]).reshape(padded.shape)
     quantised = scaled[: weight.shape[0], : weight.shape[1]].clamp(-_FP8_MAX, _FP8_MAX)

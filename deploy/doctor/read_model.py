@@ -18,7 +18,6 @@ from deploy.doctor import facts
 SUMS = "SHA256SUMS"
 BUDGET_NBYTES = 1 << 30  # about a second
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 20
 _THREADS = 8
 
 
@@ -88,8 +87,5 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 def sha256(path: Path) -> str:
     """In hexadecimal. hashlib lets other threads run meanwhile."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,13 +4,13 @@ The default model is `deploy/demo/model` where it is there, else a small random 
 directory. Random models are made in a process of their own: the launcher itself stays free of torch.
 """
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from common.errors import ConfigError, Fatal, ModelError
+from common.model.hf_config import read_json
 from common.model.presets import preset_config, write_random_source
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
@@ -61,13 +61,7 @@ def num_experts(directory: Path) -> int:
     path = directory / "config.json"
     if not directory.is_dir():
         raise ModelError(f"model {directory}: no such directory")
-    try:
-        document = json.loads(path.read_bytes())
-        count = document["n_routed_experts"]
-    except OSError as exc:
-        raise ModelError(f"{path}: {exc.strerror}") from exc
-    except (ValueError, KeyError, TypeError) as exc:
-        raise ModelError(f"{path}: there is no n_routed_experts") from exc
+    count = read_json(path).get("n_routed_experts")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ModelError(f"{path}: n_routed_experts must be a whole number above 0, not {count!r}")
     return count

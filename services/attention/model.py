@@ -63,24 +63,14 @@ class AttentionModel:
         ]
         table = frequencies(config)
         cos, sin = rope_tables(table, self.max_context, config.rope.attention_factor)
-        device = weights.embedding.device
-        self._rope = cos.to(device, dtype), sin.to(device, dtype)
+        self._rope = cos.to(dtype), sin.to(dtype)
 
     @classmethod
-    def load(
-        cls,
-        directory: Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        max_context: int | None = None,
-    ) -> "AttentionModel":
+    def load(cls, directory: Path, *, max_context: int | None = None) -> "AttentionModel":
         """Read all non-expert weights of a checkpoint. Raises ModelError."""
         config = load_config(directory)
         with open_checkpoint(directory) as checkpoint:
-            weights = load_attention_weights(
-                checkpoint, config, dtype=dtype, device=device, keep_16_bit=True
-            )
+            weights = load_attention_weights(checkpoint, config)
         return cls(config, weights, max_context=max_context or config.max_position)
 
     def __repr__(self) -> str:

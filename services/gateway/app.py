@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
 from common.config import ClusterConfig
 from common.errors import AtollError
-from common.obs.metrics import CONTENT_TYPE
 from common.placement.plan import Plan
 from common.routing_trace_file import pack_trace
 from services.gateway.auth import ApiKeys
@@ -167,7 +167,7 @@ async def _ready(request: web.Request) -> web.Response:
 async def _metrics(request: web.Request) -> web.Response:
     parts = request.app[PARTS]
     await parts.backends.refresh(deadline_s=_STATUS_DEADLINE_S)
-    return web.Response(body=parts.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    return web.Response(body=parts.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _cluster(request: web.Request) -> web.Response:

@@ -7,14 +7,13 @@ Experts have no link here: their routers report them.
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from common.config import ClusterConfig
 from common.errors import LinkClosed, Rejected, WireError
 from common.ids import ProcessId, Role
 from common.request import TokenEvent, tokens_of
-from common.status import State, status_frame
+from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Link
 from common.transport.buffers import Buffer
 from common.wire.header import Header
@@ -40,39 +39,15 @@ class Listener(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class ProcessReport:
-    """What is known of one process; no `pid` before it was ever heard of."""
-
-    id: ProcessId
-    node: int
-    pid: int | None = None
-    state: State = State.STARTING
-    counters: dict[str, Any] = field(default_factory=dict)
-    missing: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """An element of /cluster's `processes`."""
-        return {
-            "role": self.id.role.value,
-            "index": self.id.index,
-            "node": self.node,
-            "pid": self.pid,
-            "state": self.state.value,
-            "counters": self.counters,
-            "missing": self.missing,
-        }
-
-
-def parse_report(entry: dict[str, Any]) -> ProcessReport:
+def parse_report(entry: dict[str, Any]) -> ProcessStatus:
     """One process of a status frame. Raises WireError on anything that is not one."""
     try:
         counters, missing = entry["counters"], entry.get("missing", "")
         if not isinstance(counters, dict) or not isinstance(missing, str):
             raise TypeError("counters or missing")
-        process = ProcessId(Role(entry["role"]), entry["index"])
-        state = State(entry["state"])
-        return ProcessReport(process, entry["node"], entry["pid"], state, counters, missing)
+        return ProcessStatus(
+            Role(entry["role"]), entry["index"], entry["node"], entry["pid"], State(entry["state"]), counters, missing
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise WireError(f"malformed process in a status frame: {entry!r:.200}") from exc
 
@@ -98,11 +73,11 @@ class Refresh:
 class Backends:
     """Handler of all links of the gateway, and the view of the cluster they give."""
 
-    def __init__(self, config: ClusterConfig, own: ProcessReport) -> None:
+    def __init__(self, config: ClusterConfig, own: ProcessStatus) -> None:
         self._own = own
         self._expected = [spec.id for spec in config.processes() if spec.id != own.id]
         self._reports = {
-            spec.id: ProcessReport(spec.id, spec.node)
+            spec.id: ProcessStatus.of(spec.id, node=spec.node)
             for spec in config.processes()
             if spec.id != own.id
         }
@@ -242,7 +217,7 @@ class Backends:
         if self._refresh is not None and message["id"] == self._refresh.number:
             self._refresh.answered(sender)
 
-    def _take(self, sender: ProcessId, report: ProcessReport) -> None:
+    def _take(self, sender: ProcessId, report: ProcessStatus) -> None:
         """A process with a link here speaks for itself; others are believed to whoever reports them."""
         known = self._reports.get(report.id)
         if known is None or (sender != report.id and report.id.role is not Role.EXPERT):
@@ -270,6 +245,6 @@ class Backends:
             self.listener.on_worker_lost(process.index, reason)
 
 
-def _describe(report: ProcessReport) -> str:
+def _describe(report: ProcessStatus) -> str:
     reason = f" ({report.missing})" if report.missing and report.state is not State.LOST else ""
     return f"{report.id} is {report.state}{reason}"

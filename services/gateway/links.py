@@ -11,7 +11,7 @@ from common.transport.factory import open_transport
 
 
 class ClusterDialler:
-    """Implements `services.gateway.service.Dialler`. Raises ConfigError or ModelError at once, not when dialling."""
+    """Raises ConfigError or ModelError at once, not when dialling."""
 
     def __init__(
         self, config: ClusterConfig, index: int, transport: Transport | None = None

@@ -5,9 +5,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-
-from common.obs.metrics import Metrics
+from prometheus_client.registry import Collector
 
 # Seconds. From one decode step on a small GPU model to a prompt that fills the context.
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -20,31 +21,54 @@ _MAX_EXPERTS = 1 << 16  # over all layers
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
+class _Callback(Collector):
+    """Metrics computed when somebody asks."""
+
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # names are known only at collection time
+
+
 class GatewayMetrics:
     """The gateway's own metrics; `outcome` is finished, stopped, cancelled, rejected or failed."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self.requests = metrics.counter(
-            "requests", "Continuations by how they ended.", ("outcome",)
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "atoll_requests", "Continuations by how they ended.", ("outcome",), registry=registry
         )
-        self.resubmitted = metrics.counter(
-            "requests_resubmitted", "Continuations sent to another attention worker."
+        self.resubmitted = Counter(
+            "atoll_requests_resubmitted",
+            "Continuations sent to another attention worker.",
+            registry=registry,
         )
-        self.prompt_tokens = metrics.counter("prompt_tokens", "Prompt tokens accepted.")
-        self.generated_tokens = metrics.counter("generated_tokens", "Tokens received.")
-        self.ttft = metrics.histogram(
-            "time_to_first_token_seconds", "Arrival to first token.", buckets=_TTFT_BUCKETS
+        self.prompt_tokens = Counter(
+            "atoll_prompt_tokens", "Prompt tokens accepted.", registry=registry
         )
-        self.tpot = metrics.histogram(
-            "time_per_output_token_seconds",
+        self.generated_tokens = Counter(
+            "atoll_generated_tokens", "Tokens received.", registry=registry
+        )
+        self.ttft = Histogram(
+            "atoll_time_to_first_token_seconds",
+            "Arrival to first token.",
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.tpot = Histogram(
+            "atoll_time_per_output_token_seconds",
             "Mean time between tokens of a continuation.",
             buckets=_TPOT_BUCKETS,
+            registry=registry,
         )
 
     def render(self) -> bytes:
         """The text exposition format."""
-        return self._metrics.render()
+        return generate_latest(self._registry)
 
     def watch(
         self,
@@ -73,11 +97,11 @@ class GatewayMetrics:
                 tokens,
             ]
 
-        self._metrics.on_collect(collect)
+        self._registry.register(_Callback(collect))
 
     def export_processes(self, processes: Callable[[], list[dict[str, Any]]]) -> None:
         """Re-export the counters in /cluster's process list, read at collection time."""
-        self._metrics.on_collect(lambda: process_metrics(processes()))
+        self._registry.register(_Callback(lambda: process_metrics(processes())))
 
 
 def process_metrics(processes: Collection[dict[str, Any]]) -> list[Metric]:

@@ -1,7 +1,6 @@
 """What the gateway knows of the served model: its limits, and its tokenizer and chat template where it has them."""
 
 import asyncio
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import decoders as tokenizer_decoders
 
 from common.config import ClusterConfig
 from common.errors import ModelError
+from common.model.hf_config import read_json
 from services.gateway.chat import ChatTemplate
 from services.gateway.errors import invalid
 from services.gateway.text import special_ids
@@ -96,9 +96,10 @@ _BYTE_OF = _byte_alphabet()
 def load_model(config: ClusterConfig, *, created: int) -> ServedModel:
     """Read what the gateway needs from the model's directory. Raises ModelError naming the file."""
     directory = config.model.path
-    document = _read_json(directory / "config.json", required=True)
+    document = read_json(directory / "config.json")
     tokenizer = _load_tokenizer(directory / "tokenizer.json")
-    tokenizer_config = _read_json(directory / "tokenizer_config.json")
+    described = directory / "tokenizer_config.json"
+    tokenizer_config = read_json(described) if described.exists() else {}
     bos = ChatTemplate.token_content(tokenizer_config.get("bos_token"))
     add_bos = tokenizer_config.get("add_bos_token") is True and tokenizer is not None and bos
     return ServedModel(
@@ -127,22 +128,6 @@ def _positive(document: dict[str, Any], key: str, directory: Path) -> int:
     if not isinstance(value, int) or value < 1:
         raise ModelError(f"{directory}/config.json: {key} must be a positive number, not {value!r}")
     return value
-
-
-def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError as exc:
-        if required:
-            raise ModelError(f"{path} does not exist") from exc
-        return {}
-    except OSError as exc:
-        raise ModelError(f"{path}: {exc.strerror}") from exc
-    except ValueError as exc:
-        raise ModelError(f"{path} is not valid JSON: {exc}") from exc
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return document
 
 
 def _load_tokenizer(path: Path) -> Tokenizer | None:

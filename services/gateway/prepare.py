@@ -4,7 +4,7 @@ Continuation i belongs to prompt i // n and choice i; its index in the answer is
 """
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import Rejected
 from common.request import Request, SamplingParams
@@ -48,33 +48,22 @@ async def completion_job(body: CompletionRequest, model: ServedModel) -> Job:
         for prompt in body.prompts
     ]
     discard = body.echo and body.max_tokens == 0
-    max_tokens = 1 if discard else body.max_tokens
-    return Job(
-        id=f"cmpl-{secrets.token_hex(12)}",
-        requests=_requests(
-            body,
-            model,
-            prompts,
-            max_tokens,
-            default=_COMPLETION_MAX_TOKENS,
-            logprobs=body.logprobs,
-            echo_logprobs=body.echo and body.logprobs is not None,
-            param="prompt",
-        ),
-        num_choices=body.n or 1,
-        stops=body.stops,
-        stream=body.stream,
-        include_usage=body.include_usage,
-        return_token_ids=body.return_token_ids,
-        logprobs=body.logprobs is not None,
-        echo=tuple(
-            prompt if isinstance(prompt, str) else model.decode(ids)
-            for prompt, ids in zip(body.prompts, prompts, strict=True)
-        )
-        if body.echo
-        else (),
-        discard_tokens=discard,
+    requests = _requests(
+        body,
+        model,
+        prompts,
+        1 if discard else body.max_tokens,
+        default=_COMPLETION_MAX_TOKENS,
+        logprobs=body.logprobs,
+        echo_logprobs=body.echo and body.logprobs is not None,
+        param="prompt",
     )
+    job = _job("cmpl", body, requests)
+    if not body.echo:
+        return job
+    asked = zip(body.prompts, prompts, strict=True)
+    echo = (text if isinstance(text, str) else model.decode(ids) for text, ids in asked)
+    return replace(job, echo=tuple(echo), discard_tokens=discard)
 
 
 async def chat_job(body: ChatRequest, model: ServedModel) -> Job:
@@ -87,24 +76,29 @@ async def chat_job(body: ChatRequest, model: ServedModel) -> Job:
     # The template writes the special tokens itself.
     prompt = await model.encode(text, add_special_tokens=False, param="messages")
     max_tokens = body.max_completion_tokens
+    requests = _requests(
+        body,
+        model,
+        [prompt],
+        body.max_tokens if max_tokens is None else max_tokens,
+        default=model.context,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        echo_logprobs=False,
+        param="messages",
+    )
+    return _job("chatcmpl", body, requests)
+
+
+def _job(kind: str, body: CompletionRequest | ChatRequest, requests: tuple[Request, ...]) -> Job:
     return Job(
-        id=f"chatcmpl-{secrets.token_hex(12)}",
-        requests=_requests(
-            body,
-            model,
-            [prompt],
-            body.max_tokens if max_tokens is None else max_tokens,
-            default=model.context,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            echo_logprobs=False,
-            param="messages",
-        ),
+        id=f"{kind}-{secrets.token_hex(12)}",
+        requests=requests,
         num_choices=body.n or 1,
         stops=body.stops,
         stream=body.stream,
         include_usage=body.include_usage,
         return_token_ids=body.return_token_ids,
-        logprobs=bool(body.logprobs),
+        logprobs=requests[0].sampling.logprobs is not None,
     )
 
 

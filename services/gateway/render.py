@@ -1,34 +1,16 @@
 """The bodies of answers, whole and in chunks, for completions and for chat."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from services.gateway.choices import Choice, Piece, TokenLogprob
 from services.gateway.model import ServedModel
 from services.gateway.prepare import Job
 
 
-class Format(Protocol):
-    """What differs between the two endpoints."""
+class Format:
+    """What both endpoints share; each has a class of its own below."""
 
-    def first_chunks(self, index: int) -> list[dict[str, Any]]:
-        """Chunks of a choice before its first piece."""
-        ...
-
-    def chunk(self, choice: Choice, piece: Piece) -> dict[str, Any]:
-        """One piece as a chunk of a stream."""
-        ...
-
-    def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The last chunk, if the client wants one."""
-        ...
-
-    def whole(self, choices: Sequence[Choice], pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The answer that is not streamed."""
-        ...
-
-
-class _Base:
     kind_whole = ""
     kind_chunk = ""
 
@@ -60,10 +42,20 @@ class _Base:
             "total_tokens": self._job.prompt_tokens + completion,
         }
 
+    def first_chunks(self, index: int) -> list[dict[str, Any]]:
+        """Chunks of a choice before its first piece."""
+        return []
+
+    def chunk(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        """One piece as a chunk of a stream."""
+        return self._chunk([self._whole_choice(choice, piece)])
+
     def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The last chunk, if the client wants one."""
         return {**self._envelope(self.kind_chunk, []), "usage": self._usage(choices)}
 
     def whole(self, choices: Sequence[Choice], pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The answer that is not streamed."""
         bodies = [self._whole_choice(c, p) for c, p in zip(choices, pieces, strict=True)]
         return {**self._envelope(self.kind_whole, bodies), "usage": self._usage(choices)}
 
@@ -84,7 +76,7 @@ class _Base:
         raise NotImplementedError
 
 
-class CompletionFormat(_Base):
+class CompletionFormat(Format):
     """`text_completion`: text, and log-probabilities as parallel lists."""
 
     kind_whole = kind_chunk = "text_completion"
@@ -92,12 +84,6 @@ class CompletionFormat(_Base):
     def __init__(self, job: Job, model: ServedModel, *, created: int) -> None:
         super().__init__(job, model, created=created)
         self._offsets = [0] * len(job.requests)  # characters of text before the next token
-
-    def first_chunks(self, index: int) -> list[dict[str, Any]]:
-        return []
-
-    def chunk(self, choice: Choice, piece: Piece) -> dict[str, Any]:
-        return self._chunk([self._whole_choice(choice, piece)])
 
     def _whole_choice(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         return {"text": piece.text, **self._choice(choice, piece)}
@@ -122,7 +108,7 @@ class CompletionFormat(_Base):
         }
 
 
-class ChatFormat(_Base):
+class ChatFormat(Format):
     """`chat.completion`: a message or deltas of one."""
 
     kind_whole = "chat.completion"

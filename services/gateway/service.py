@@ -9,21 +9,19 @@ import asyncio
 import logging
 import os
 import time
-from typing import Protocol
 
 from aiohttp import web
 
 from common.config import ClusterConfig
 from common.errors import ConfigError
 from common.ids import Role
-from common.obs.metrics import Metrics
-from common.status import State
-from common.transport.base import Handler
+from common.status import ProcessStatus, State
 from services.gateway.admission import Admission
 from services.gateway.app import Parts, make_app
 from services.gateway.auth import load_keys
-from services.gateway.backends import Backends, ProcessReport
+from services.gateway.backends import Backends
 from services.gateway.dispatch import Dispatcher
+from services.gateway.links import ClusterDialler
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.model import load_model
 
@@ -32,26 +30,14 @@ log = logging.getLogger(__name__)
 _CLOSE_S = 2.0  # for connections that are still writing when everything is answered
 
 
-class Dialler(Protocol):
-    """How links are kept."""
-
-    async def keep(self, address: str, handler: Handler) -> None:
-        """Keep one link to an address open for ever, reporting to the handler; ends only by cancellation."""
-        ...
-
-    async def close(self) -> None:
-        """Close all links."""
-        ...
-
-
 class GatewayService:
     """Builds the parts and owns them. Implements `common.service.Service`."""
 
-    def __init__(self, config: ClusterConfig, index: int, dialler: Dialler) -> None:
+    def __init__(self, config: ClusterConfig, index: int, dialler: ClusterDialler) -> None:
         self._config = config
         self._dialler = dialler
         spec = config.process(Role.GATEWAY, index)
-        self._own = ProcessReport(spec.id, spec.node, os.getpid())
+        self._own = ProcessStatus.of(spec.id, node=spec.node, pid=os.getpid())
         # Everything that can be wrong with the input is found before anything runs.
         self._model = load_model(config, created=int(time.time()))
         keys = config.gateway.api_key_file
@@ -65,7 +51,7 @@ class GatewayService:
         """Dial and listen. Raises ConfigError when the port is taken."""
         config = self._config
         backends = Backends(config, self._own)
-        metrics = GatewayMetrics(Metrics())
+        metrics = GatewayMetrics()
         metrics.export_processes(backends.processes)
         workers = config.of_role(Role.ATTENTION)
         admission = Admission(

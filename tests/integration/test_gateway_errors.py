@@ -209,9 +209,9 @@ def test_api_keys(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "error", "sentence"),
     [
-        (lambda m: (m / "config.json").unlink(), ModelError, "config.json does not exist"),
-        (lambda m: (m / "config.json").write_text("{"), ModelError, "is not valid JSON"),
-        (lambda m: (m / "config.json").write_text("[]"), ModelError, "is not a JSON object"),
+        (lambda m: (m / "config.json").unlink(), ModelError, "config.json: No such file"),
+        (lambda m: (m / "config.json").write_text("{"), ModelError, "not valid JSON"),
+        (lambda m: (m / "config.json").write_text("[]"), ModelError, "must hold a JSON object"),
         (
             lambda m: (m / "config.json").write_text("{}"),
             ModelError,

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Launched:
         (model / "config.json").write_text('{"n_routed_experts": 3}')
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}:{HERE}",
+            "PYTHONPATH": f"{ROOT}:{HERE}:{HERE / 'light'}",
             "DUMMY": dummy,
             "TMPDIR": str(directory),
             **variables,
@@ -101,6 +102,13 @@ def environments():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 yield int(entry.name), (entry / "environ").read_bytes()
+
+
+@pytest.fixture
+def tmp_path():
+    """Short whoever runs the tests: Unix sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="atoll-launch-") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture

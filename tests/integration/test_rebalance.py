@@ -20,7 +20,8 @@ from common.model.hf_config import load_config
 from common.placement.plan import Plan
 from common.plan_file import placement_path, read_placement
 from common.plan_search import search_apart
-from services.gateway.backends import Backends, ProcessReport
+from common.status import ProcessStatus
+from services.gateway.backends import Backends
 from services.gateway.links import ClusterDialler
 from tests.inproc_cluster import InprocCluster, inproc_cluster
 from tests.oracle.configs import CONFIGS
@@ -62,7 +63,7 @@ class Gateway:
 
     def __init__(self, cluster: InprocCluster) -> None:
         spec = cluster.config.process(Role.GATEWAY, 0)
-        self.backends = Backends(cluster.config, ProcessReport(spec.id, 0))
+        self.backends = Backends(cluster.config, ProcessStatus.of(spec.id, node=0))
         self.backends.listener = Silent()
         self.rebalancer = self.backends.rebalancer
         self._transport = cluster.fabric.transport()
@@ -316,7 +317,7 @@ def flip_a_byte(model: Path, layer: int, expert: int) -> None:
     name = next(iter(names.ffn_weights(names.layer(layer, names.expert(expert)))))
     with Checkpoint(model) as checkpoint:
         (path,) = checkpoint.files
-        wanted = bytes(checkpoint.read_bytes(name))
+        wanted = bytes(checkpoint.content(name))
     data = bytearray(path.read_bytes())
     data[data.index(wanted)] ^= 1
     path.write_bytes(data)

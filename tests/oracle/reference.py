@@ -90,7 +90,7 @@ class Reference:
             ).eval()
         assert self.model.config.model_type in ("deepseek_v3", "deepseek_v2")
         self.expert_rows: dict[str, torch.Tensor] = {}
-        self._gate_gap = float("inf")
+        self._gate_gaps: list[torch.Tensor] = []  # of the last forward pass, one per gate
         for name, module in self.model.named_modules():
             if type(module).__name__.endswith("TopkRouter"):
                 module.register_forward_hook(self._hook(name))
@@ -100,34 +100,53 @@ class Reference:
     ) -> ReferenceRun:
         """Greedy continuation of `num_tokens` tokens; end-of-sequence tokens are tokens like others."""
         run = ReferenceRun(prompt)
-        self._gate_gap = float("inf")
-        cache = None
+        cache, gate_gap = None, float("inf")
         inputs = torch.tensor([prompt])
         with torch.inference_mode(), _quiet():
             for _ in range(num_tokens):
+                self._gate_gaps.clear()
                 out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache, logits = out.past_key_values, out.logits[0, -1].float()
                 best = logits.topk(2).values
+                gate_gap = min(gate_gap, *(float(gaps.min()) for gaps in self._gate_gaps))
                 run.tokens.append(int(logits.argmax()))
                 run.logit_gaps.append(float(best[0] - best[1]))
-                run.gate_gaps.append(self._gate_gap)
+                run.gate_gaps.append(gate_gap)
                 if keep_logits:
                     run.logits.append(logits)
                 inputs = torch.tensor([[run.tokens[-1]]])
         return run
 
+    def choices(self, prompt: list[int], tokens: list[int]) -> ReferenceRun:
+        """What it would say after every prefix of `tokens`, in one pass.
+
+        Equal to `tokens` throughout, it is its greedy continuation; else they part where `generate` would.
+        """
+        self._gate_gaps.clear()
+        with torch.inference_mode(), _quiet():
+            logits = self.model(input_ids=torch.tensor([prompt + tokens[:-1]])).logits[0].float()
+        first = len(prompt) - 1
+        best = logits[first:].topk(2).values
+        gate_gaps = torch.stack(self._gate_gaps).amin(0).cummin(0).values
+        return ReferenceRun(
+            prompt,
+            tokens=logits[first:].argmax(-1).tolist(),
+            logit_gaps=(best[:, 0] - best[:, 1]).tolist(),
+            gate_gaps=gate_gaps[first:].tolist(),
+        )
+
     def _hook(self, name: str):
         def hook(module, inputs, outputs) -> None:
             logits, _, ids = outputs
-            self._gate_gap = min(self._gate_gap, _smallest_gap(module, logits))
+            self._gate_gaps.append(_smallest_gaps(module, logits))
             counts = torch.bincount(ids.flatten(), minlength=logits.shape[-1])
             self.expert_rows[name] = self.expert_rows.get(name, 0) + counts
 
         return hook
 
 
-def _smallest_gap(module: torch.nn.Module, logits: torch.Tensor) -> float:
-    """Least distance between the last chosen and the next expert or group, over all rows of a gate."""
+def _smallest_gaps(module: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """Least distance between the last chosen and the next expert or group, for each row of a gate."""
     bias = getattr(module, "e_score_correction_bias", None)
     rows, experts = logits.shape
     groups, kept = module.num_group or 1, module.topk_group or 1
@@ -139,17 +158,17 @@ def _smallest_gap(module: torch.nn.Module, logits: torch.Tensor) -> float:
         if module.topk_method == "greedy":
             groups = kept = 1
         group_scores = choice.view(rows, groups, -1).amax(-1)
-    gap = float("inf")
+    gaps = torch.full((rows,), float("inf"))
     if kept < groups:
         ordered = group_scores.sort(descending=True).values
-        gap = float((ordered[:, kept - 1] - ordered[:, kept]).min())
+        gaps = ordered[:, kept - 1] - ordered[:, kept]
         worst = ordered[:, kept - 1 : kept]
         outside = (group_scores < worst).unsqueeze(-1)
         choice = choice.view(rows, groups, -1).masked_fill(outside, -1.0).view(rows, -1)
     if module.top_k < experts:
         ordered = choice.sort(descending=True).values
-        gap = min(gap, float((ordered[:, module.top_k - 1] - ordered[:, module.top_k]).min()))
-    return gap
+        gaps = gaps.minimum(ordered[:, module.top_k - 1] - ordered[:, module.top_k])
+    return gaps
 
 
 def _write_fp32(checkpoint: Path, scratch: Path) -> None:

@@ -9,7 +9,7 @@ from tests.oracle.configs import CONFIGS, OracleConfig
 from tests.oracle.local_model import LocalModel
 from tests.oracle.reference import Reference, build_checkpoint, compare
 
-NUM_TOKENS = 64
+NUM_TOKENS = 32
 PROMPT_LENGTHS = (7, 70)
 
 
@@ -20,11 +20,17 @@ def test_greedy_tokens_equal_those_of_transformers(config: OracleConfig, tmp_pat
     reference = Reference(directory, tmp_path / "fp32")
     ours = LocalModel(directory)
     generator = torch.Generator().manual_seed(5)
+    runs = []
     for length in PROMPT_LENGTHS:
         prompt = torch.randint(0, ours.config.vocab_size, (length,), generator=generator).tolist()
         run = reference.generate(prompt, NUM_TOKENS)
         verdict = compare(run, ours.generate(prompt, NUM_TOKENS))
         assert verdict.good, f"token {verdict.first_difference} differs: {run}"
         assert len(set(run.tokens)) >= 10, f"a dull checkpoint: {run.tokens}"
+        runs.append(run)
     for rows, theirs in zip(ours.expert_rows.values(), reference.expert_rows.values(), strict=True):
         assert rows == theirs.tolist()
+    for run in runs:  # what it is asked in one pass is what it says step by step
+        assert compare(reference.choices(run.prompt, run.tokens), run.tokens).good
+        wrong = [*run.tokens[:9], (run.tokens[9] + 1) % ours.config.vocab_size, *run.tokens[10:]]
+        assert compare(reference.choices(run.prompt, wrong), wrong).first_difference == 9

@@ -1,8 +1,5 @@
 """What the gateway exports of others is bounded and never breaks the page."""
 
-import pytest
-
-from common.obs.metrics import Metrics
 from services.gateway.metrics import GatewayMetrics, process_metrics
 
 
@@ -40,18 +37,15 @@ def test_the_number_of_names_is_bounded():
     assert len(samples([entry({f"c{i}": i for i in range(1000)})])) == 64 + 1
 
 
-def test_registries_do_not_meet_and_names_do():
-    first, second = Metrics(), Metrics()
-    first.counter("things", "Things.").inc()
-    second.gauge("things", "Things.").set(7)
-    assert b"atoll_things_total 1.0" in first.render()
-    assert b"atoll_things 7.0" in second.render()
-    with pytest.raises(ValueError, match="Duplicated"):
-        first.counter("things", "Again.")
+def test_two_gateways_of_a_process_do_not_meet():
+    first, second = GatewayMetrics(), GatewayMetrics()
+    first.prompt_tokens.inc()
+    assert b"atoll_prompt_tokens_total 1.0" in first.render()
+    assert b"atoll_prompt_tokens_total 0.0" in second.render()
 
 
 def test_the_page_is_read_at_collection_time():
-    metrics = GatewayMetrics(Metrics())
+    metrics = GatewayMetrics()
     running = []
     metrics.watch(running=lambda: len(running), queued=lambda: 2, outstanding=lambda: {0: 30})
     metrics.export_processes(lambda: [entry({"rows": 1})])

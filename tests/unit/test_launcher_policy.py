@@ -1,10 +1,11 @@
 """What the launcher decides before and between processes: models, memory, ports, restarts, what is worth a line."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from common.config import ProcessSpec, local_cluster
 from common.errors import ConfigError, ModelError
@@ -20,11 +21,6 @@ def cluster(model, **changes):
     shape = {"ep": 2, "nodes": 1, "attention": 3, "experts_per_gpu": 1, "microbatches": 1}
     rest = {"wire": "fp8", "port": 0, "run_dir": Path("/run/atoll")}
     return local_cluster(model, **{**shape, **rest, **changes})
-
-
-def write_header(path, shapes):
-    header = json.dumps({name: {"dtype": "F32", "shape": s} for name, s in shapes.items()}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +53,11 @@ def test_number_of_experts_must_be_said(tmp_path, text):
 
 
 def test_memory_counts_experts_once_and_the_rest_per_attention_worker(tmp_path):
-    shapes = {
-        "model.layers.1.mlp.experts.0.up_proj.weight": [1024, 1024],
-        "lm_head.weight": [1024, 512],
+    tensors = {
+        "model.layers.1.mlp.experts.0.up_proj.weight": np.zeros((1024, 1024), np.int8),
+        "lm_head.weight": np.zeros((1024, 512), np.int8),
     }
-    write_header(tmp_path / "model.safetensors", shapes)
+    save_file(tensors, tmp_path / "model.safetensors")
     assert preflight.checkpoint_elements(tmp_path) == (1 << 20, 1 << 19)
     config = cluster(tmp_path)
     weights = ((1 << 20) + 3 * (1 << 19)) * 4
