@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "services.router": ("common", "kernels", "services.router"),
     "services.expert": ("common", "kernels", "services.expert"),
     "deploy": ("common", "deploy"),
+    # trains the demo model with the same references that serve it
+    "deploy.demo": ("common", "kernels", "deploy.demo"),
     "loadgen": ("loadgen",),
 }
 # deterministic modules: time, randomness and I/O come in as arguments

@@ -9,11 +9,11 @@ from jinja2 import Environment
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from deploy.demo import fp8
+from deploy.demo.train import Model, Shape
 from tests.demo_model import MODEL, REFERENCE, bits_per_byte, held_out, perplexity
 from tests.oracle.make_demo_reference import Recorder, load_skew
 from tests.oracle.reference import LOGIT_GAP, Reference
-from training import fp8
-from training.train import Model, Shape
 
 MOE_LAYERS, EXPERTS, TOP_K = 5, 16, 4
 METRICS = json.loads((REFERENCE / "metrics.json").read_text())

