@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 IN_PROGRESS = 1  # ucs_status_t; 0 is success, below 0 an error
 CANCELED = -16  # UCS_ERRCANCELED
 _MAX_ARRIVALS = 256  # per poll, so that a flood cannot keep completions and timers waiting
-_SOURCE = Path(__file__).with_name("port.c")
+# at import: a warm parent then has it for all that it forks
+_compiled = compiled(Path(__file__).with_name("port.c"), needs=("libucx",))
 _EVERY_BIT = (1 << 64) - 1
 
 Foreign = Any  # an object of UCXX, or a number that the compiled port understands
@@ -75,11 +76,11 @@ class Port(Protocol):
 
 def open_port(library: Foreign, worker: Foreign, tag: int, mask: int) -> Port:
     """A port of a UCXX worker, which finds by probing what has `tag` under `mask`."""
-    module, path = compiled(_SOURCE, needs=("libucx",)), loaded_library("libucp")
-    if module is None or path is None:
+    path = loaded_library("libucp")
+    if _compiled is None or path is None:
         return UcxxPort(library, worker, tag, mask)
-    module.use_library(str(path))
-    port: Port = module.Port(worker.handle, tag, mask)
+    _compiled.use_library(str(path))
+    port: Port = _compiled.Port(worker.handle, tag, mask)
     return port
 
 

@@ -22,16 +22,17 @@ from services.router.plan import (
     split_pairs,
 )
 
+_compiled = compiled(Path(__file__).with_name("plan.c"))
+
 
 def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeShare]:
     """See `services.router.plan.split_by_node`."""
-    module = compiled(_SOURCE)
-    if module is None or not experts.size:
+    if _compiled is None or not experts.size:
         return plan.split_by_node(experts, weights, nodes)
     num_rows, top_k = experts.shape
     ids, homes = np.empty((2, experts.size), np.int32)
     sorted_weights = np.empty(experts.size, np.float32)
-    least, greatest = module.sort_pairs(
+    least, greatest = _compiled.sort_pairs(
         _flat(experts), _flat(weights), _flat(nodes), top_k, ids, sorted_weights, homes
     )
     rows, pair_rows, _ = rows_of_pairs(num_rows, top_k)
@@ -44,11 +45,10 @@ def fan_out(
     pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, workers: Int32s
 ) -> FanOut:
     """See `services.router.plan.fan_out`."""
-    module = compiled(_SOURCE)
-    if module is None:
+    if _compiled is None:
         return plan.fan_out(pair_rows, experts, weights, num_rows, workers)
     try:
-        rows, segments, slots, slot_weights, most, runs = module.fan_out(
+        rows, segments, slots, slot_weights, most, runs = _compiled.fan_out(
             _flat(pair_rows), _flat(experts), _flat(weights), _flat(workers), num_rows
         )
     except ValueError as exc:  # a worker is NOT_OURS: everything else has been checked
@@ -66,6 +66,3 @@ def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """One behind the other, without a copy where they are."""
     flat: npt.NDArray[Any] = array.reshape(-1)
     return flat
-
-
-_SOURCE = Path(__file__).with_name("plan.c")

@@ -171,7 +171,7 @@ def test_unicast_sends_a_copy_per_expert_of_another_node(block, home):
 
 
 def test_plans_are_compiled_here():
-    assert compiled_plan.compiled(compiled_plan._SOURCE) is not None
+    assert compiled_plan._compiled is not None
 
 
 @given(blocks())
@@ -206,9 +206,7 @@ def test_the_compiled_fan_out_reads_nothing_out_of_range(rows, experts, workers)
     arrays = [np.array(values, np.int32) for values in (rows, experts, workers)]
     weights = np.ones(len(rows), np.float32)
     with pytest.raises(ValueError, match=r"of|wanted|range"):
-        compiled_plan.compiled(compiled_plan._SOURCE).fan_out(
-            arrays[0], arrays[1], weights, arrays[2], 2
-        )
+        compiled_plan._compiled.fan_out(arrays[0], arrays[1], weights, arrays[2], 2)
 
 
 @pytest.mark.parametrize("form", [plan, compiled_plan])
