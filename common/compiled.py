@@ -20,7 +20,6 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_CACHE = Path("~/.cache/atoll/compiled")
 _COMPILE_S = 60.0
 
 
@@ -33,7 +32,7 @@ def compiled(source: Path, *, needs: tuple[str, ...] = ()) -> Any | None:  # noq
     if os.environ.get("ATOLL_COMPILED") == "0":
         return None
     try:
-        return _load(source.stem, _built(source, needs, _CACHE.expanduser()))
+        return _load(source.stem, _built(source, needs, _cache()))
     except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as exc:
         log.warning("%s is not compiled, its slower form in Python goes on: %s", source.name, exc)
         return None
@@ -63,6 +62,12 @@ def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
             )
         output.replace(target)
     return target
+
+
+def _cache() -> Path:
+    """In the directory that systemd gives a unit, else in the user's."""
+    base = os.environ.get("CACHE_DIRECTORY") or Path("~/.cache/atoll").expanduser()
+    return Path(base) / "compiled"
 
 
 def _headers_of(package: str) -> str:

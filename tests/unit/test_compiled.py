@@ -17,7 +17,7 @@ def port():
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiled, "_CACHE", tmp_path / "compiled")
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))  # as under systemd
     monkeypatch.delenv("ATOLL_COMPILED", raising=False)
     compiled.compiled.cache_clear()
     yield
@@ -51,7 +51,7 @@ def test_without_it_messages_go_on(monkeypatch, caplog, target, value, reason):
 
 def test_a_directory_that_cannot_be_written(monkeypatch, caplog, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(compiled, "_CACHE", tmp_path / "file" / "compiled")
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "file"))
     assert port() is None
     assert "its slower form in Python goes on" in caplog.text
 
