@@ -22,7 +22,7 @@ from tests.e2e.harness import Cluster
 from tests.oracle.configs import CONFIGS, OracleConfig
 from tests.oracle.reference import Reference, ReferenceRun, build_checkpoint, compare
 
-NUM_TOKENS, NUM_TOKENS_ALONE = 64, 24
+NUM_TOKENS_WHOLE, NUM_TOKENS_COVER, NUM_TOKENS_ALONE = 64, 40, 24
 LENGTHS = (9, 3, 17, 70, 1, 33, 64, 5)  # of the eight concurrent prompts; the first also runs alone
 MAX_EXCUSED = 0.005
 
@@ -82,28 +82,28 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 def reference(
-    config: OracleConfig, directory: Path, scratch: Path
+    config: OracleConfig, directory: Path, scratch: Path, num_tokens: int
 ) -> tuple[Reference, ReferenceRun]:
     """transformers' model and its continuation of the first prompt; once per configuration."""
     if config.name not in _references:
         torch.set_num_threads(1)
         model = Reference(directory, scratch)
-        first = model.generate(prompts(config.config["vocab_size"])[0], NUM_TOKENS)
+        first = model.generate(prompts(config.config["vocab_size"])[0], num_tokens)
         _references.clear()  # one model at a time
         _references[config.name] = model, first
     return _references[config.name]
 
 
-def check(config: OracleConfig, layout: Layout, base: Path) -> None:
+def check(config: OracleConfig, layout: Layout, base: Path, num_tokens: int) -> None:
     directory = build_checkpoint(base / config.name, config)
     asked = prompts(config.config["vocab_size"])
     arguments = ["--model", str(directory), "--wire", "fp32", *layout.arguments(config.num_experts)]
     with Cluster(*arguments) as cluster:
         (alone,) = cluster.generate(asked[:1], NUM_TOKENS_ALONE)
-        together = cluster.generate(asked, NUM_TOKENS)
+        together = cluster.generate(asked, num_tokens)
         experts = cluster.counters("expert")
     assert alone == together[0][:NUM_TOKENS_ALONE], "a request's tokens depend on its company"
-    model, first = reference(config, directory, base / f"{config.name}-fp32")
+    model, first = reference(config, directory, base / f"{config.name}-fp32", num_tokens)
     others = zip(asked[1:], together[1:], strict=True)
     runs = [first, *(model.choices(prompt, tokens) for prompt, tokens in others)]
     verdicts = [compare(run, tokens) for run, tokens in zip(runs, together, strict=True)]
@@ -124,13 +124,13 @@ def check(config: OracleConfig, layout: Layout, base: Path) -> None:
 
 @pytest.mark.parametrize(("config", "layout"), COVER, ids=[f"{c.name}-{v}" for c, v in COVER])
 def test_tokens_equal_those_of_transformers(config, layout, tmp_path_factory):
-    check(config, layout, tmp_path_factory.getbasetemp())
+    check(config, layout, tmp_path_factory.getbasetemp(), NUM_TOKENS_COVER)
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(("config", "layout"), WHOLE, ids=[f"{c.name}-{v}" for c, v in WHOLE])
 def test_the_whole_cross(config, layout, tmp_path_factory):
-    check(config, layout, tmp_path_factory.getbasetemp())
+    check(config, layout, tmp_path_factory.getbasetemp(), NUM_TOKENS_WHOLE)
 
 
 def test_near_ties_are_rare():
