@@ -4,8 +4,9 @@ transformers', whatever the checkpoint, placement, nodes, workers, micro-batches
 `make test` runs every configuration under two complementary layouts (a pairwise cover); `make test-oracle` the whole
 cross, and writes what it saw to tests/oracle/results.json.
 
-The first prompt is continued by transformers, step by step. For the others it is asked, in one pass, what it would say
-after every prefix of our continuation: when that is our next token every time, it would have said the same.
+In the whole cross transformers continues every prompt step by step, in the cover the first one. For the others it is
+asked there, in one pass, what it would say after every prefix of our continuation: when that is our next token every
+time, it would have said the same.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from tests.e2e.harness import Cluster
 from tests.oracle.configs import CONFIGS, OracleConfig
 from tests.oracle.reference import Reference, ReferenceRun, build_checkpoint, compare
 
-NUM_TOKENS, NUM_TOKENS_ALONE = 64, 24
+NUM_TOKENS, NUM_TOKENS_ALONE = 64, 24  # the whole cross goes on alone as far as together
 LENGTHS = (9, 3, 17, 70, 1, 33, 64, 5)  # of the eight concurrent prompts; the first also runs alone
 MAX_EXCUSED = 0.005
 
@@ -71,7 +72,7 @@ def pair_of(index: int) -> list[Layout]:
 
 COVER = [(config, layout) for i, config in enumerate(CONFIGS) for layout in pair_of(i)]
 WHOLE = [(config, layout) for config in CONFIGS for layout in CROSS]
-_references: dict[str, tuple[Reference, ReferenceRun]] = {}
+_references: dict[str, tuple[Reference, list[ReferenceRun]]] = {}
 _seen: list[dict[str, object]] = []
 
 
@@ -82,30 +83,32 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 def reference(
-    config: OracleConfig, directory: Path, scratch: Path
-) -> tuple[Reference, ReferenceRun]:
-    """transformers' model and its continuation of the first prompt; once per configuration."""
+    config: OracleConfig, directory: Path, scratch: Path, *, whole: bool
+) -> tuple[Reference, list[ReferenceRun]]:
+    """transformers' model and its continuations, of the first prompt or of all; once per configuration."""
     if config.name not in _references:
         torch.set_num_threads(1)
         model = Reference(directory, scratch)
-        first = model.generate(prompts(config.config["vocab_size"])[0], NUM_TOKENS)
+        asked = prompts(config.config["vocab_size"])
+        runs = [model.generate(prompt, NUM_TOKENS) for prompt in (asked if whole else asked[:1])]
         _references.clear()  # one model at a time
-        _references[config.name] = model, first
+        _references[config.name] = model, runs
     return _references[config.name]
 
 
-def check(config: OracleConfig, layout: Layout, base: Path) -> None:
+def check(config: OracleConfig, layout: Layout, base: Path, *, whole: bool) -> None:
     directory = build_checkpoint(base / config.name, config)
     asked = prompts(config.config["vocab_size"])
+    num_alone = NUM_TOKENS if whole else NUM_TOKENS_ALONE
     arguments = ["--model", str(directory), "--wire", "fp32", *layout.arguments(config.num_experts)]
     with Cluster(*arguments) as cluster:
-        (alone,) = cluster.generate(asked[:1], NUM_TOKENS_ALONE)
+        (alone,) = cluster.generate(asked[:1], num_alone)
         together = cluster.generate(asked, NUM_TOKENS)
         experts = cluster.counters("expert")
-    assert alone == together[0][:NUM_TOKENS_ALONE], "a request's tokens depend on its company"
-    model, first = reference(config, directory, base / f"{config.name}-fp32")
-    others = zip(asked[1:], together[1:], strict=True)
-    runs = [first, *(model.choices(prompt, tokens) for prompt, tokens in others)]
+    assert alone == together[0][:num_alone], "a request's tokens depend on its company"
+    model, runs = reference(config, directory, base / f"{config.name}-fp32", whole=whole)
+    left = zip(asked[len(runs) :], together[len(runs) :], strict=True)
+    runs = [*runs, *(model.choices(prompt, tokens) for prompt, tokens in left)]
     verdicts = [compare(run, tokens) for run, tokens in zip(runs, together, strict=True)]
     rows = [count for worker in experts for count in worker["rows_by_expert"].values()]
     _seen.append(
@@ -124,13 +127,13 @@ def check(config: OracleConfig, layout: Layout, base: Path) -> None:
 
 @pytest.mark.parametrize(("config", "layout"), COVER, ids=[f"{c.name}-{v}" for c, v in COVER])
 def test_tokens_equal_those_of_transformers(config, layout, tmp_path_factory):
-    check(config, layout, tmp_path_factory.getbasetemp())
+    check(config, layout, tmp_path_factory.getbasetemp(), whole=False)
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(("config", "layout"), WHOLE, ids=[f"{c.name}-{v}" for c, v in WHOLE])
 def test_the_whole_cross(config, layout, tmp_path_factory):
-    check(config, layout, tmp_path_factory.getbasetemp())
+    check(config, layout, tmp_path_factory.getbasetemp(), whole=True)
 
 
 def test_near_ties_are_rare():
