@@ -17,6 +17,11 @@ import aiohttp
 ATOLL = Path(sys.executable).parent / "atoll"
 START_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 25.0
+WITH_ITS_PARENT = (
+    "setpriv",
+    "--pdeathsig",
+    "TERM",
+)  # a killed process of tests leaves no cluster behind
 
 
 def alive(pid: int) -> bool:
@@ -46,7 +51,7 @@ class Cluster:
         port = () if "--cluster" in self.arguments else ("--port", "0")  # the file says which
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [ATOLL, "up", *port, "--ready-file", ready, *self.arguments],
+                [*WITH_ITS_PARENT, ATOLL, "up", *port, "--ready-file", ready, *self.arguments],
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         while not ready.exists():
