@@ -176,3 +176,4 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors}, path, metadata={"format": "pt"}
     )
+    path.chmod(0o644)  # whoever serves it may be another user

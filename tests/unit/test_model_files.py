@@ -70,6 +70,7 @@ def test_our_files_are_safetensors(tmp_path: Path) -> None:
         "empty": torch.empty(0, 7),
     }
     write_safetensors(tmp_path / "x.safetensors", tensors.items())
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644, "others serve it, too"
     theirs = load_file(tmp_path / "x.safetensors")
     with SafetensorsFile(tmp_path / "x.safetensors") as file:
         for name, value in tensors.items():
