@@ -5,6 +5,7 @@ The device is the CPU unless ATOLL_TEST_DEVICE names another: the form on the wi
 
 import asyncio
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -233,6 +234,30 @@ def test_rows_to_a_process_without_device_buffers_close_the_link(net):
         assert "to a process without device buffers" in str(there.closed[0][1])
 
     run(net, main, leak_free=False)
+
+
+def test_rows_shorter_than_their_header_says_close_the_link(tmp_path):
+    """Only the compiled port is told how long a message was."""
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        link, dialler, _ = await linked(net, here, there)
+
+        def cut(rows, tag):
+            ended = partial(link._rows_sent, rows)
+            link._send_memory(rows.address, rows.nbytes - 1, rows.on_device, tag, ended)
+
+        link._send_rows = cut
+        buffer = payload_of(dialler.pool, b"r" * 100_000, b"t" * 16)
+        link.post(Header(Kind.EXPERT_IN, num_rows=1), buffer)
+        buffer.release()
+        await there.until(lambda: bool(there.closed))
+        assert "receive failed (-9)" in str(there.closed[0][1])  # UCS_ERR_MESSAGE_TRUNCATED
+        assert not there.got
+
+    run(net, main)
+    check_no_block_leaked(net)
 
 
 def test_a_link_that_closes_gives_all_memory_back(net):
