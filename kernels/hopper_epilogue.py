@@ -4,14 +4,14 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from kernels.hopper import barrier
 
 
 @gluon.jit
 def add_scaled(product, scale, acc):
     """acc + product * scale, in place among the products: the compiler would hold all products to the end."""
     return gl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale[:, None], acc], dtype=gl.float32,
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, acc], dtype=gl.float32,
         is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ def store_hidden(
         peak = _magnitude(x)
         # The other half of the block's columns is the other warpgroup's.
         peaks.index(item % 2 * 2 + WG).store(peak)
-        _barrier()
+        barrier()
         mbarrier.arrive(met, count=1)
         mbarrier.wait(met, item & 1)
         other = peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC))

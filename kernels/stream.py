@@ -79,9 +79,9 @@ def _multiply(
         )  # fmt: skip
     else:
         sub_rows, small_sub, out_sub, sub_tiles, limit = 128, s.n, s.n, 1, num_rows
-    workers = WORKERS if big else min(WORKERS, s.groups)
-    stream_hopper.stream_units[(workers,)](
-        _blocks(x, x_rows), x_scales, _blocks(w, 128), _blocks(w, s.n), w_scales, out, out.stride(0),
+    pairs = min(WORKERS if big else s.groups + 1, WORKERS) // 2
+    stream_hopper.stream_units[(pairs,)](
+        _blocks(x, x_rows // 2), x_scales, _blocks(w, 128), _blocks(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
         halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns, s.n,
         stages, of_multiplier, big, halves == 2, SCALE_MIN, num_warps=4, maxnreg=per_thread,

@@ -15,50 +15,51 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels import hopper
+from kernels.hopper import barrier, load_block, view
 from kernels.hopper_epilogue import add_scaled, store_hidden
 
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
+EMPTY = gl.constexpr(16)  # the first barrier of free stages, after those of full ones
+_X_BLOCK = hopper.first_descriptor("stream_units")
 
 
 @gluon.jit
 def _fetch_w(
     big_rows, small_rows, ready, ws, b, tile_row, k, sub_rows, KU: gl.constexpr, N: gl.constexpr,
-    BIG: gl.constexpr, SMALL: gl.constexpr,
+    SMALL: gl.constexpr,
 ):  # fmt: skip
     """Ask for a stage's weights: two tiles of 128 rows, or of N for each of KU blocks of columns."""
     for s in gl.static_range(2):
         if SMALL:
             for j in gl.static_range(KU):
-                place = ws.index((b * KU + j) * 2 + s)
-                if BIG:
-                    place = place.slice(0, N, 0)
-                _load(small_rows, [tile_row + s * sub_rows, (k + j) * 128], ready, place)
+                place = ws.index(b * KU + j).slice(s * N, N, 0)
+                load_block(small_rows, [tile_row + s * sub_rows, (k + j) * 128], ready, place)
         else:
-            _load(big_rows, [tile_row + s * sub_rows, k * 128], ready, ws.index(b * 2 + s))
+            load_block(
+                big_rows, [tile_row + s * sub_rows, k * 128], ready, ws.index(b).slice(s * 128, 128, 0)
+            )
 
 
 @gluon.jit
-def _fetch_x(x_rows, ready, xs, b, k, KU: gl.constexpr, BM: gl.constexpr, XR: gl.constexpr):
+def _fetch_x(
+    cta, BARS: gl.constexpr, b, k, KU: gl.constexpr, BM: gl.constexpr, XR: gl.constexpr
+):  # fmt: skip
+    """Ask for half of a stage's rows of x, for both programs of the pair."""
+    HALF: gl.constexpr = XR // 2  # what stands in the rows from XR on is never stored
     for j in gl.static_range(KU):
-        place = xs.index(b * KU + j)
-        if XR < BM:  # what stands in the other rows is never stored
-            place = place.slice(0, XR, 0)
-        _load(x_rows, [0, (k + j) * 128], ready, place)
+        to = (b * KU + j) * BM * 128 + cta * HALF * 128
+        hopper.load_to_both(cta * HALF, (k + j) * 128, to, BARS + b * 8, _X_BLOCK)
 
 
 @gluon.jit
 def _produce(
-    x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws, full, empty,
+    big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, ws, bars, BARS: gl.constexpr,
     worker, step: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
     N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
 ):  # fmt: skip
@@ -66,19 +67,19 @@ def _produce(
     X: gl.constexpr = XR * 128 * KU
     BIG_BYTES: gl.constexpr = X + 2 * 128 * 128
     BYTES: gl.constexpr = X + 2 * N * 128 * KU
+    cta = worker % 2
     early = gl.minimum(gl.cdiv(kb, KU), STAGES)
     row = first_row + worker * N * step
-    if not BIG:
-        early = gl.where(worker < groups, early, 0)
     for i in range(early):
-        ready = full.index(i)
+        ready = bars.index(i)
         if BIG:
             mbarrier.expect(ready, BIG_BYTES)
             first = worker * 128 * step
-            _fetch_w(big_rows, small_rows, ready, ws, i, first, i, sub_rows, KU, N, BIG, False)
+            _fetch_w(big_rows, small_rows, ready, ws, i, first, i, sub_rows, KU, N, False)
         else:
             mbarrier.expect(ready, BYTES)
-            _fetch_w(big_rows, small_rows, ready, ws, i, row, i * KU, small_sub, KU, N, BIG, True)
+            _fetch_w(big_rows, small_rows, ready, ws, i, row, i * KU, small_sub, KU, N, True)
+    hopper.meet()
     gdc_wait()
     i = worker * 0
     if BIG:
@@ -86,34 +87,40 @@ def _produce(
             big_row = (item * WORKERS + worker) * 128 * step
             for k in range(kb):
                 b = i % STAGES
-                ready = full.index(b)
+                ready = bars.index(b)
                 if i >= early:
                     if i >= STAGES:
-                        mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
+                        mbarrier.wait(bars.index(EMPTY + b), (i // STAGES + 1) & 1)
                     mbarrier.expect(ready, BIG_BYTES)
-                    _fetch_w(
-                        big_rows, small_rows, ready, ws, b, big_row, k, sub_rows, KU, N, BIG, False
-                    )
-                _fetch_x(x_rows, ready, xs, b, k, KU, BM, XR)
+                    _fetch_w(big_rows, small_rows, ready, ws, b, big_row, k, sub_rows, KU, N, False)
+                _fetch_x(cta, BARS, b, k, KU, BM, XR)
                 i += 1
-    for group in range(worker, groups, WORKERS):
-        row = first_row + group * N * step
+    for pair in range(worker - cta, groups, WORKERS):
+        row = first_row + (pair + cta) * N * step
         for k in range(0, kb, KU):
             b = i % STAGES
-            ready = full.index(b)
+            ready = bars.index(b)
             if i >= early:
                 if i >= STAGES:
-                    mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
+                    mbarrier.wait(bars.index(EMPTY + b), (i // STAGES + 1) & 1)
                 mbarrier.expect(ready, BYTES)
-                _fetch_w(big_rows, small_rows, ready, ws, b, row, k, small_sub, KU, N, BIG, True)
-            _fetch_x(x_rows, ready, xs, b, k, KU, BM, XR)
+                _fetch_w(big_rows, small_rows, ready, ws, b, row, k, small_sub, KU, N, True)
+            _fetch_x(cta, BARS, b, k, KU, BM, XR)
             i += 1
+    for last in range(gl.maximum(i - STAGES, 0), i):  # the pair arrives here, so this program stays
+        mbarrier.wait(bars.index(EMPTY + last % STAGES), last // STAGES & 1)
 
 
 @gluon.jit
-def _release(empty):
-    _barrier()  # all warps have read the stage
-    mbarrier.arrive(empty, count=1)
+def _meet():
+    """What the warps do that fill the producer's warpgroup."""
+    hopper.meet()
+
+
+@gluon.jit
+def _release(BARS: gl.constexpr, b):
+    barrier()  # all warps have read the stage
+    hopper.arrive_at_both(BARS + (EMPTY + b) * 8)
 
 
 @gluon.jit
@@ -121,7 +128,7 @@ def _multiply(x, ws, b, out, CHUNK: gl.constexpr, WG: gl.constexpr, BM: gl.const
     """Start the product with this warpgroup's CHUNK of 64 rows of a big item, into out's registers."""
     SUB: gl.constexpr = CHUNK if BM == 64 else CHUNK // 2
     FIRST: gl.constexpr = 64 * (WG if BM == 64 else CHUNK % 2)
-    w = ws.index(b * 2 + SUB).slice(FIRST, 64, 0)
+    w = ws.index(b).slice(SUB * 128 + FIRST, 64, 0)
     return warpgroup_mma(x, w.permute((1, 0)), out, use_acc=False, is_async=True)
 
 
@@ -136,7 +143,7 @@ def _store(out, at, sub, first, limit, acc, ok, N: gl.constexpr, ACC: gl.constex
 @gluon.jit
 def _big_items(
     x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales, hidden, xs,
-    ws, full, empty, peaks, met, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
+    ws, bars, BARS: gl.constexpr, peaks, met, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
     STAGES: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
     """Multiply a worker's big items, from stage i of the ring on; to q and q_scales after SwiGLU, or to out."""
@@ -155,12 +162,12 @@ def _big_items(
         w_scale, w_scale2 = gl.load(w_at), gl.load(w_at2)
         for k in range(kb):
             b = i % STAGES
-            scale, scale2 = x_scale * w_scale, x_scale * w_scale2
+            scale, scale2 = (x_scale * w_scale)[:, None], (x_scale * w_scale2)[:, None]
             # The next unit's scales are asked for before this unit is waited for.
             ahead = gl.minimum(k + 1, kb - 1)
             x_scale = gl.load(x_scales + row * kb + ahead, mask=ok, other=0.0)
             w_scale, w_scale2 = gl.load(w_at + ahead), gl.load(w_at2 + ahead)
-            mbarrier.wait(full.index(b), i // STAGES & 1)
+            mbarrier.wait(bars.index(b), i // STAGES & 1)
             i += 1
             x = xs.index(b)
             if BM == 128:
@@ -171,7 +178,7 @@ def _big_items(
             a0 = add_scaled(p0, scale, a0)
             if BM == 64:
                 p1 = warpgroup_mma_wait(0, deps=(p1,))
-                _release(empty.index(b))
+                _release(BARS, b)
                 a1 = add_scaled(p1, scale2, a1)
             else:
                 p2 = _multiply(x, ws, b, p0, 2, WG, BM)
@@ -181,7 +188,7 @@ def _big_items(
                 p2 = warpgroup_mma_wait(1, deps=(p2,))
                 a2 = add_scaled(p2, scale2, a2)
                 p3 = warpgroup_mma_wait(0, deps=(p3,))
-                _release(empty.index(b))
+                _release(BARS, b)
                 a3 = add_scaled(p3, scale2, a3)
         if SWIGLU:
             store_hidden(
@@ -205,148 +212,157 @@ def _big_items(
 @gluon.jit
 def _multiply_small(
     xs, ws, b, zeros, J: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
-    N: gl.constexpr, BIG: gl.constexpr,
+    N: gl.constexpr,
 ):  # fmt: skip
-    """Start product J of a stage: with 64 rows block J of columns, with 128 tile J % 2 of block J // 2."""
-    SUB: gl.constexpr = WG if BM == 64 else J % 2
-    BLOCK: gl.constexpr = J if BM == 64 else J // 2
-    x = xs.index(b * KU + BLOCK)
+    """Start the product of a stage's block J of columns: of one tile with 64 rows, of both with 128."""
+    x = xs.index(b * KU + J)
+    w = ws.index(b * KU + J)
     if BM == 128:
         x = x.slice(WG * 64, 64, 0)
-    w = ws.index((b * KU + BLOCK) * 2 + SUB)
-    if BIG:
-        w = w.slice(0, N, 0)
+        w = w.slice(0, 2 * N, 0)
+    else:
+        w = w.slice(WG * N, N, 0)
     return warpgroup_mma(x, w.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _scales(x_scales, w_at, w_at2, row, ok, k, kb, J: gl.constexpr, BM: gl.constexpr):
-    """Scales [64] of product J of the stage from block k on; beyond K they are 0, as is what is multiplied."""
-    block = k + (J if BM == 64 else J // 2)
-    there = block < kb
-    block = gl.minimum(block, kb - 1)
-    if J % 2 == 1 and BM == 128:
-        w_at = w_at2
-    w_scale = gl.load(w_at + block)
-    x_scale = gl.load(x_scales + row * kb + block, mask=ok & there, other=0.0)
-    return x_scale, w_scale
+def _scales(x_scales, w_at, w_at2, row, ok, k, kb):
+    """Scales [64] of x in block k, and those of both tiles; beyond K they are 0, as is what is multiplied."""
+    there = k < kb
+    k = gl.minimum(k, kb - 1)
+    x_scale = gl.load(x_scales + row * kb + k, mask=ok & there, other=0.0)
+    return x_scale, gl.load(w_at + k), gl.load(w_at2 + k)
+
+
+@gluon.jit
+def _add_small(
+    product, x_scale, w_scale, w_scale2, acc, first, WG: gl.constexpr, BM: gl.constexpr
+):  # fmt: skip
+    if BM == 128:
+        scale = gl.where(first[None, :], (x_scale * w_scale)[:, None], (x_scale * w_scale2)[:, None])
+    elif WG == 0:
+        scale = (x_scale * w_scale)[:, None]
+    else:
+        scale = (x_scale * w_scale2)[:, None]
+    return add_scaled(product, scale, acc)
 
 
 @gluon.jit
 def _small_items(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-    limit, xs, ws, full, empty, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
-    KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
+    limit, xs, ws, bars, BARS: gl.constexpr, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
+    KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Multiply a worker's small items, from stage i of the ring on, to out."""
-    PRODUCTS: gl.constexpr = KU * BM // 64
     ROW: gl.constexpr = WG * 64 if BM == 128 else 0
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
+    COLUMNS: gl.constexpr = 2 * N if BM == 128 else N
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     row = ROW + gl.arange(0, 64, gl.SliceLayout(1, ACC))
     ok = row < M
     at = row.to(gl.int64) * out_stride
-    zeros = gl.zeros([64, N], gl.float32, ACC)
-    for group in range(worker, groups, WORKERS):
-        a0, a1 = zeros, zeros
+    zeros = gl.zeros([64, COLUMNS], gl.float32, ACC)
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, ACC))
+    of_first = column < N
+    if BM == 64 and WG == 1:
+        of_first = column < 0
+    cta = worker % 2
+    for pair in range(worker - cta, groups, WORKERS):  # a pair shares x: beyond the end are zeros
+        group = pair + cta
+        acc = zeros
         w_row = first_row + group * N * step
         first = w_row
-        tile = w_row // 128
-        tile2 = tile + sub_tiles
+        tile = gl.minimum(w_row // 128, tiles - 1)
+        tile2 = gl.minimum(tile + sub_tiles, tiles - 1)
         if step == 1:
             first = group * N  # out has the rest alone, gate and up each
         else:
             tile2 = gl.minimum((w_row + small_sub) // 128, tiles - 1)
         w_at = w_scales + tile * kb
         w_at2 = w_scales + tile2 * kb
-        if BM == 64 and WG == 1:
-            w_at = w_at2
-        x0, w0 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 0, BM)
-        x1, w1, x2, w2, x3, w3 = x0, w0, x0, w0, x0, w0
-        if PRODUCTS > 1:
-            x1, w1 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 1, BM)
-        if PRODUCTS == 4:
-            x2, w2 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 2, BM)
-            x3, w3 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb, 3, BM)
+        x0, v0, w0 = _scales(x_scales, w_at, w_at2, row, ok, 0, kb)
+        x1, v1, w1, x2, v2, w2, x3, v3, w3 = x0, v0, w0, x0, v0, w0, x0, v0, w0
+        if KU > 1:
+            x1, v1, w1 = _scales(x_scales, w_at, w_at2, row, ok, 1, kb)
+        if KU == 4:
+            x2, v2, w2 = _scales(x_scales, w_at, w_at2, row, ok, 2, kb)
+            x3, v3, w3 = _scales(x_scales, w_at, w_at2, row, ok, 3, kb)
         for k in range(0, kb, KU):
             b = i % STAGES
-            s0, s1, s2, s3 = x0 * w0, x1 * w1, x2 * w2, x3 * w3
+            s0, g0, u0, s1, g1, u1, s2, g2, u2, s3, g3, u3 = x0, v0, w0, x1, v1, w1, x2, v2, w2, x3, v3, w3
             # The next stage's scales are asked for before this one is waited for.
-            x0, w0 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 0, BM)
-            if PRODUCTS > 1:
-                x1, w1 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 1, BM)
-            if PRODUCTS == 4:
-                x2, w2 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 2, BM)
-                x3, w3 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb, 3, BM)
-            mbarrier.wait(full.index(b), i // STAGES & 1)
+            x0, v0, w0 = _scales(x_scales, w_at, w_at2, row, ok, k + KU, kb)
+            if KU > 1:
+                x1, v1, w1 = _scales(x_scales, w_at, w_at2, row, ok, k + KU + 1, kb)
+            if KU == 4:
+                x2, v2, w2 = _scales(x_scales, w_at, w_at2, row, ok, k + KU + 2, kb)
+                x3, v3, w3 = _scales(x_scales, w_at, w_at2, row, ok, k + KU + 3, kb)
+            mbarrier.wait(bars.index(b), i // STAGES & 1)
             i += 1
-            p0 = _multiply_small(xs, ws, b, zeros, 0, WG, BM, KU, N, BIG)
-            if PRODUCTS == 1:
+            p0 = _multiply_small(xs, ws, b, zeros, 0, WG, BM, KU, N)
+            if KU == 1:
                 p0 = warpgroup_mma_wait(0, deps=(p0,))
-                _release(empty.index(b))
-                a0 = add_scaled(p0, s0, a0)
+                _release(BARS, b)
+                acc = _add_small(p0, s0, g0, u0, acc, of_first, WG, BM)
             else:
-                p1 = _multiply_small(xs, ws, b, zeros, 1, WG, BM, KU, N, BIG)
-                if PRODUCTS == 2:
+                p1 = _multiply_small(xs, ws, b, zeros, 1, WG, BM, KU, N)
+                if KU == 2:
                     p0 = warpgroup_mma_wait(1, deps=(p0,))
-                    a0 = add_scaled(p0, s0, a0)
+                    acc = _add_small(p0, s0, g0, u0, acc, of_first, WG, BM)
                     p1 = warpgroup_mma_wait(0, deps=(p1,))
-                    _release(empty.index(b))
-                    if BM == 64:
-                        a0 = add_scaled(p1, s1, a0)
-                    else:
-                        a1 = add_scaled(p1, s1, a1)
+                    _release(BARS, b)
+                    acc = _add_small(p1, s1, g1, u1, acc, of_first, WG, BM)
                 else:
-                    p2 = _multiply_small(xs, ws, b, zeros, 2, WG, BM, KU, N, BIG)
-                    p3 = _multiply_small(xs, ws, b, zeros, 3, WG, BM, KU, N, BIG)
+                    p2 = _multiply_small(xs, ws, b, zeros, 2, WG, BM, KU, N)
+                    p3 = _multiply_small(xs, ws, b, zeros, 3, WG, BM, KU, N)
                     p0 = warpgroup_mma_wait(3, deps=(p0,))
-                    a0 = add_scaled(p0, s0, a0)
+                    acc = _add_small(p0, s0, g0, u0, acc, of_first, WG, BM)
                     p1 = warpgroup_mma_wait(2, deps=(p1,))
-                    if BM == 64:
-                        a0 = add_scaled(p1, s1, a0)
-                    else:
-                        a1 = add_scaled(p1, s1, a1)
+                    acc = _add_small(p1, s1, g1, u1, acc, of_first, WG, BM)
                     p2 = warpgroup_mma_wait(1, deps=(p2,))
-                    a0 = add_scaled(p2, s2, a0)
+                    acc = _add_small(p2, s2, g2, u2, acc, of_first, WG, BM)
                     p3 = warpgroup_mma_wait(0, deps=(p3,))
-                    _release(empty.index(b))
-                    if BM == 64:
-                        a0 = add_scaled(p3, s3, a0)
-                    else:
-                        a1 = add_scaled(p3, s3, a1)
+                    _release(BARS, b)
+                    acc = _add_small(p3, s3, g3, u3, acc, of_first, WG, BM)
         limit2 = limit  # of either half's rows, or of all rows
         if step == 2:
             limit2 = limit - out_sub
         if BM == 64:
             if WG == 0:
-                _store(out, at, 0, first, limit, a0, ok, N, ACC)
+                _store(out, at, 0, first, limit, acc, ok, N, ACC)
             else:
-                _store(out, at, out_sub, first, limit2, a0, ok, N, ACC)
+                _store(out, at, out_sub, first, limit2, acc, ok, N, ACC)
         else:
-            _store(out, at, 0, first, limit, a0, ok, N, ACC)
-            _store(out, at, out_sub, first, limit2, a1, ok, N, ACC)
+            place = first + gl.where(of_first, column, column - N)
+            inside = place < gl.where(of_first, limit, limit2)
+            place += gl.where(of_first, 0, out_sub)
+            gl.store(
+                out + at[:, None] + place[None, :], acc.to(out.dtype.element_ty),
+                mask=ok[:, None] & inside[None, :],
+            )  # fmt: skip
 
 
 @gluon.jit
 def _consume(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
-    tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, step: gl.constexpr,
+    tiles, limit, q, q_scales, hidden, xs, ws, bars, BARS: gl.constexpr, peaks, met, worker, step: gl.constexpr,
     WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     BIG: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
+    hopper.meet()
     gdc_wait()
     i = worker * 0
     if BIG:
         i = _big_items(
             x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales,
-            hidden, xs, ws, full, empty, peaks, met, worker, i, step, WG, BM, STAGES, SWIGLU, MIN,
+            hidden, xs, ws, bars, BARS, peaks, met, worker, i, step, WG, BM, STAGES, SWIGLU, MIN,
         )  # fmt: skip
     _small_items(
         x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles,
-        tiles, limit, xs, ws, full, empty, worker, i, step, WG, BM, KU, N, STAGES, BIG,
+        tiles, limit, xs, ws, bars, BARS, worker, i, step, WG, BM, KU, N, STAGES,
     )  # fmt: skip
 
 
-@gluon.jit
+@hopper.paired
 def stream_units(
     x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
     first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, STEP: gl.constexpr,
@@ -361,33 +377,40 @@ def stream_units(
     """
     worker = gl.program_id(0)
     gdc_launch_dependents()
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU, BM, 128], x_rows.layout)
-    WR: gl.constexpr = 128 if BIG else N
-    ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU * 2, WR, 128], small_rows.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    W: gl.constexpr = 256 if BIG else 2 * N
+    W_AT: gl.constexpr = STAGES * KU * BM * 128
+    BARS: gl.constexpr = W_AT + STAGES * KU * W * 128
+    KIND: gl.constexpr = x_rows.layout
+    ring = gl.allocate_shared_memory(gl.float8e4nv, [BARS // 1024 + 1, 8, 128], KIND)
+    hopper.check_base(ring, BARS)
+    xs = view(ring, gl.float8e4nv, [STAGES * KU, BM, 128], KIND)
+    ws = view(ring.index(W_AT // 1024), gl.float8e4nv, [STAGES * KU, W, 128], KIND)
+    bars = view(ring.index(BARS // 1024), gl.int64, [128, 1], mbarrier.MBarrierLayout())
     met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     peaks = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(bars.index(i), count=1)  # full
+        mbarrier.init(bars.index(EMPTY + i), count=4)  # by the warpgroups of the pair
     mbarrier.init(met, count=2)
+    hopper.show_barriers()
     fence_async_shared()
-    _barrier()
+    barrier()
     gl.warp_specialize(
         [
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
-                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
+                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, bars, BARS, peaks, met, worker,
                 STEP, 0, BM, KU, N, STAGES, BIG, SWIGLU, MIN)),
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
-                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
+                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, bars, BARS, peaks, met, worker,
                 STEP, 1, BM, KU, N, STAGES, BIG, SWIGLU, MIN)),
+            (_meet, ()),
+            (_meet, ()),
             (_produce, (
-                x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
-                full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG)),
+                big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, ws, bars, BARS,
+                worker, STEP, XR, BM, KU, N, STAGES, BIG)),
         ],
-        [4, 1],
-        [REGISTERS, 24],
+        [4, 2, 1, 1],
+        [REGISTERS, 24, 24, 24],
     )  # fmt: skip
