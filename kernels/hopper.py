@@ -47,7 +47,7 @@ def paired(function: Any) -> Any:
 def check_base(ring, AT: gl.constexpr):
     """Stop the kernel unless byte AT of the ring, in blocks of 1024 bytes, is byte AT of all shared memory."""
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     words = view(ring.index(AT // 1024), gl.int32, [2, 128], WORDS)
     words.index(0).store(gl.full([128], _MARK, gl.int32, LANES))
     barrier()
@@ -103,8 +103,8 @@ def arrive_at_both(at):
     )  # fmt: skip
 
 
-def first_descriptor(kernel: str) -> Any:
-    """PTX for `load_to_both` that fetches a block of the first argument of a kernel of this name."""
+def leading_descriptor(kernel: str, place: int) -> Any:
+    """PTX for `load_to_both` that fetches a block of a descriptor, one of the first arguments of a kernel."""
     return gl.constexpr(f"""{{
         .reg .pred p;
         .reg .b32 t, a, b;
@@ -114,7 +114,7 @@ def first_descriptor(kernel: str) -> Any:
         mov.u32 t, global_smem;
         add.u32 a, t, $3;
         add.u32 b, t, $4;
-        mov.b64 m, {kernel}_param_0;
+        mov.b64 m, {kernel}_param_{5 * place};
         cvta.param.u64 m, m;
         mov.b16 both, 3;
         @p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster

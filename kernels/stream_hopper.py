@@ -26,7 +26,7 @@ from kernels.hopper_epilogue import add_scaled, store_hidden
 
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
 EMPTY = gl.constexpr(16)  # the first barrier of free stages, after those of full ones
-_X_BLOCK = hopper.first_descriptor("stream_units")
+_X_BLOCK = hopper.leading_descriptor("stream_units", 0)
 
 
 @gluon.jit
@@ -109,12 +109,6 @@ def _produce(
             i += 1
     for last in range(gl.maximum(i - STAGES, 0), i):  # the pair arrives here, so this program stays
         mbarrier.wait(bars.index(EMPTY + last % STAGES), last // STAGES & 1)
-
-
-@gluon.jit
-def _meet():
-    """What the warps do that fill the producer's warpgroup."""
-    hopper.meet()
 
 
 @gluon.jit
@@ -405,8 +399,8 @@ def stream_units(
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, bars, BARS, peaks, met, worker,
                 STEP, 1, BM, KU, N, STAGES, BIG, SWIGLU, MIN)),
-            (_meet, ()),
-            (_meet, ()),
+            (hopper.meet, ()),
+            (hopper.meet, ()),
             (_produce, (
                 big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, ws, bars, BARS,
                 worker, STEP, XR, BM, KU, N, STAGES, BIG)),
