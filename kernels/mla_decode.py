@@ -145,9 +145,9 @@ def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, .
     rows = queries.view(-1, queries.shape[2])
     asked = _blocks(rows, 128), _blocks(rows, rope)
     if cache.dtype is torch.uint8:
-        return (None, None, *asked, cache.view(torch.int32), cache.view(torch.float32))
+        return (*asked, None, None, cache.view(torch.int32), cache.view(torch.float32))
     entries = cache.view(-1, cache.shape[2])
-    return (_blocks(entries, 64), _blocks(entries, rope), *asked, None, None)
+    return (*asked, _blocks(entries, 64), _blocks(entries, rope), None, None)
 
 
 def mla_decode_paged(
@@ -181,9 +181,9 @@ def mla_decode_paged(
     sizes = (page_table.shape[1], splits)
     page = cache.shape[1]
     grid = (triton.cdiv(heads, _HEADS), splits, requests)
-    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % (2 * _HEADS)):
+    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
         inputs = _hopper_inputs(queries, cache, rope)
-        mla_hopper.decode_blocks[(heads // (2 * _HEADS), splits, requests)](
+        mla_hopper.decode_blocks[grid](
             *inputs,
             *given,
             *sizes,

@@ -12,25 +12,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from kernels import hopper
 from kernels.hopper import barrier, load_block, view
 
 HEADS = 64  # of a program
 LATENTS = 512
 FETCH_REGISTERS = gl.constexpr(64)  # per thread, where it scales an FP8 cache
-
-
-_ENTRIES = hopper.leading_descriptor("decode_blocks", 0)
-_ROTATED = hopper.leading_descriptor("decode_blocks", 1)
-# barriers: a chunk of keys is there (4), rotated keys, queries; then a chunk is free (4), weights are
-FREE = gl.constexpr(8)
-KEYS_NBYTES = gl.constexpr(128 * 512 * 2)
-BARS = gl.constexpr(KEYS_NBYTES + 64 * 128 * 2)  # where barriers lie, after keys and weights
 
 
 @gluon.jit
@@ -41,25 +31,29 @@ def _entry(table, token, end, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(bars, table, start, end, cta, PAGE: gl.constexpr, ROPE: gl.constexpr):
-    """Fetch this program's half of all keys of a split for the pair: blocks of 64 x 64 of a [128, 128] tile."""
-    hopper.meet()
-    entry = _entry(table, start + cta * 64, end, PAGE)
-    steps = gl.cdiv(end - start, 128)
-    for step in range(steps):
-        following = _entry(table, start + step * 128 + 128 + cta * 64, end, PAGE)  # before it is needed
+def _fetch(
+    entries, rotated, blocks, rope_blocks, ready, free, table, start, end, PAGE: gl.constexpr,
+    ROPE: gl.constexpr,
+):  # fmt: skip
+    """Fetch all keys of a split, chunk by chunk: blocks of 64 x 64 in the order of a [128, 128] tile."""
+    entry0 = _entry(table, start, end, PAGE)
+    entry1 = _entry(table, start + 64, end, PAGE)
+    for step in range(gl.cdiv(end - start, 128)):
+        # asked for before they are needed
+        next0 = _entry(table, start + step * 128 + 128, end, PAGE)
+        next1 = _entry(table, start + step * 128 + 192, end, PAGE)
         for c in gl.static_range(4):
-            mbarrier.wait(bars.index(FREE + c), (step + 1) & 1)  # at once in the first step
-            mbarrier.expect(bars.index(c), 128 * 128 * 2)
+            mbarrier.wait(free.index(c), (step + 1) & 1)  # at once in the first step
+            mbarrier.expect(ready.index(c), 128 * 128 * 2)
             for i in gl.static_range(2):
-                to = (c * 4 + 2 * i + cta) * 64 * 64 * 2
-                hopper.load_to_both(entry, c * 128 + i * 64, to, BARS + c * 8, _ENTRIES)
-        mbarrier.wait(bars.index(FREE + 4), (step + 1) & 1)
-        mbarrier.expect(bars.index(4), 128 * ROPE * 2)
-        hopper.load_to_both(entry, 512, KEYS_NBYTES + cta * 64 * ROPE * 2, BARS + 4 * 8, _ROTATED)
-        entry = following
-    for c in gl.static_range(5):  # the other program arrives here, so this one stays
-        mbarrier.wait(bars.index(FREE + c), (steps + 1) & 1)
+                at = c * 128 + i * 64
+                load_block(entries, [entry0, at], ready.index(c), blocks.index(c * 4 + 2 * i))
+                load_block(entries, [entry1, at], ready.index(c), blocks.index(c * 4 + 2 * i + 1))
+        mbarrier.wait(free.index(4), (step + 1) & 1)
+        mbarrier.expect(ready.index(4), 128 * ROPE * 2)
+        load_block(rotated, [entry0, 512], ready.index(4), rope_blocks.index(0))
+        load_block(rotated, [entry1, 512], ready.index(4), rope_blocks.index(1))
+        entry0, entry1 = next0, next1
 
 
 @gluon.jit
@@ -94,9 +88,9 @@ def _read_chunk(cache, scales, entry, left, CHUNK: gl.constexpr, WIDTH: gl.const
 
 
 @gluon.jit
-def _write_chunk(values, scale, keys, bars, step, CHUNK: gl.constexpr):
+def _write_chunk(values, scale, keys, ready, free, step, CHUNK: gl.constexpr):
     """Scale a chunk, in fp32, into shared memory as bf16, two of them in an int32."""
-    mbarrier.wait(bars.index(FREE + CHUNK), (step + 1) & 1)
+    mbarrier.wait(free.index(CHUNK), (step + 1) & 1)
     left, right = gl.inline_asm_elementwise(
         """{
         .reg .b16 l, h, a, b, c, d;
@@ -124,12 +118,12 @@ def _write_chunk(values, scale, keys, bars, step, CHUNK: gl.constexpr):
     keys.index(CHUNK).store(pairs)
     fence_async_shared()
     barrier()
-    mbarrier.arrive(bars.index(CHUNK), count=1)
+    mbarrier.arrive(ready.index(CHUNK), count=1)
 
 
 @gluon.jit
 def _fetch_fp8(
-    cache, scales, keys, key_ropes, bars, table, start, end, PAGE: gl.constexpr,
+    cache, scales, keys, key_ropes, ready, free, table, start, end, PAGE: gl.constexpr,
     ROPE: gl.constexpr,
 ):  # fmt: skip
     """As `_fetch`, from an FP8 cache: a block is asked for into L2, then chunk after chunk into registers."""
@@ -139,28 +133,24 @@ def _fetch_fp8(
     column = 132 + gl.arange(0, ROPE // 2, gl.SliceLayout(0, L))
     row = gl.arange(0, 128, ROWS)
     entry = _entries(table, start, end, PAGE, ROWS)
-    even, even_scale = _read_chunk(cache, scales, entry, end - start, 0, WIDTH, L)
-    odd, odd_scale = _read_chunk(cache, scales, entry, end - start, 1, WIDTH, L)
+    values, scale = _read_chunk(cache, scales, entry, end - start, 0, WIDTH, L)
     for step in range(gl.cdiv(end - start, 128)):
         left = end - start - step * 128
         if left > 128:
             _prefetch(cache, table, end - left + 128, end, PAGE, WIDTH)
-        _write_chunk(even, even_scale, keys, bars, step, 0)
-        even, even_scale = _read_chunk(cache, scales, entry, left, 2, WIDTH, L)
-        _write_chunk(odd, odd_scale, keys, bars, step, 1)
-        odd, odd_scale = _read_chunk(cache, scales, entry, left, 3, WIDTH, L)
-        _write_chunk(even, even_scale, keys, bars, step, 2)
+        for c in gl.static_range(3):
+            _write_chunk(values, scale, keys, ready, free, step, c)
+            values, scale = _read_chunk(cache, scales, entry, left, c + 1, WIDTH, L)
+        _write_chunk(values, scale, keys, ready, free, step, 3)
         at = cache + entry.to(gl.int64)[:, None] * (WIDTH // 4) + column[None, :]
         rope = gl.load(at, mask=(row < left)[:, None], other=0)
         entry = _entries(table, end - left + 128, end, PAGE, ROWS)
-        _write_chunk(odd, odd_scale, keys, bars, step, 3)
-        even, even_scale = _read_chunk(cache, scales, entry, left - 128, 0, WIDTH, L)
-        mbarrier.wait(bars.index(FREE + 4), (step + 1) & 1)
+        values, scale = _read_chunk(cache, scales, entry, left - 128, 0, WIDTH, L)
+        mbarrier.wait(free.index(4), (step + 1) & 1)
         key_ropes.index(0).store(rope)
         fence_async_shared()
         barrier()
-        mbarrier.arrive(bars.index(4), count=1)
-        odd, odd_scale = _read_chunk(cache, scales, entry, left - 128, 1, WIDTH, L)
+        mbarrier.arrive(ready.index(4), count=1)
 
 
 @gluon.jit
@@ -183,25 +173,20 @@ def _zero():
 
 
 @gluon.jit
-def _release(bars, CHUNK: gl.constexpr, FP8: gl.constexpr):
+def _release(free):
     barrier()  # both warpgroups are done with it
-    if FP8:
-        mbarrier.arrive(bars.index(FREE + CHUNK), count=1)
-    else:
-        hopper.arrive_at_both(BARS + (FREE + CHUNK) * 8)
+    mbarrier.arrive(free, count=1)
 
 
 @gluon.jit
 def _attend(
-    q, qr, keys, key_ropes, weights, bars, out, partial, lse, scale2, start, end, row, part,
+    q, qr, keys, key_ropes, weights, ready, free, out, partial, lse, scale2, start, end, row, part,
     whole, FP8: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
     """The running softmax (base 2) of 64 heads over a split, to out at `row`, or partial and lse at `part`."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    if not FP8:
-        hopper.meet()
-    mbarrier.wait(bars.index(5), 0)
+    mbarrier.wait(ready.index(5), 0)
     a0 = gl.zeros([64, 128], gl.float32, S)
     a1 = gl.zeros([64, 128], gl.float32, S)
     a2 = gl.zeros([64, 128], gl.float32, S)
@@ -215,19 +200,19 @@ def _attend(
         if not FP8:  # noqa: SIM102 (decided when compiled, the inner one at run time)
             if left < 128:
                 for c in gl.static_range(4):
-                    mbarrier.wait(bars.index(c), phase)
+                    mbarrier.wait(ready.index(c), phase)
                     _clear_rows(keys.index(c), left, 128)
-                mbarrier.wait(bars.index(4), phase)
+                mbarrier.wait(ready.index(4), phase)
                 _clear_rows(key_ropes.index(0), left, ROPE)
                 fence_async_shared()
                 barrier()
         zero = _zero()
         scores = gl.zeros([64, 128], gl.float32, S)
         for c in gl.static_range(4):
-            mbarrier.wait(bars.index(c), phase)
+            mbarrier.wait(ready.index(c), phase)
             k = keys.index(zero + c).permute((1, 0))
             scores = warpgroup_mma(q.index(zero + c), k, scores, use_acc=c > 0, is_async=True)
-        mbarrier.wait(bars.index(4), phase)
+        mbarrier.wait(ready.index(4), phase)
         rotated = key_ropes.index(zero).permute((1, 0))
         scores = warpgroup_mma(qr.index(zero), rotated, scores, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -251,14 +236,14 @@ def _attend(
         if not FP8:
             total = total * shrink + gl.sum(weight, 1)
         a0 = warpgroup_mma_wait(3, deps=(a0,))
-        _release(bars, 0, FP8)
+        _release(free.index(0))
         a1 = warpgroup_mma_wait(2, deps=(a1,))
-        _release(bars, 1, FP8)
+        _release(free.index(1))
         a2 = warpgroup_mma_wait(1, deps=(a2,))
-        _release(bars, 2, FP8)
+        _release(free.index(2))
         a3 = warpgroup_mma_wait(0, deps=(a3,))
-        _release(bars, 3, FP8)
-        _release(bars, 4, FP8)
+        _release(free.index(3))
+        mbarrier.arrive(free.index(4), count=1)
     head = gl.arange(0, 64, gl.SliceLayout(1, S))
     inverse = (1.0 / total)[:, None]
     at = head[:, None] * 512 + column[None, :]
@@ -277,13 +262,13 @@ def _attend(
         gl.store(lse + part + head, maximum + gl.log2(total))
 
 
-@hopper.paired
+@gluon.jit
 def decode_blocks(
-    entries, rotated, queries, query_ropes, cache, scales, table, contexts, out, partial,
+    queries, query_ropes, entries, rotated, cache, scales, table, contexts, out, partial,
     lse, scale2, heads, table_width, max_splits, ROPE: gl.constexpr, PAGE: gl.constexpr,
     SPLIT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
-    """As `_decode`; entries, rotated, queries, query_ropes are descriptors of blocks of 64 x 64, ROPE, 128, ROPE.
+    """As `_decode`; queries, query_ropes, entries, rotated are descriptors of blocks of 64 x 128, ROPE, 64, ROPE.
 
     An FP8 cache has no entries and rotated, but is given as int32 (cache) and fp32 (scales).
     """
@@ -294,40 +279,41 @@ def decode_blocks(
     request, split, block = gl.program_id(2), gl.program_id(1), gl.program_id(0)
     context = gl.load(contexts + request)
     start = split * SPLIT
-    if start < context:  # of both programs of a pair or of none
+    if start < context:
         end = gl.minimum(start + SPLIT, context)
-        memory = gl.allocate_shared_memory(gl.bfloat16, [BARS // 1024 + 1, 8, 64], TILE)
-        hopper.check_base(memory, BARS)
-        keys = view(memory, gl.bfloat16, [4, 128, 128], TILE)
-        pairs = view(memory, gl.int32, [4, 128, 64], PAIRS)
-        # Rotated keys are read by the scores alone, which are done when the weights are written over them.
-        after_keys = memory.index(KEYS_NBYTES // 1024)
-        weights = view(after_keys, gl.bfloat16, [1, 64, 128], TILE)
-        key_ropes = view(after_keys, gl.bfloat16, [1, 128, ROPE], ROPES)
-        rope_pairs = view(after_keys, gl.int32, [1, 128, ROPE // 2], ROPE_PAIRS)
-        bars = view(memory.index(BARS // 1024), gl.int64, [128, 1], mbarrier.MBarrierLayout())
         q = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 128], queries.layout)
         qr = gl.allocate_shared_memory(gl.bfloat16, [1, 64, ROPE], query_ropes.layout)
+        blocks = gl.allocate_shared_memory(gl.bfloat16, [16, 64, 64], TILE)
+        keys = view(blocks, gl.bfloat16, [4, 128, 128], TILE)
+        pairs = view(blocks, gl.int32, [4, 128, 64], PAIRS)
+        # Rotated keys are read by the scores alone, which are done when the weights are written over them.
+        weights = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 128], TILE)
+        rope_blocks = view(weights, gl.bfloat16, [128 // ROPE, 64, ROPE], ROPES)
+        key_ropes = view(weights, gl.bfloat16, [64 // ROPE, 128, ROPE], ROPES)
+        rope_pairs = view(weights, gl.int32, [64 // ROPE, 128, ROPE // 2], ROPE_PAIRS)
+        ready = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(6):
-            mbarrier.init(bars.index(i), count=1)
+            mbarrier.init(ready.index(i), count=1)
         for i in gl.static_range(5):
-            mbarrier.init(bars.index(FREE + i), count=1 if FP8 else 4)  # the warpgroups of the pair
-        hopper.show_barriers()
+            mbarrier.init(free.index(i), count=1)
         fence_async_shared()
         barrier()
         row = request * heads + block * 64
-        mbarrier.expect(bars.index(5), 64 * (512 + ROPE) * 2)
+        mbarrier.expect(ready.index(5), 64 * (512 + ROPE) * 2)
         for c in gl.static_range(4):
-            load_block(queries, [row, c * 128], bars.index(5), q.index(c))
-        load_block(query_ropes, [row, 512], bars.index(5), qr.index(0))
+            load_block(queries, [row, c * 128], ready.index(5), q.index(c))
+        load_block(query_ropes, [row, 512], ready.index(5), qr.index(0))
         table += request * table_width
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
         if FP8:
             gl.warp_specialize(
                 [
-                    (_attend, (q, qr, keys, key_ropes, weights, bars, out, partial, lse, scale2, start,
-                               end, row.to(gl.int64), part, context <= SPLIT, FP8, ROPE)),
-                    (_fetch_fp8, (cache, scales, pairs, rope_pairs, bars, table, start, end, PAGE, ROPE)),
+                    (_attend, (q, qr, keys, key_ropes, weights, ready, free, out, partial, lse,
+                               scale2, start, end, row.to(gl.int64), part, context <= SPLIT, FP8,
+                               ROPE)),
+                    (_fetch_fp8, (cache, scales, pairs, rope_pairs, ready, free, table, start,
+                                  end, PAGE, ROPE)),
                 ],
                 [8],
                 [FETCH_REGISTERS],
@@ -335,12 +321,12 @@ def decode_blocks(
         else:
             gl.warp_specialize(
                 [
-                    (_attend, (q, qr, keys, key_ropes, weights, bars, out, partial, lse, scale2, start,
-                               end, row.to(gl.int64), part, context <= SPLIT, FP8, ROPE)),
-                    (hopper.meet, ()),
-                    (hopper.meet, ()),
-                    (_fetch, (bars, table, start, end, block % 2, PAGE, ROPE)),
+                    (_attend, (q, qr, keys, key_ropes, weights, ready, free, out, partial, lse,
+                               scale2, start, end, row.to(gl.int64), part, context <= SPLIT, FP8,
+                               ROPE)),
+                    (_fetch, (entries, rotated, blocks, rope_blocks, ready, free, table, start, end,
+                              PAGE, ROPE)),
                 ],
-                [2, 1, 1],
-                [24, 24, 24],
+                [1],
+                [24],
             )  # fmt: skip
