@@ -11,7 +11,7 @@ from kernels.hopper import barrier
 def add_scaled(product, scale, acc):
     """acc + product * scale, in place among the products: the compiler would hold all products to the end."""
     return gl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, acc], dtype=gl.float32,
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale[:, None], acc], dtype=gl.float32,
         is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -19,8 +19,7 @@ from kernels.swiglu import swiglu_dense_into
 
 STREAM_ROWS = 128  # above, a product is bound by arithmetic
 WORKERS = 132  # SMs of an H100 or H200
-_ALONE = 64  # rows up to which every SM fetches x for itself; above, two for each other
-_SHARED = 224 << 10  # bytes of shared memory for the rings
+_SHARED = 225 << 10  # bytes of shared memory for the ring
 _STAGE = 256  # rows of x times blocks of 128 columns in a stage of small items
 
 
@@ -72,9 +71,7 @@ def _multiply(
     big = s.rounds > 0
     columns = 1 if big else _STAGE // block  # blocks of 128 columns in a stage of small items
     w_rows = 128 if big else s.n
-    paired = m > _ALONE
-    x_stages = 3 if block == 128 and not big else 2
-    stages = (_SHARED - x_stages * columns * block * 128) // (columns * 2 * w_rows * 128)
+    stages = min(8, _SHARED // (columns * 128 * (block + 2 * w_rows)))
     per_thread, of_multiplier = (168, 240) if big and block == 128 else (128, 176)
     if halves == 2:
         sub_rows, small_sub, out_sub, sub_tiles, limit = (
@@ -83,12 +80,12 @@ def _multiply(
     else:
         sub_rows, small_sub, out_sub, sub_tiles, limit = 128, s.n, s.n, 1, num_rows
     workers = WORKERS if big else min(WORKERS, s.groups)
-    stream_hopper.stream_units[((workers + 1) // 2 if paired else workers,)](
-        _blocks(x, x_rows // 2 if paired else x_rows), x_scales, _blocks(w, 128), _blocks(w, s.n), w_scales,
-        out, out.stride(0), out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub,
-        sub_tiles, halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns,
-        s.n, min(stages, 32), x_stages, of_multiplier, big, halves == 2, paired, SCALE_MIN, num_warps=4,
-        maxnreg=per_thread, **PROGRAMMATIC,
+    stream_hopper.stream_units[(workers,)](
+        _blocks(x, x_rows), x_scales, _blocks(w, 128), _blocks(w, s.n), w_scales, out, out.stride(0),
+        out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
+        halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns, s.n,
+        stages, of_multiplier, big, halves == 2, SCALE_MIN, num_warps=4, maxnreg=per_thread,
+        **PROGRAMMATIC,
     )  # fmt: skip
 
 
