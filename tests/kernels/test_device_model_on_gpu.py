@@ -14,7 +14,7 @@ SHAPES = {
     "reference": {"qk_nope_head_dim": 40, "qk_rope_head_dim": 16, "v_head_dim": 56},
     "v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
 }
-# Median over rows, nats. Noise of 2^-13 on the CPU's own FP8 products, as tensor cores' short accumulators make it, flips
+# Median over rows, nats. Noise of 2^-13 on the CPU's own FP8 products, as tensor cores make it, flips
 # e4m3 roundings and the experts of 15 to 19 % of rows: medians of 0.012 to 0.021, means of a step's few rows of 0.010
 # to 0.048, single rows up to 0.14. One matrix's scales 1.3 times too large give medians of 0.027 to 0.053.
 KL = {"BF16": 0.01, "F8_E4M3": 0.025}
