@@ -4,7 +4,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from kernels.hopper import barrier
 
 
 @gluon.jit
@@ -55,7 +55,7 @@ def store_hidden(
         peak = _magnitude(x)
         # The other half of the block's columns is the other warpgroup's.
         peaks.index(item % 2 * 2 + WG).store(peak)
-        _barrier()
+        barrier()
         mbarrier.arrive(met, count=1)
         mbarrier.wait(met, item & 1)
         other = peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC))

@@ -12,30 +12,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-_RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+from kernels.hopper import barrier, load_block, view
 
 HEADS = 64  # of a program
 LATENTS = 512
 FETCH_REGISTERS = gl.constexpr(64)  # per thread, where it scales an FP8 cache
-
-
-@gluon.jit
-def _view(shared, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    """The same shared memory as tiles of another kind."""
-    if _RENAMED:
-        return shared.reinterpret(dtype, shape, layout)
-    else:  # noqa: RET505 (only one branch is compiled)
-        return shared._reinterpret(dtype, shape, layout)
 
 
 @gluon.jit
@@ -62,12 +47,12 @@ def _fetch(
             mbarrier.expect(ready.index(c), 128 * 128 * 2)
             for i in gl.static_range(2):
                 at = c * 128 + i * 64
-                _load(entries, [entry0, at], ready.index(c), blocks.index(c * 4 + 2 * i))
-                _load(entries, [entry1, at], ready.index(c), blocks.index(c * 4 + 2 * i + 1))
+                load_block(entries, [entry0, at], ready.index(c), blocks.index(c * 4 + 2 * i))
+                load_block(entries, [entry1, at], ready.index(c), blocks.index(c * 4 + 2 * i + 1))
         mbarrier.wait(free.index(4), (step + 1) & 1)
         mbarrier.expect(ready.index(4), 128 * ROPE * 2)
-        _load(rotated, [entry0, 512], ready.index(4), rope_blocks.index(0))
-        _load(rotated, [entry1, 512], ready.index(4), rope_blocks.index(1))
+        load_block(rotated, [entry0, 512], ready.index(4), rope_blocks.index(0))
+        load_block(rotated, [entry1, 512], ready.index(4), rope_blocks.index(1))
         entry0, entry1 = next0, next1
 
 
@@ -132,7 +117,7 @@ def _write_chunk(values, scale, keys, ready, free, step, CHUNK: gl.constexpr):
     pairs = gl.join(left, right).reshape(128, 64)
     keys.index(CHUNK).store(pairs)
     fence_async_shared()
-    _barrier()
+    barrier()
     mbarrier.arrive(ready.index(CHUNK), count=1)
 
 
@@ -164,7 +149,7 @@ def _fetch_fp8(
         mbarrier.wait(free.index(4), (step + 1) & 1)
         key_ropes.index(0).store(rope)
         fence_async_shared()
-        _barrier()
+        barrier()
         mbarrier.arrive(ready.index(4), count=1)
 
 
@@ -189,7 +174,7 @@ def _zero():
 
 @gluon.jit
 def _release(free):
-    _barrier()  # both warpgroups are done with it
+    barrier()  # both warpgroups are done with it
     mbarrier.arrive(free, count=1)
 
 
@@ -220,7 +205,7 @@ def _attend(
                 mbarrier.wait(ready.index(4), phase)
                 _clear_rows(key_ropes.index(0), left, ROPE)
                 fence_async_shared()
-                _barrier()
+                barrier()
         zero = _zero()
         scores = gl.zeros([64, 128], gl.float32, S)
         for c in gl.static_range(4):
@@ -234,7 +219,7 @@ def _attend(
         if left < 128:
             scores = gl.where((column < left)[None, :], scores, float("-inf"))
         new = gl.maximum(maximum, gl.max(scores, 1) * scale2)
-        _barrier()  # both warpgroups have read the rotated keys: weights are written over them
+        barrier()  # both warpgroups have read the rotated keys: weights are written over them
         shrink = gl.exp2(maximum - new)
         weight = gl.exp2(scores * scale2 - new[:, None])
         shared = weights.index(zero)
@@ -242,7 +227,7 @@ def _attend(
         maximum = new
         if FP8:  # registers are short: the weights must go
             total = total * shrink + gl.sum(weight, 1)
-        _barrier()
+        barrier()
         p = shared.load(P)
         a0 = warpgroup_mma(p, keys.index(zero + 0), a0 * shrink[:, None], is_async=True)
         a1 = warpgroup_mma(p, keys.index(zero + 1), a1 * shrink[:, None], is_async=True)
@@ -299,13 +284,13 @@ def decode_blocks(
         q = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 128], queries.layout)
         qr = gl.allocate_shared_memory(gl.bfloat16, [1, 64, ROPE], query_ropes.layout)
         blocks = gl.allocate_shared_memory(gl.bfloat16, [16, 64, 64], TILE)
-        keys = _view(blocks, gl.bfloat16, [4, 128, 128], TILE)
-        pairs = _view(blocks, gl.int32, [4, 128, 64], PAIRS)
+        keys = view(blocks, gl.bfloat16, [4, 128, 128], TILE)
+        pairs = view(blocks, gl.int32, [4, 128, 64], PAIRS)
         # Rotated keys are read by the scores alone, which are done when the weights are written over them.
         weights = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 128], TILE)
-        rope_blocks = _view(weights, gl.bfloat16, [128 // ROPE, 64, ROPE], ROPES)
-        key_ropes = _view(weights, gl.bfloat16, [64 // ROPE, 128, ROPE], ROPES)
-        rope_pairs = _view(weights, gl.int32, [64 // ROPE, 128, ROPE // 2], ROPE_PAIRS)
+        rope_blocks = view(weights, gl.bfloat16, [128 // ROPE, 64, ROPE], ROPES)
+        key_ropes = view(weights, gl.bfloat16, [64 // ROPE, 128, ROPE], ROPES)
+        rope_pairs = view(weights, gl.int32, [64 // ROPE, 128, ROPE // 2], ROPE_PAIRS)
         ready = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
         free = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(6):
@@ -313,12 +298,12 @@ def decode_blocks(
         for i in gl.static_range(5):
             mbarrier.init(free.index(i), count=1)
         fence_async_shared()
-        _barrier()
+        barrier()
         row = request * heads + block * 64
         mbarrier.expect(ready.index(5), 64 * (512 + ROPE) * 2)
         for c in gl.static_range(4):
-            _load(queries, [row, c * 128], ready.index(5), q.index(c))
-        _load(query_ropes, [row, 512], ready.index(5), qr.index(0))
+            load_block(queries, [row, c * 128], ready.index(5), q.index(c))
+        load_block(query_ropes, [row, 512], ready.index(5), qr.index(0))
         table += request * table_width
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
         if FP8:

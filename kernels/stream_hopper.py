@@ -15,17 +15,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.hopper import barrier, load_block
 from kernels.hopper_epilogue import add_scaled, store_hidden
-
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
 
@@ -42,9 +38,9 @@ def _fetch_w(
                 place = ws.index((b * KU + j) * 2 + s)
                 if BIG:
                     place = place.slice(0, N, 0)
-                _load(small_rows, [tile_row + s * sub_rows, (k + j) * 128], ready, place)
+                load_block(small_rows, [tile_row + s * sub_rows, (k + j) * 128], ready, place)
         else:
-            _load(big_rows, [tile_row + s * sub_rows, k * 128], ready, ws.index(b * 2 + s))
+            load_block(big_rows, [tile_row + s * sub_rows, k * 128], ready, ws.index(b * 2 + s))
 
 
 @gluon.jit
@@ -53,7 +49,7 @@ def _fetch_x(x_rows, ready, xs, b, k, KU: gl.constexpr, BM: gl.constexpr, XR: gl
         place = xs.index(b * KU + j)
         if XR < BM:  # what stands in the other rows is never stored
             place = place.slice(0, XR, 0)
-        _load(x_rows, [0, (k + j) * 128], ready, place)
+        load_block(x_rows, [0, (k + j) * 128], ready, place)
 
 
 @gluon.jit
@@ -112,7 +108,7 @@ def _produce(
 
 @gluon.jit
 def _release(empty):
-    _barrier()  # all warps have read the stage
+    barrier()  # all warps have read the stage
     mbarrier.arrive(empty, count=1)
 
 
@@ -373,7 +369,7 @@ def stream_units(
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(met, count=2)
     fence_async_shared()
-    _barrier()
+    barrier()
     gl.warp_specialize(
         [
             (_consume, (

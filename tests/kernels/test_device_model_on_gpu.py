@@ -14,9 +14,11 @@ SHAPES = {
     "reference": {"qk_nope_head_dim": 40, "qk_rope_head_dim": 16, "v_head_dim": 56},
     "v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
 }
-# nats; one matrix's scales 1.3 times too large give 0.05 (tests/unit/test_device_model.py). FP8 rows flip to a
-# neighbour when anything before them is rounded otherwise: an H100 gave 0.015, bf16 against fp32 on CPU gives 0.05
-KL = {"BF16": 0.01, "F8_E4M3": 0.03}
+# Median over rows, nats. Noise of 2^-13 on the CPU's own FP8 products, as tensor cores make it, flips
+# e4m3 roundings and the experts of 15 to 19 % of rows: medians of 0.012 to 0.021, means of a step's few rows of 0.010
+# to 0.048, single rows up to 0.14. One matrix's scales 1.3 times too large give medians of 0.027 to 0.053.
+KL = {"BF16": 0.01, "F8_E4M3": 0.025}
+WORST = 0.3
 
 
 def span(tokens, start, num_prompt, sequence):
@@ -24,9 +26,9 @@ def span(tokens, start, num_prompt, sequence):
 
 
 def divergence(got, expected):
-    """Mean Kullback-Leibler divergence of two sets of logits, nats; NaN where anything is NaN."""
+    """Kullback-Leibler divergence of each row of two sets of logits, nats; NaN where anything is NaN."""
     got, expected = got.cpu().double().log_softmax(-1), expected.cpu().double().log_softmax(-1)
-    return float((expected.exp() * (expected - got)).sum(-1).mean())
+    return (expected.exp() * (expected - got)).sum(-1)
 
 
 @on_gpu
@@ -48,9 +50,13 @@ def test_the_gpu_says_what_the_cpu_says(tmp_path, shape, storage):
         done = len(steps) - 1
         steps.append([span([7 + i], len(p) + done, len(p), i) for i, p in enumerate(prompts)])
     steps.append([span([9], 103, 100, 3), span([8] * 20, 0, 33, 5), span([2, 7, 1], 0, 2, 6)])
+    rows = []
     for spans in steps:
         expected = cpu.logits(spans)
         got, plain = gpu.logits(spans), eager.logits(spans)
-        assert divergence(got, expected) < KL[storage]
+        rows.append(divergence(got, expected))
         assert torch.equal(got, plain)  # a replay launches what was captured
+    rows = torch.cat(rows)
+    assert rows.median() < KL[storage], rows
+    assert rows.max() < WORST, rows
     assert gpu.model.graphs.num_replays > 0
