@@ -74,6 +74,11 @@ class Port(Protocol):
         ...
 
 
+def is_compiled() -> bool:
+    """Whether ports of this process are the fast ones."""
+    return _compiled is not None
+
+
 def open_port(library: Foreign, worker: Foreign, tag: int, mask: int) -> Port:
     """A port of a UCXX worker, which finds by probing what has `tag` under `mask`."""
     path = loaded_library("libucp")

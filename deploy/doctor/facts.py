@@ -20,6 +20,7 @@ class Software:
     torch_cuda: str = ""  # CUDA version that torch was built for, "" for a CPU build
     torch_sees_gpu: bool = False
     torch_problem: str = ""
+    compiles: bool = True  # messages are posted by compiled code
 
 
 @dataclass(frozen=True)

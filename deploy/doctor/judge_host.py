@@ -12,6 +12,7 @@ MIN_UCX = (1, 19)  # what ucxx 0.52 accepts
 MIN_SECRET_NBYTES = 16
 UNLIMITED = -1
 _PIP = "pip install --constraint constraints.txt --editable ."
+_COMPILER = "apt-get install gcc python3-dev"
 _SYSTEM_UCX = 'deploy/README.md, "A UCX with verbs"'
 _MAX_CLOCK_ERROR_S = 1.0
 
@@ -50,6 +51,9 @@ def software(found: Software) -> list[Finding]:
     else:
         build = f"for CUDA {found.torch_cuda}" if found.torch_cuda else "a CPU build"
         findings.append(ok("torch", f"{found.packages.get('torch', '')}, {build}"))
+    if not found.compiles:
+        text = "no C compiler or no headers of Python: every message costs more of Python"
+        findings.append(warning("compiler", text, _COMPILER))
     return findings
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.transport import port
 from deploy.doctor import facts
 
 PACKAGES = ("atoll", "torch", "ucxx-cu13", "libucx-cu13", "numpy", "aiohttp", "uvloop")
@@ -52,7 +53,9 @@ def software() -> facts.Software:
         return facts.Software(python, packages, torch_problem=last[0])
     except (subprocess.TimeoutExpired, ValueError) as exc:
         return facts.Software(python, packages, torch_problem=f"{exc}")
-    return facts.Software(python, packages, told["cuda"], bool(told["sees"]))
+    return facts.Software(
+        python, packages, told["cuda"], bool(told["sees"]), compiles=port.is_compiled()
+    )
 
 
 def software_version(name: str) -> str:

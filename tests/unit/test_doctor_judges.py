@@ -73,6 +73,7 @@ FAR = replace(gpu_host().nvidia.gpus[0], pci_path="/sys/devices/pci0000:70/0000:
 NO_IB = {"has_ib_module": False, "resources": ("tcp/eth0", "cuda_ipc/cuda")}
 STORY = [
     (host("software", python="3.10.1"), CPU_NEED, "python", BAD, "needed is 3.11"),
+    (host("software", compiles=False), CPU_NEED, "compiler", WARN, "no C compiler"),
     (host("software", python="3.14.0"), CPU_NEED, "python", BAD, "below 3.14"),
     (host("software", packages={"torch": ""}), CPU_NEED, "packages", BAD, "torch not installed"),
     (host("software", torch_problem="undefined symbol"), CPU_NEED, "torch", BAD, "undefined symbol"),
