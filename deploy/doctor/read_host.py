@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.transport import port
+from common.transport.port import is_compiled
 from deploy.doctor import facts
 
 PACKAGES = ("atoll", "torch", "ucxx-cu13", "libucx-cu13", "numpy", "aiohttp", "uvloop")
@@ -54,7 +54,7 @@ def software() -> facts.Software:
     except (subprocess.TimeoutExpired, ValueError) as exc:
         return facts.Software(python, packages, torch_problem=f"{exc}")
     return facts.Software(
-        python, packages, told["cuda"], bool(told["sees"]), compiles=port.is_compiled()
+        python, packages, told["cuda"], bool(told["sees"]), compiles=is_compiled()
     )
 
 
