@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from common.placement.baselines import replica_counts
+from common.placement.baselines import eplb_layer, replica_counts
 from common.placement.links import Links
 from common.placement.packing import Slots, pack_layer
 from common.placement.plan import Layer
-from common.placement.score import replica_shares, worker_loads
-from common.placement.swap import Assignment, Budget, Floats, Ints, Limits, Nodes, search
+from common.placement.routing_trace import Ids
+from common.placement.score import node_rows, replica_shares, worker_loads
+from common.placement.swap import Assignment, Budget, Floats, Ints, Limits, Nodes, Rows, search
 
 _GOLDEN = 0.6180339887498949
 # of what a node's GPUs could carry at the bound on GPU load; smaller until packing succeeds
@@ -19,6 +19,8 @@ _SLACK, _TINY = 1 + 1e-9, 1e-12
 _MARGIN = (
     0.95  # of the largest load, for copies that EPLB has otherwise: tokens to come have other loads
 )
+_WORTH = 0.999  # above that a better link is luck of the trace
+_PARTS = 4  # runs of the tokens that must agree
 _GROUPS = Budget(kicks=24, kick_swaps=2)
 _GROUP_TOKENS = 2048  # tell which groups go together
 _MOST_LANES = 8  # above that a token is looked at from one source node only
@@ -30,43 +32,94 @@ LayerNodes = list[list[int]]  # by expert: the node of each replica
 class LayerTask:
     """Everything that placing one layer on nodes needs; can be sent to another process.
 
-    `max_load` is what no GPU's rows per token over its speed should exceed, `node_load` the same for the mean of a
-    node's GPUs; `previous[expert]` are nodes to start from; `eplb` is EPLB's placement, one of the starts.
+    The search looks at every `step`th token; `previous[expert]` are nodes to start from.
     """
 
-    ids: npt.NDArray[np.int16]  # [tokens, top_k]
+    ids: Ids  # [tokens, top_k]
     num_experts: int
     num_groups: int
     slots: Slots
     links: Links
     replicas: int
-    max_load: float
-    node_load: float
+    step: int
     seed: int
     budget: Budget
-    eplb: Layer
     previous: tuple[Nodes, ...] | None = None
 
 
-def place_nodes(task: LayerTask) -> LayerNodes:
-    """The nodes of each expert's replicas, for one layer."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """What EPLB's placement makes of a layer, and of runs of its tokens: ours shall be no worse in any.
+
+    `parts` are all tokens, then the runs; `loads[part, expert]` rows per token; `most[part]` those of the busiest GPU
+    over its speed; `nodes[expert]` its copies' and `peaks[expert]` the largest share of one, over its GPU's speed.
+    """
+
+    layer: Layer
+    parts: list[Ids]
+    loads: Floats
+    most: Floats
+    nodes: list[Nodes]
+    peaks: Floats
+
+
+def place_nodes(task: LayerTask) -> LayerNodes | None:
+    """The nodes of each expert's replicas, for one layer; None where EPLB's placement is as good.
+
+    What is better on all tokens alone would not be on others: a new placement's busiest GPU and link are no worse than
+    EPLB's in any part of them. Where experts have been placed before, staying put is worth more than the links.
+    """
     slots, sources = task.slots, task.links.sources
-    load = np.bincount(task.ids.ravel(), minlength=task.num_experts) / len(task.ids)
-    eplb = [tuple(sorted(slots.nodes[w] for w in workers)) for workers in task.eplb]
-    starts = _starts(task, load, eplb)
-    best: LayerNodes = []
-    lightest = np.inf
+    bound = _bound(task)
+    starts = _starts(task, bound)
     for share in _CAPS:
-        assignment = _assignment(task, _limits(task, load, share))
+        assignment = _assignment(task, _limits(task, bound, share))
         nodes = search(assignment, starts, task.budget, np.random.default_rng(task.seed))
         placed = list(map(list, nodes))
-        layer = pack_layer(placed, load, slots, sources, np.zeros(len(slots.nodes)))
-        loads = worker_loads(layer, slots.nodes, load, sources)[1] / slots.speeds
-        if loads.max() < lightest:
-            best, lightest = placed, loads.max()
-        if lightest <= task.max_load * _SLACK or slots.per_gpu == 1:  # alone: nothing to tighten
+        layer = pack_layer(placed, bound.loads[0], slots, sources, np.zeros(len(slots.nodes)))
+        most = [
+            _largest(layer, load, slots, sources)
+            for load in bound.loads[: 1 if task.previous else None]
+        ]
+        if (most <= bound.most[: len(most)] * _SLACK).all():
+            return placed if task.previous or _better(layer, bound, task) else None
+        if slots.per_gpu == 1:  # alone: nothing to tighten
             break
-    return best
+    return None
+
+
+def _bound(task: LayerTask) -> Bound:
+    slots, sources = task.slots, task.links.sources
+    parts = list(filter(len, (task.ids, *np.array_split(task.ids, _PARTS))))
+    loads = np.stack([np.bincount(p.ravel(), minlength=task.num_experts) / len(p) for p in parts])
+    layer = eplb_layer(loads[0], slots, task.num_groups, task.replicas)
+    peaks = [
+        (
+            sources
+            @ replica_shares([slots.nodes[w] for w in held], sources)
+            / np.asarray(slots.speeds)[list(held)]
+        ).max()
+        for held in layer
+    ]
+    nodes = [tuple(sorted(slots.nodes[w] for w in held)) for held in layer]
+    most = [_largest(layer, load, slots, sources) for load in loads]
+    return Bound(layer, parts, loads, np.asarray(most), nodes, np.asarray(peaks))
+
+
+def _largest(layer: Layer, load: Floats, slots: Slots, sources: Floats) -> float:
+    """The busiest GPU: rows per token over its relative speed."""
+    return float((worker_loads(layer, slots.nodes, load, sources)[1] / slots.speeds).max())
+
+
+def _better(layer: Layer, bound: Bound, task: LayerTask) -> bool:
+    """Whether the busiest link carries less."""
+
+    def link_s(one: Layer, part: Ids) -> float:
+        rows = node_rows(one, task.slots.nodes, part, task.links.sources)
+        return float(task.links.loads(rows).max(initial=0.0))
+
+    pairs = [(link_s(layer, part), link_s(bound.layer, part)) for part in bound.parts]
+    return pairs[0][0] <= pairs[0][1] * _WORTH and all(ours <= theirs for ours, theirs in pairs)
 
 
 def _assignment(task: LayerTask, limits: Limits) -> Assignment:
@@ -74,36 +127,39 @@ def _assignment(task: LayerTask, limits: Limits) -> Assignment:
 
     Without replicas a token costs the same mean wherever it starts, so that is exact.
     """
-    links, ids = task.links, task.ids.astype(np.int64)
+    links, ids = task.links, np.sort(task.ids[:: task.step].astype(np.int64), axis=1)
     lanes = links.sources.nonzero()[0]
-    if not task.replicas:
-        lane = np.zeros(len(ids), np.int64)
-        return Assignment(ids, lane, None, links.per_touch[:, None], links.sources, limits)
     seconds = (links.seconds * links.sources[:, None])[:, lanes]
-    if len(lanes) <= _MOST_LANES:
-        lane = np.tile(np.arange(len(lanes)), len(ids))
-        ids = ids.repeat(len(lanes), axis=0)
-    else:
+    if task.replicas and len(lanes) > _MOST_LANES:
         point = (np.arange(len(ids)) * _GOLDEN) % 1.0
         lane = np.searchsorted(links.sources[lanes].cumsum()[:-1], point, side="right")
-    return Assignment(ids, lane, lanes, seconds, links.sources, limits)
+        rows = Rows(ids, lane, np.ones(len(ids)))
+        return Assignment(rows, lanes, seconds, links.sources, limits)
+    ids, weight = np.unique(ids, axis=0, return_counts=True)
+    if not task.replicas:
+        rows = Rows(ids, np.zeros(len(ids), np.int64), weight)
+        return Assignment(rows, None, links.per_touch[:, None], links.sources, limits)
+    lane = np.tile(np.arange(len(lanes)), len(ids))
+    rows = Rows(ids.repeat(len(lanes), axis=0), lane, weight.repeat(len(lanes)))
+    return Assignment(rows, lanes, seconds, links.sources, limits)
 
 
-def _limits(task: LayerTask, load: Floats, share: float) -> Limits:
+def _limits(task: LayerTask, bound: Bound, share: float) -> Limits:
     """What GPUs and nodes may bear: as much as EPLB's busiest; a copy that is not EPLB's somewhat less."""
-    sources, slots = task.links.sources, task.slots
-    room = slots.room(len(sources))
+    slots, load = task.slots, bound.loads[0]
+    room = slots.room(len(task.links.sources))
     speed = slots.node_speeds(len(room))
-    heaviest = np.full(task.num_experts, task.max_load * _MARGIN)
-    for expert, workers in enumerate(task.eplb):
-        nodes = [slots.nodes[w] for w in workers]
-        peak = (sources @ replica_shares(nodes, sources) / speed[nodes]).max()
-        heaviest[expert] = max(heaviest[expert], load[expert] * peak)
+    least = (bound.most[:, None] * _MARGIN / np.maximum(bound.loads, _TINY)).min(axis=0)
+    heaviest = load * np.maximum(least, bound.peaks)
     cap = np.full(len(room), np.inf)
     if slots.per_gpu > 1:
         node_speed = speed * room / slots.per_gpu
         fair = load.sum() * node_speed / node_speed.sum()
-        cap = np.maximum(fair * 1.0005, task.node_load * node_speed * share)
+        loads = worker_loads(bound.layer, slots.nodes, load, task.links.sources)[1]
+        theirs = np.bincount(slots.nodes, loads, minlength=len(room)) / np.maximum(
+            node_speed, _TINY
+        )
+        cap = np.maximum(fair * 1.0005, theirs.max() * node_speed * share)
     return Limits(room, cap, load, heaviest, speed)
 
 
@@ -118,25 +174,29 @@ def _group_homes(task: LayerTask) -> list[Ints]:
     weights = np.bincount(groups[groups >= 0], minlength=task.num_groups) / len(groups)
     free = np.full(len(places), np.inf)
     limits = Limits(places, free, weights, np.full(len(weights), np.inf), np.ones(len(places)))
-    seconds, lane = task.links.per_touch[:, None], np.zeros(len(groups), np.int64)
-    assignment = Assignment(groups, lane, None, seconds, task.links.sources, limits)
+    rows = Rows(groups, np.zeros(len(groups), np.int64), np.ones(len(groups)))
+    seconds = task.links.per_touch[:, None]
+    assignment = Assignment(rows, None, seconds, task.links.sources, limits)
     in_order = np.repeat(np.arange(len(places)), places)[: task.num_groups]
-    starts = [[(node,) for node in start.tolist()] for start in (_deal(weights, places), in_order)]
+    starts: list[list[Nodes]] = [
+        [(node,) for node in start.tolist()] for start in (_deal(weights, places), in_order)
+    ]
     nodes = search(assignment, starts, _GROUPS, np.random.default_rng(task.seed))
     return [np.asarray(nodes)[:, 0].repeat(size)]
 
 
-def _starts(task: LayerTask, load: Floats, eplb: list[Nodes]) -> list[list[Nodes]]:
+def _starts(task: LayerTask, bound: Bound) -> list[list[Nodes]]:
     """Where to start: the previous nodes; else EPLB's, whole groups on nodes, dealt by load, the heaviest together."""
+    load = bound.loads[0]
     counts = replica_counts(load, task.num_experts + task.replicas, most=len(task.slots.workers))
     if task.previous is not None:
-        return [_dealt(task, load, counts, list(task.previous))]
+        return [_dealt(task, bound, counts, list(task.previous))]
     homes = [
-        _dealt(task, load, counts, [(node,) * len(counts) for node in home.tolist()])
+        _dealt(task, bound, counts, [(node,) * len(counts) for node in home.tolist()])
         for home in _group_homes(task)
     ]
-    dealt = _dealt(task, load, counts, [()] * len(counts))
-    return [eplb, *homes, dealt, _dealt(task, load, counts, _by_heat(task, load, dealt))]
+    dealt = _dealt(task, bound, counts, [()] * len(counts))
+    return [bound.nodes, *homes, dealt, _dealt(task, bound, counts, _by_heat(task, load, dealt))]
 
 
 def _by_heat(task: LayerTask, load: Floats, dealt: list[Nodes]) -> list[Nodes]:
@@ -150,7 +210,7 @@ def _by_heat(task: LayerTask, load: Floats, dealt: list[Nodes]) -> list[Nodes]:
     return wished
 
 
-def _dealt(task: LayerTask, load: Floats, counts: Ints, wished: list[Nodes]) -> list[Nodes]:
+def _dealt(task: LayerTask, bound: Bound, counts: Ints, wished: list[Nodes]) -> list[Nodes]:
     """`counts[expert]` copies where wished while that has room, else on different nodes, the emptiest first.
 
     Experts with replicas first, then the heaviest copies.
@@ -160,9 +220,9 @@ def _dealt(task: LayerTask, load: Floats, counts: Ints, wished: list[Nodes]) -> 
     speed = slots.node_speeds(len(room))
     used, carried = np.zeros(len(room)), np.zeros(len(room))
     found: list[Nodes] = [()] * len(counts)
-    each = load / counts
+    each = bound.loads[0] / counts
     for expert in np.lexsort((-each, counts == 1)).tolist():
-        slow = each[expert] > task.max_load * _SLACK * speed
+        slow = each[expert] > bound.most[0] * _SLACK * speed
         wish = list(wished[expert])
         chosen: list[int] = []
         for _ in range(counts[expert]):

@@ -2,8 +2,8 @@
 
 Items are experts or whole expert groups, each with one copy or more (replicas). A row is a token that starts in a
 *lane*: on one source node, or, where no item has replicas, on all at once. It needs node d unless all its items are had
-elsewhere, with probability 1 - prod(1 - share[item, lane, d]) (`score.replica_shares`): exact where items have one copy,
-the mean over the router's choices otherwise. touches[lane, d], the share of a lane's rows that need node d, decides
+elsewhere, with probability 1 - prod(1 - share[item, lane, d]) (`score.replica_shares`): exact where items have one
+copy, the mean over the router's choices otherwise. touches[lane, d], the share of a lane's rows that need node d, decides
 every link: loads = seconds @ touches. The search lowers
 
     F = the p-norm of the links' loads  +  2 % of their mean,    p = 24, then 100, then 400
@@ -15,6 +15,7 @@ exactly, in order, and taken when they lower F. Kicks of a few random exchanges 
 on the seed alone.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,21 +73,33 @@ class Held:
     peak: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """`ids` [rows, k] are the items that a row wants, each once, -1 for none; it counts `weight[row]` times."""
+
+    ids: Ints
+    lane: Ints
+    weight: Ints | Floats
+
+
 class Assignment:
     """Copies on nodes, and which rows need which node.
 
-    `ids` [rows, k] are the items that a row wants, each once; -1 for none. `lane[row]` is an index into `lanes`, source
-    nodes (None: one lane, the mean of all). `seconds[link, lane, node]`: when all rows of a lane need a node.
+    `lanes` are source nodes (None: one lane, the mean of all). `seconds[link, lane, node]`: when all rows of a lane need
+    a node.
     """
 
     def __init__(
-        self, ids: Ints, lane: Ints, lanes: Ints | None, seconds: Floats, sources: Floats, limits: Limits
-    ) -> None:  # fmt: skip
+        self, rows: Rows, lanes: Ints | None, seconds: Floats, sources: Floats, limits: Limits
+    ) -> None:
         self.limits, self.sources, self.lanes = limits, sources, lanes
         self.num_items, self.num_nodes = len(limits.load), len(limits.room)
         self.num_lanes = seconds.shape[1]
         self.seconds = seconds.reshape(len(seconds), -1)
-        self.ids, self.lane = np.where(ids < 0, self.num_items, ids), lane
+        self.ids, self.lane = np.where(rows.ids < 0, self.num_items, rows.ids), rows.lane
+        in_lane = (rows.lane == np.arange(self.num_lanes)[:, None]) * rows.weight
+        total = np.maximum(in_lane.sum(axis=1, keepdims=True), 1)
+        self.weight = (in_lane / total).astype(np.float32)  # [lanes, rows]
         self._held: dict[Nodes, Held] = {}
         self._near: dict[tuple[Nodes, int], tuple[Floats, Floats]] = {}
         self._index()
@@ -100,13 +113,10 @@ class Assignment:
         self.pair_row, self.pair_key = order // width, key[order]
         self.keys, self.starts = np.unique(self.pair_key, return_index=True)
         bounds = np.searchsorted(self.pair_key, np.arange(self.num_items + 1) * self.num_lanes)
-        self.rows = [self.pair_row[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.rows = [self.pair_row[a:b] for a, b in itertools.pairwise(bounds)]
         self.wants = np.zeros((self.num_items + 1, rows), np.bool_)
         self.wants[self.ids, np.arange(rows)[:, None]] = True
-        in_lane = self.lane[None, :] == np.arange(self.num_lanes)[:, None]
-        self.weight = (in_lane / np.maximum(in_lane.sum(axis=1, keepdims=True), 1)).astype(
-            np.float32
-        )
+        self.pair_weight = self.weight.sum(axis=0)[self.pair_row, None]
 
     def held(self, nodes: Nodes) -> Held:
         """What these nodes mean for an item."""
@@ -171,12 +181,11 @@ class Assignment:
     def worth(self, gradient: Floats) -> Floats:
         """[items, lanes, nodes]: dF per share of an item that is had from a node."""
         logs = np.stack([self.held(where).log for where in self.nodes]).reshape(-1, self.num_nodes)
-        without = np.exp(self.log[self.pair_row] - logs[self.pair_key])
+        rest = np.exp(self.log[self.pair_row] - logs[self.pair_key]) * self.pair_weight
         sums = np.zeros((self.num_items * self.num_lanes, self.num_nodes))
         if len(self.keys):
-            sums[self.keys] = np.add.reduceat(without, self.starts, axis=0)
-        each = self.weight.max(axis=1)[:, None]  # one row of the lane
-        return sums.reshape(self.num_items, self.num_lanes, self.num_nodes) * each * gradient
+            sums[self.keys] = np.add.reduceat(rest, self.starts, axis=0)
+        return np.asarray(sums.reshape(self.num_items, self.num_lanes, self.num_nodes) * gradient)
 
     def candidates(self, gradient: Floats) -> list[Change]:
         """The most promising moves, best first."""
@@ -200,7 +209,7 @@ class Assignment:
     def _most(self) -> Floats:
         """[items]: what a copy may bear, at speed 1: the limit, or what one bears that is above it."""
         peaks = np.asarray([self.held(where).peak for where in self.nodes])
-        return np.maximum(self.limits.heaviest, self.limits.load * peaks) * _SLACK
+        return np.asarray(np.maximum(self.limits.heaviest, self.limits.load * peaks) * _SLACK)
 
     def _exchanges(self, item: Ints, node: Ints, moved: Floats) -> Iterator[tuple[float, Change]]:
         """Two copies change places, or one goes to a free slot."""
@@ -240,7 +249,7 @@ class Assignment:
             gained[i, self.limits.load[i] * peaks > most[i]] = np.inf
         lost = np.empty(len(item))
         for c, (i, n) in enumerate(zip(item.tolist(), node.tolist(), strict=True)):
-            rest = self.held(without(self.nodes[i], n))
+            rest = self.held(minus(self.nodes[i], n))
             lost[c] = ((rest.share - self.held(self.nodes[i]).share) * worth[i]).sum()
             if self.limits.load[i] * rest.peak > most[i]:
                 lost[c] = np.inf
@@ -248,7 +257,7 @@ class Assignment:
         estimate[np.arange(len(item)), item] = np.inf
         for value, c, other in _smallest(estimate):
             i, n = int(item[c]), int(node[c])
-            yield value, [(i, without(self.nodes[i], n)), (other, with_(self.nodes[other], n))]
+            yield value, [(i, minus(self.nodes[i], n)), (other, plus(self.nodes[other], n))]
 
     def allowed(self, change: Change) -> bool:
         """Whether GPUs and nodes bear it."""
@@ -324,14 +333,14 @@ class Assignment:
 
 def replaced(nodes: Nodes, less: int, more: int) -> Nodes:
     """Without a copy on `less` (-1: none), with one on `more`."""
-    return with_(nodes if less < 0 else without(nodes, less), more)
+    return plus(nodes if less < 0 else minus(nodes, less), more)
 
 
-def with_(nodes: Nodes, node: int) -> Nodes:
+def plus(nodes: Nodes, node: int) -> Nodes:
     return tuple(sorted((*nodes, node)))
 
 
-def without(nodes: Nodes, node: int) -> Nodes:
+def minus(nodes: Nodes, node: int) -> Nodes:
     at = nodes.index(node)
     return nodes[:at] + nodes[at + 1 :]
 
