@@ -20,10 +20,10 @@ _MARGIN = (
     0.95  # of the largest load, for copies that EPLB has otherwise: tokens to come have other loads
 )
 _WORTH = 0.999  # above that a better link is luck of the trace
+_MOVE = 0.99  # above that it is not worth moving what has been placed
 _PARTS = 4  # runs of the tokens that must agree
 _GROUPS = Budget(kicks=24, kick_swaps=2)
 _GROUP_TOKENS = 2048  # tell which groups go together
-_MOST_LANES = 8  # above that a token is looked at from one source node only
 
 LayerNodes = list[list[int]]  # by expert: the node of each replica
 
@@ -74,7 +74,8 @@ def place_nodes(task: LayerTask) -> LayerNodes | None:
     starts = _starts(task, bound)
     for share in _CAPS:
         assignment = _assignment(task, _limits(task, bound, share))
-        nodes = search(assignment, starts, task.budget, np.random.default_rng(task.seed))
+        rng, worth = np.random.default_rng(task.seed), _MOVE if task.previous else 1.0
+        nodes = search(assignment, starts, task.budget, rng, worth)
         placed = list(map(list, nodes))
         layer = pack_layer(placed, bound.loads[0], slots, sources, np.zeros(len(slots.nodes)))
         most = [
@@ -113,13 +114,17 @@ def _largest(layer: Layer, load: Floats, slots: Slots, sources: Floats) -> float
 
 def _better(layer: Layer, bound: Bound, task: LayerTask) -> bool:
     """Whether the busiest link carries less."""
-
-    def link_s(one: Layer, part: Ids) -> float:
-        rows = node_rows(one, task.slots.nodes, part, task.links.sources)
-        return float(task.links.loads(rows).max(initial=0.0))
-
-    pairs = [(link_s(layer, part), link_s(bound.layer, part)) for part in bound.parts]
-    return pairs[0][0] <= pairs[0][1] * _WORTH and all(ours <= theirs for ours, theirs in pairs)
+    nodes, links = task.slots.nodes, task.links
+    runs = bound.parts[1:]
+    loads = np.asarray(
+        [
+            [links.loads(node_rows(one, nodes, run, links.sources)) for run in runs]
+            for one in (layer, bound.layer)
+        ]
+    )
+    ours, theirs = loads.max(axis=2, initial=0.0)
+    whole = np.average(loads, axis=1, weights=list(map(len, runs))).max(axis=1, initial=0.0)
+    return bool(whole[0] <= whole[1] * _WORTH and (ours <= theirs).all())
 
 
 def _assignment(task: LayerTask, limits: Limits) -> Assignment:
@@ -129,18 +134,18 @@ def _assignment(task: LayerTask, limits: Limits) -> Assignment:
     """
     links, ids = task.links, np.sort(task.ids[:: task.step].astype(np.int64), axis=1)
     lanes = links.sources.nonzero()[0]
-    seconds = (links.seconds * links.sources[:, None])[:, lanes]
-    if task.replicas and len(lanes) > _MOST_LANES:
+    kinds, weight = np.unique(ids, axis=0, return_counts=True)
+    if not task.replicas:
+        rows = Rows(kinds, np.zeros(len(kinds), np.int64), weight)
+        return Assignment(rows, None, links.per_touch[:, None], links.sources, limits)
+    if len(kinds) * len(lanes) <= len(ids):
+        lane = np.tile(np.arange(len(lanes)), len(kinds))
+        rows = Rows(kinds.repeat(len(lanes), axis=0), lane, weight.repeat(len(lanes)))
+    else:
         point = (np.arange(len(ids)) * _GOLDEN) % 1.0
         lane = np.searchsorted(links.sources[lanes].cumsum()[:-1], point, side="right")
         rows = Rows(ids, lane, np.ones(len(ids)))
-        return Assignment(rows, lanes, seconds, links.sources, limits)
-    ids, weight = np.unique(ids, axis=0, return_counts=True)
-    if not task.replicas:
-        rows = Rows(ids, np.zeros(len(ids), np.int64), weight)
-        return Assignment(rows, None, links.per_touch[:, None], links.sources, limits)
-    lane = np.tile(np.arange(len(lanes)), len(ids))
-    rows = Rows(ids.repeat(len(lanes), axis=0), lane, weight.repeat(len(lanes)))
+    seconds = (links.seconds * links.sources[:, None])[:, lanes]
     return Assignment(rows, lanes, seconds, links.sources, limits)
 
 
@@ -174,13 +179,12 @@ def _group_homes(task: LayerTask) -> list[Ints]:
     weights = np.bincount(groups[groups >= 0], minlength=task.num_groups) / len(groups)
     free = np.full(len(places), np.inf)
     limits = Limits(places, free, weights, np.full(len(weights), np.inf), np.ones(len(places)))
-    rows = Rows(groups, np.zeros(len(groups), np.int64), np.ones(len(groups)))
+    kinds, weight = np.unique(np.sort(groups), axis=0, return_counts=True)
+    rows = Rows(kinds, np.zeros(len(kinds), np.int64), weight)
     seconds = task.links.per_touch[:, None]
     assignment = Assignment(rows, None, seconds, task.links.sources, limits)
-    in_order = np.repeat(np.arange(len(places)), places)[: task.num_groups]
-    starts: list[list[Nodes]] = [
-        [(node,) for node in start.tolist()] for start in (_deal(weights, places), in_order)
-    ]
+    in_order = np.repeat(np.arange(len(places)), places)[: task.num_groups].tolist()
+    starts: list[list[Nodes]] = [[(node,) for node in in_order]]
     nodes = search(assignment, starts, _GROUPS, np.random.default_rng(task.seed))
     return [np.asarray(nodes)[:, 0].repeat(size)]
 
@@ -238,14 +242,3 @@ def _dealt(task: LayerTask, bound: Bound, counts: Ints, wished: list[Nodes]) -> 
             carried[node] += each[expert]
         found[expert] = tuple(sorted(chosen))
     return found
-
-
-def _deal(weights: Floats, places: Ints) -> Ints:
-    """Heaviest first, to the node with the least weight for its places among those with a free one."""
-    node, free = np.empty(len(weights), np.int64), places.copy()
-    sums = np.zeros(len(places))
-    for item in np.argsort(-weights, kind="stable").tolist():
-        node[item] = int(np.argmin(np.where(free > 0, sums / np.maximum(places, 1), np.inf)))
-        sums[node[item]] += weights[item]
-        free[node[item]] -= 1
-    return node

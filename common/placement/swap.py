@@ -3,8 +3,8 @@
 Items are experts or whole expert groups, each with one copy or more (replicas). A row is a token that starts in a
 *lane*: on one source node, or, where no item has replicas, on all at once. It needs node d unless all its items are had
 elsewhere, with probability 1 - prod(1 - share[item, lane, d]) (`score.replica_shares`): exact where items have one
-copy, the mean over the router's choices otherwise. touches[lane, d], the share of a lane's rows that need node d, decides
-every link: loads = seconds @ touches. The search lowers
+copy, the mean over the router's choices otherwise. touches[lane, d], the share of a lane's rows that need node d,
+decides every link: loads = seconds @ touches. The search lowers
 
     F = the p-norm of the links' loads  +  2 % of their mean,    p = 24, then 100, then 400
 
@@ -30,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 Nodes = tuple[int, ...]  # of an item's copies, ascending; a node twice where it has two
 Change = list[tuple[int, Nodes]]  # items and the nodes that they are to have
 _NORMS, _MEAN = (24.0, 100.0, 400.0), 0.02
-_CANDIDATES, _STARTS, _TINY = 32, 2, 1e-6
+_CANDIDATES, _TINY = 32, 1e-6
 _SLACK, _GAIN = 1 + 1e-9, 1 - 1e-6
 
 
@@ -85,8 +85,8 @@ class Rows:
 class Assignment:
     """Copies on nodes, and which rows need which node.
 
-    `lanes` are source nodes (None: one lane, the mean of all). `seconds[link, lane, node]`: when all rows of a lane need
-    a node.
+    `lanes` are source nodes (None: one lane, the mean of all). `seconds[link, lane, node]`: what a link takes when all
+    rows of a lane need a node.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Assignment:
         self.limits, self.sources, self.lanes = limits, sources, lanes
         self.num_items, self.num_nodes = len(limits.load), len(limits.room)
         self.num_lanes = seconds.shape[1]
-        self.seconds = seconds.reshape(len(seconds), -1)
+        self.seconds = seconds.reshape(len(seconds), self.num_lanes * self.num_nodes)
         self.ids, self.lane = np.where(rows.ids < 0, self.num_items, rows.ids), rows.lane
         in_lane = (rows.lane == np.arange(self.num_lanes)[:, None]) * rows.weight
         total = np.maximum(in_lane.sum(axis=1, keepdims=True), 1)
@@ -189,27 +189,43 @@ class Assignment:
 
     def candidates(self, gradient: Floats) -> list[Change]:
         """The most promising moves, best first."""
-        worth, limits = self.worth(gradient), self.limits
-        counts = [len(where) for where in self.nodes]
-        item = np.repeat(np.arange(self.num_items), counts)
-        node = np.asarray([n for where in self.nodes for n in where], np.int64)
-        ends = worth.sum(axis=1)  # [items, nodes]: wholly there
-        moved = ends[item] - ends[item, node][:, None]
-        peak = np.broadcast_to(1 / limits.speed, moved.shape).copy()
-        for c in (np.asarray(counts)[item] > 1).nonzero()[0].tolist():
-            where = self.nodes[item[c]]
-            shares, peak[c] = self.near(where, int(node[c]))
-            change = shares - self.held(where).share
-            moved[c] = np.einsum("nld,ld->n", change, worth[item[c]])
-        moved[limits.load[item, None] * peak > self._most()[item, None]] = np.inf
-        found = [*self._exchanges(item, node, moved), *self._transfers(item, node, worth)]
+        worth = self.worth(gradient).reshape(self.num_items, -1)
+        peaks = np.asarray([self.held(where).peak for where in self.nodes])
+        # what is above the limit may bear as much as now
+        most = np.maximum(self.limits.heaviest, self.limits.load * peaks) * _SLACK
+        alike: dict[Nodes, list[int]] = {}
+        for i, where in enumerate(self.nodes):
+            alike.setdefault(where, []).append(i)
+        replicas = sum(map(len, self.nodes)) > self.num_items
+        copies: list[tuple[int, int]] = []  # (item, node)
+        moved, lost = [], []
+        gained = np.full((self.num_items, self.num_nodes), np.inf)
+
+        def gain(items: list[int], now: Held, shares: Floats, peaks: Floats) -> Floats:
+            """[items, choices]"""
+            found = worth[items] @ (shares - now.share).reshape(len(shares), -1).T
+            found[self.limits.load[items, None] * peaks > most[items, None]] = np.inf
+            return np.asarray(found)
+
+        for where, items in alike.items():
+            now = self.held(where)
+            if replicas:
+                gained[items] = gain(items, now, *self.near(where, -1))
+            for node in dict.fromkeys(where):
+                copies += [(i, node) for i in items]
+                moved.append(gain(items, now, *self.near(where, node)))
+                if len(where) > 1:
+                    rest = self.held(minus(where, node))
+                    lost.append(gain(items, now, rest.share[None], np.asarray([rest.peak]))[:, 0])
+                else:
+                    lost.append(np.full(len(items), np.inf))
+        item, node = np.asarray(copies).T
+        found = [
+            *self._exchanges(item, node, np.concatenate(moved)),
+            *self._transfers(item, node, np.concatenate(lost), gained),
+        ]
         found.sort(key=lambda one: one[0])
         return [change for _, change in found[:_CANDIDATES]]
-
-    def _most(self) -> Floats:
-        """[items]: what a copy may bear, at speed 1: the limit, or what one bears that is above it."""
-        peaks = np.asarray([self.held(where).peak for where in self.nodes])
-        return np.asarray(np.maximum(self.limits.heaviest, self.limits.load * peaks) * _SLACK)
 
     def _exchanges(self, item: Ints, node: Ints, moved: Floats) -> Iterator[tuple[float, Change]]:
         """Two copies change places, or one goes to a free slot."""
@@ -218,14 +234,12 @@ class Assignment:
         weight = self.limits.load[item] / np.asarray([len(self.nodes[i]) for i in item])
         more = weight[:, None] - weight[None, :]
         over = (self.node_load[node][None, :] + more > self.limits.cap[node][None, :]) & (more > 0)
-        estimate[over | over.T | (node[:, None] == node[None, :]) | (item[:, None] == item)] = (
-            np.inf
-        )
-        estimate[np.tril_indices(len(item))] = np.inf
+        same = (node[:, None] == node) | (item[:, None] == item)
+        estimate[over | over.T | same | np.tri(len(item), dtype=np.bool_)] = np.inf
         for value, a, b in _smallest(estimate):
             yield value, self._exchange(int(item[a]), int(node[a]), int(item[b]), int(node[b]))
         alone = np.where(
-            (self.free > 0)[None, :] & (np.arange(len(self.free)) != node[:, None]), moved, np.inf
+            (self.free > 0) & (np.arange(self.num_nodes) != node[:, None]), moved, np.inf
         )
         for value, a, there in _smallest(alone):
             yield value, [(int(item[a]), replaced(self.nodes[item[a]], int(node[a]), there))]
@@ -236,23 +250,10 @@ class Assignment:
             (b, replaced(self.nodes[b], there, here)),
         ]
 
-    def _transfers(self, item: Ints, node: Ints, worth: Floats) -> Iterator[tuple[float, Change]]:
+    def _transfers(
+        self, item: Ints, node: Ints, lost: Floats, gained: Floats
+    ) -> Iterator[tuple[float, Change]]:
         """A copy of one item makes room for a copy of another."""
-        spare = np.asarray([len(self.nodes[i]) > 1 for i in item])
-        if not spare.any():
-            return
-        item, node, most = item[spare], node[spare], self._most()
-        gained = np.empty((self.num_items, self.num_nodes))
-        for i, where in enumerate(self.nodes):
-            shares, peaks = self.near(where, -1)
-            gained[i] = np.einsum("nld,ld->n", shares - self.held(where).share, worth[i])
-            gained[i, self.limits.load[i] * peaks > most[i]] = np.inf
-        lost = np.empty(len(item))
-        for c, (i, n) in enumerate(zip(item.tolist(), node.tolist(), strict=True)):
-            rest = self.held(minus(self.nodes[i], n))
-            lost[c] = ((rest.share - self.held(self.nodes[i]).share) * worth[i]).sum()
-            if self.limits.load[i] * rest.peak > most[i]:
-                lost[c] = np.inf
         estimate = lost[:, None] + gained[:, node].T
         estimate[np.arange(len(item)), item] = np.inf
         for value, c, other in _smallest(estimate):
@@ -260,15 +261,18 @@ class Assignment:
             yield value, [(i, minus(self.nodes[i], n)), (other, plus(self.nodes[other], n))]
 
     def allowed(self, change: Change) -> bool:
-        """Whether GPUs and nodes bear it."""
-        load, node_load = self.limits.load, self.node_load.copy()
+        """Whether there are slots for it, and GPUs and nodes bear it."""
+        load, node_load, free = self.limits.load, self.node_load.copy(), self.free.copy()
         for item, where in change:
+            np.add.at(free, list(self.nodes[item]), 1)
+            np.add.at(free, list(where), -1)
             before, after = self.held(self.nodes[item]), self.held(where)
             most = max(self.limits.heaviest[item], load[item] * before.peak)
             if load[item] * after.peak > most * _SLACK:
                 return False
             node_load += load[item] * (after.own - before.own)
-        return bool((node_load <= np.maximum(self.limits.cap, self.node_load) * _SLACK).all())
+        light = node_load <= np.maximum(self.limits.cap, self.node_load) * _SLACK
+        return bool(light.all() and (free >= 0).all())
 
     def after(self, change: Change) -> tuple[Ints, Float32s, Floats]:
         """(rows that it concerns, their `log` and `touches` then)."""
@@ -295,10 +299,8 @@ class Assignment:
             self.node_load += self.limits.load[item] * (
                 self.held(where).own - self.held(before).own
             )
-            for node in before:
-                self.free[node] += 1
-            for node in where:
-                self.free[node] -= 1
+            np.add.at(self.free, list(before), 1)
+            np.add.at(self.free, list(where), -1)
             self.nodes[item] = where
 
     def descend(self, rounds: int, norms: tuple[float, ...] = _NORMS) -> float:
@@ -358,24 +360,28 @@ def _smallest(estimate: Floats) -> Iterator[tuple[float, int, int]]:
 
 
 def search(
-    assignment: Assignment, starts: list[list[Nodes]], budget: Budget, rng: np.random.Generator
-) -> list[Nodes]:
-    """The best nodes by item that were found: the most promising starts descended, then the best kicked."""
+    assignment: Assignment, starts: list[list[Nodes]], budget: Budget, rng: np.random.Generator, worth: float = 1.0,
+) -> list[Nodes]:  # fmt: skip
+    """The best nodes by item that were found: the most promising start descended, then kicked.
+
+    A start that fits is kept unless F falls below `worth` of what it has.
+    """
+
+    def judged(value: float) -> tuple[bool, float]:
+        return not assignment.fits(), value
+
     values = []
     for start in starts:
         assignment.place(start)
-        value, _ = assignment.objective(assignment.touches, _NORMS[0])
-        values.append((not assignment.fits(), value))
-    best, best_nodes = (True, np.inf), starts[0]
-    for i in sorted(range(len(starts)), key=values.__getitem__)[:_STARTS]:
-        assignment.place(starts[i])
-        value = assignment.descend(budget.rounds)
-        if (found := (not assignment.fits(), value)) < best:
-            best, best_nodes = found, list(assignment.nodes)
+        values.append(judged(assignment.objective(assignment.touches, _NORMS[0])[0]))
+    first = starts[values.index(min(values))]
+    assignment.place(first)
+    kept = judged(assignment.objective(assignment.touches, _NORMS[-1])[0] * worth)
+    best, best_nodes = judged(assignment.descend(budget.rounds)), list(assignment.nodes)
     for _ in range(budget.kicks if assignment.num_items > 1 else 0):
         assignment.place(best_nodes)
         assignment.kick(budget.kick_swaps, rng)
-        value = assignment.descend(budget.kick_rounds, _NORMS[-1:])
-        if (found := (not assignment.fits(), value)) < best:
+        found = judged(assignment.descend(budget.kick_rounds, _NORMS[-1:]))
+        if found < best:
             best, best_nodes = found, list(assignment.nodes)
-    return best_nodes
+    return best_nodes if best < kept else first

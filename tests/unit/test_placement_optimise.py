@@ -183,6 +183,35 @@ def test_a_slow_nic_gets_fewer_rows():
     assert int(np.argmin(loads)) == 2
 
 
+def test_replicas_lie_where_rows_start_and_bear_what_they_may():
+    """Nodes 2 and 3 have no attention workers: what is wanted most has copies on 0 and 1."""
+    trace = zipf(layers=(0,), tokens=4096, num_experts=8, top_k=1, exponent=1.5, seed=0)
+    node = uniform(1, 4).nodes[0]
+    nodes = [replace(node, attention=1 - i // 2, domain=i) for i in range(4)]
+    topology = Topology(tuple(nodes))
+    plan = optimise(trace, topology, Options(replicas=8))
+    links = build_links(topology, Options().row)
+    (slots,) = layer_slots(topology, 16, 1, Options())
+    theirs = Plan(1, {0: eplb_layer(trace.loads[0], slots, 1, 8)}, plan.nodes)
+    ours, eplb = score(plan, trace, links), score(theirs, trace, links)
+    hottest = plan.holders[0][int(np.argmax(trace.loads[0]))]
+    assert {0, 1} <= {plan.nodes[w] for w in hottest}
+    assert ours.link_s < 0.8 * eplb.link_s
+    assert ours.gpu_load <= eplb.gpu_load * (1 + 1e-9)
+
+
+def test_a_free_slot_is_filled_once():
+    """More copies than fit on the node that all want: the only free slot there is not given away twice."""
+    trace = zipf(layers=(0,), tokens=1024, num_experts=6, top_k=2, exponent=0.5, seed=0)
+    near, far = uniform(2, 4).nodes
+    topology = Topology((near, replace(far, attention=0, nic=far.nic / 100)))
+    plan = optimise(trace, topology, Options(spares=1))
+    counts = np.bincount([plan.nodes[w] for (w,) in plan.holders[0]], minlength=2)
+    assert counts.max() <= 4
+    assert len({w for (w,) in plan.holders[0]}) == 6
+    assert counts[0] == 4 - (plan.nodes[plan.spares[0]] == 0)
+
+
 def test_one_node_and_one_expert():
     ids = np.zeros((1, 3, 1), np.int16)
     plan = optimise(RoutingTrace(ids, (5,), 1), uniform(1, 1))
