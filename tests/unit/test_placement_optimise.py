@@ -183,20 +183,17 @@ def test_a_slow_nic_gets_fewer_rows():
     assert int(np.argmin(loads)) == 2
 
 
-def test_replicas_lie_where_rows_start_and_bear_what_they_may():
-    """Nodes 2 and 3 have no attention workers: what is wanted most has copies on 0 and 1."""
-    trace = zipf(layers=(0,), tokens=4096, num_experts=8, top_k=1, exponent=1.5, seed=0)
-    node = uniform(1, 4).nodes[0]
-    nodes = [replace(node, attention=1 - i // 2, domain=i) for i in range(4)]
+def test_replicas_lie_where_rows_start():
+    """Nodes 2 and 3 have no attention workers. EPLB does not look at that, nor at what is wanted together."""
+    trace = zipf(layers=(0,), tokens=4096, num_experts=16, top_k=2, exponent=0.8, seed=1)
+    nodes = [replace(n, attention=1 - i // 2) for i, n in enumerate(uniform(4, 6).nodes)]
     topology = Topology(tuple(nodes))
     plan = optimise(trace, topology, Options(replicas=8))
     links = build_links(topology, Options().row)
-    (slots,) = layer_slots(topology, 16, 1, Options())
+    (slots,) = layer_slots(topology, 24, 1, Options())
     theirs = Plan(1, {0: eplb_layer(trace.loads[0], slots, 1, 8)}, plan.nodes)
     ours, eplb = score(plan, trace, links), score(theirs, trace, links)
-    hottest = plan.holders[0][int(np.argmax(trace.loads[0]))]
-    assert {0, 1} <= {plan.nodes[w] for w in hottest}
-    assert ours.link_s < 0.8 * eplb.link_s
+    assert ours.link_s < 0.65 * eplb.link_s
     assert ours.gpu_load <= eplb.gpu_load * (1 + 1e-9)
 
 
