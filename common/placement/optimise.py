@@ -1,12 +1,13 @@
 """From topology and routing trace to a plan. Pure: seeded, bounded by iterations, the same on machines of one kind.
 
-One layer after the other, in four steps:
-    1. replicas: how many per expert, as many as level the largest load per replica best (`baselines.replica_counts`);
-    2. nodes of experts with replicas: different ones, so that rows stay on the node where their token starts;
-    3. nodes of the others: starts that keep expert groups together, improved by swaps (`common.placement.swap`);
-    4. GPUs of each node (`common.placement.packing`): even in the layer, the heaviest where other layers load least.
+One layer after the other, in three steps:
+    1. starts (`common.placement.layer_nodes`): EPLB's own placement, whole expert groups on nodes, experts dealt by load;
+       as many replicas per expert as level the largest load per replica best;
+    2. nodes of all copies, and which experts have how many: searched together (`common.placement.swap`);
+    3. GPUs of each node (`common.placement.packing`): even in the layer, the heaviest where other layers load least.
 
-The largest GPU load (rows over the GPU's relative speed) is held at or below EPLB's at the same budget.
+The largest GPU load (rows over the GPU's relative speed) is held at or below EPLB's at the same budget, in all tokens
+and in each run of them; where that leaves no better busiest link, EPLB's placement is taken.
 """
 
 from collections.abc import Callable, Iterable

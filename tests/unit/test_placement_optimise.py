@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from common.config import parse
 from common.errors import ConfigError
 from common.placement.baselines import eplb_layer
-from common.placement.generate import group_limited, zipf
 from common.placement.links import RowBytes, build_links
 from common.placement.optimise import Options, layer_slots, moves, optimise
 from common.placement.plan import Plan, check_plan
@@ -18,6 +17,7 @@ from common.placement.routing_trace import RoutingTrace
 from common.placement.score import node_rows, score, worker_loads
 from common.placement.swap import Budget
 from common.placement.topology import GPUS, NodeSpec, Topology, cluster_topology, uniform
+from tests.routing_traces import group_limited, zipf
 
 QUICK = Budget(rounds=4, kicks=1, kick_swaps=2, kick_rounds=2)
 
