@@ -1,8 +1,8 @@
 """From topology and routing trace to a plan. Pure: seeded, bounded by iterations, the same on machines of one kind.
 
 One layer after the other, in three steps:
-    1. starts (`common.placement.layer_nodes`): EPLB's own placement, whole expert groups on nodes, experts dealt by load;
-       as many replicas per expert as level the largest load per replica best;
+    1. starts (`common.placement.layer_nodes`): EPLB's own placement, whole groups on nodes, experts dealt by load; as
+       many replicas per expert as level the largest load per replica best;
     2. nodes of all copies, and which experts have how many: searched together (`common.placement.swap`);
     3. GPUs of each node (`common.placement.packing`): even in the layer, the heaviest where other layers load least.
 
