@@ -42,7 +42,7 @@ EXPERTS, PER_GPU = 32, 4
 SHAPE = {
     "hidden_size": 512, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
 }  # fmt: skip
-CONCURRENCY, PORT = 96, 8000
+CONCURRENCY, MICROBATCHES, PORT = 128, 8, 8000
 READY_S, WARM_S = 180.0, 15.0
 BIN = Path(sys.executable).parent
 
@@ -50,7 +50,7 @@ BIN = Path(sys.executable).parent
 @contextlib.contextmanager
 def network(kbit: int) -> Iterator[None]:
     """Four namespaces and a bridge in a fifth; every cable carries `kbit` kbit/s each way."""
-    shape = f"root tbf rate {kbit}kbit burst 16kb latency 300ms".split()
+    shape = f"root tbf rate {kbit}kbit burst 16kb latency 1s".split()
     clear()  # what a run that was killed with -9 left behind
     try:
         for name in (SWITCH, *NODES):
@@ -116,7 +116,7 @@ def cluster_config(model: Path, run_dir: Path, dispatch: str) -> ClusterConfig:
         nodes=tuple(Node(host=a, attention=1, experts=workers) for a in NODES.values()),
         cluster=ClusterSection(run_dir=run_dir),
         placement=PlacementSection(experts_per_gpu=PER_GPU, dispatch=dispatch),
-        attention=AttentionSection(microbatches=4),
+        attention=AttentionSection(microbatches=MICROBATCHES),
         gateway=GatewaySection(host="0.0.0.0", port=PORT),
     )
 
@@ -209,7 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, metavar="F", help="write the result as JSON")
     parser.add_argument(
-        "--rate", type=int, default=3000, metavar="KBIT", help="of a cable, each way (3000)"
+        "--rate", type=int, default=4000, metavar="KBIT", help="of a cable, each way (4000)"
     )
     parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="measured (30)")
     arguments = parser.parse_args()
