@@ -42,8 +42,7 @@ EXPERTS, PER_GPU = 32, 4
 SHAPE = {
     "hidden_size": 512, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
 }  # fmt: skip
-CONCURRENCY, MICROBATCHES, PORT = 96, 4, 8000
-CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"  # of a namespace
+CONCURRENCY, MICROBATCHES, PORT = 64, 4, 8000
 READY_S, WARM_S = 180.0, 15.0
 BIN = Path(sys.executable).parent
 
@@ -66,8 +65,6 @@ def network(kbit: int) -> Iterator[None]:
             sh("ip", "-n", SWITCH, "link", "set", port, "master", "br0", "up")
             sh("ip", "-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
             sh("ip", "-n", name, "link", "set", DEVICE, "up")
-            # BBR leaves a link idle while it looks for the least delay, and paces below the rate that it has seen
-            sh("ip", "netns", "exec", name, "sh", "-c", f"echo reno > {CONGESTION_CONTROL}")
             for namespace, device in ((name, DEVICE), (SWITCH, port)):
                 sh("tc", "-n", namespace, "qdisc", "add", "dev", device, *shape)
         yield
@@ -212,7 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, metavar="F", help="write the result as JSON")
     parser.add_argument(
-        "--rate", type=int, default=3000, metavar="KBIT", help="of a cable, each way (3000)"
+        "--rate", type=int, default=4000, metavar="KBIT", help="of a cable, each way (4000)"
     )
     parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="measured (30)")
     arguments = parser.parse_args()
