@@ -225,6 +225,9 @@ def main() -> None:
                 result["ways"][way] = measure(arguments.rate, arguments.seconds)
             print(way, json.dumps(result["ways"][way]), flush=True)
         shutil.rmtree(directory)
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(directory)
+        raise
     finally:
         if directory.exists():
             print(f"logs: {directory}")
