@@ -233,7 +233,10 @@ def main() -> None:
             print(f"logs: {directory}")
     ways = result["ways"]
     ratio = ways["hierarchical"]["tokens_per_s"] / ways["unicast"]["tokens_per_s"]
-    result |= facts() | {"command": "make bench-namespaces", "ratio": round(ratio, 2)}
+    command = (
+        f"python -m tests.bench.namespaces --rate {arguments.rate} --seconds {arguments.seconds:g}"
+    )
+    result |= facts() | {"command": command, "ratio": round(ratio, 2)}
     print(f"hierarchical / unicast: {ratio:.2f}")
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
