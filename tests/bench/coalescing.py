@@ -36,7 +36,7 @@ def record(directory: Path) -> list[list[Any]]:
     path = directory / "cluster.toml"
     path.write_text(config.to_toml())
     prompts = [[1 + (7 * i + j) % 97 for j in range(8)] for i in range(STREAMS)]
-    with Cluster("--cluster", str(path), "--local") as cluster:
+    with Cluster("--cluster", str(path), "--local", "--run-dir", str(run_dir)) as cluster:
         cluster.generate(prompts, TOKENS)
     files = [json.loads(f.read_text()) for f in (run_dir / DIRECTORY).glob("router-*.json")]
     return [[s for s in f["spans"] if s[0] == "dispatch"] for f in files]
