@@ -154,8 +154,8 @@ def main() -> None:
                 command = "python -m tests.bench.router_cost"
                 result = facts() | {"command": command, "rows": rows, "rails": rails}
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.graph is not None:
-        arguments.graph.write_text(graph(rows))
+        if arguments.graph is not None:
+            arguments.graph.write_text(graph(rows))
 
 
 if __name__ == "__main__":
