@@ -29,7 +29,7 @@ from tests.inproc_cluster import inproc_cluster
 
 SIZES, PER_NODE = (16, 64, 256), 8
 STREAMS, TOKENS, WARM_TOKENS = 16, 16, 2
-EXPERTS, RAILS, NODES, ROWS = 256, (1, 4, 8), 32, 128
+EXPERTS, RAILS, NODES, ROWS = 256, (1, 8), 32, 128
 COLOURS = {"cpu_us_per_message": "#1f77b4", "cpu_us_per_row": "#d62728"}
 LABELS = {"cpu_us_per_message": "per message", "cpu_us_per_row": "per row handed on"}
 WIDTH, HEIGHT, MARGIN = 640, 320, 48
