@@ -1,4 +1,4 @@
-"""The placements that others use, to compare with. Pure.
+"""The placement that others use, to compare with and to start from. Pure.
 
 `eplb` follows the published description of DeepSeek's Expert Parallelism Load Balancer (deepseek-ai/EPLB, README):
 
@@ -114,33 +114,3 @@ def packed(load: Floats, counts: npt.NDArray[np.int64], num_gpus: int) -> Layer:
         for item in items:
             workers[replicas[item]].append(gpu)
     return tuple(tuple(dict.fromkeys(w)) for w in workers)
-
-
-def in_order(order: npt.NDArray[np.int64], capacities: npt.NDArray[np.int64]) -> Layer:
-    """Experts in some order, filling worker after worker; worker w takes `capacities[w]`."""
-    slots = np.repeat(np.arange(len(capacities)), capacities)
-    workers = np.empty(len(order), np.int64)
-    workers[order] = slots[: len(order)]
-    return tuple((int(w),) for w in workers)
-
-
-def contiguous(num_experts: int, num_workers: int) -> Layer:
-    """Expert e beside expert e + 1: what expert parallelism does by default."""
-    return in_order(np.arange(num_experts), _even(num_experts, num_workers))
-
-
-def round_robin(num_experts: int, nodes: tuple[int, ...]) -> Layer:
-    """Expert e beside the experts that differ by the number of nodes: dealt out node by node. Equal nodes."""
-    count = len(set(nodes))
-    order = np.concatenate([np.arange(first, num_experts, count) for first in range(count)])
-    return in_order(order, _even(num_experts, len(nodes)))
-
-
-def random(num_experts: int, num_workers: int, rng: np.random.Generator) -> Layer:
-    """Any permutation."""
-    return in_order(rng.permutation(num_experts), _even(num_experts, num_workers))
-
-
-def _even(num_experts: int, num_workers: int) -> npt.NDArray[np.int64]:
-    marks = np.arange(num_workers + 1) * num_experts // num_workers
-    return np.diff(marks)

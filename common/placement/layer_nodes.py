@@ -1,24 +1,29 @@
-"""The nodes of one layer's experts: replicas spread, the rest found by search. Pure."""
+"""The nodes of one layer's experts: starts, and what bounds the search from them (`common.placement.swap`). Pure."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from common.placement.baselines import replica_counts
+from common.placement.baselines import eplb_layer, replica_counts
 from common.placement.links import Links
 from common.placement.packing import Slots, pack_layer
 from common.placement.plan import Layer
+from common.placement.routing_trace import Ids
 from common.placement.score import node_rows, replica_shares, worker_loads
-from common.placement.swap import Assignment, Budget, Floats, Ints, search
+from common.placement.swap import Assignment, Budget, Floats, Ints, Limits, Nodes, Rows, search
 
-_GOLDEN, _PLASTIC = 0.6180339887498949, 0.7548776662466927
+_GOLDEN = 0.6180339887498949
 # of what a node's GPUs could carry at the bound on GPU load; smaller until packing succeeds
 _CAPS = (1.0, 0.99, 0.97, 0.94, 0.9, 0.85)
-_SLACK = 1 + 1e-9
+_SLACK, _TINY = 1 + 1e-9, 1e-12
+_MARGIN = (
+    0.95  # of the largest load, for copies that EPLB has otherwise: tokens to come have other loads
+)
+_WORTH = 0.999  # above that a better link is luck of the trace
+_MOVE = 0.99  # above that it is not worth moving what has been placed
+_PARTS = 4  # runs of the tokens that must agree
 _GROUPS = Budget(kicks=24, kick_swaps=2)
 _GROUP_TOKENS = 2048  # tell which groups go together
-_GLANCE = Budget(rounds=3, kicks=0)  # enough to compare ways
 
 LayerNodes = list[list[int]]  # by expert: the node of each replica
 
@@ -27,68 +32,140 @@ LayerNodes = list[list[int]]  # by expert: the node of each replica
 class LayerTask:
     """Everything that placing one layer on nodes needs; can be sent to another process.
 
-    `max_load` is what no GPU's rows per token over its speed should exceed, `node_load` the same for the mean of a
-    node's GPUs; `previous[expert]` are nodes to start from; `eplb` is EPLB's placement, one of the starts.
+    The search looks at every `step`th token; `previous[expert]` are nodes to start from.
     """
 
-    ids: npt.NDArray[np.int16]  # [tokens, top_k]
+    ids: Ids  # [tokens, top_k]
     num_experts: int
     num_groups: int
     slots: Slots
     links: Links
     replicas: int
-    max_load: float
-    node_load: float
+    step: int
     seed: int
     budget: Budget
-    eplb: Layer
-    previous: tuple[tuple[int, ...], ...] | None = None
+    previous: tuple[Nodes, ...] | None = None
 
 
-def place_nodes(task: LayerTask) -> LayerNodes:
-    """The nodes of each expert's replicas, for one layer: the best of several ways to treat replicas.
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """What EPLB's placement makes of a layer, and of runs of its tokens: ours shall be no worse in any.
 
-    Apart, so that rows stay on the node where their token starts; at home, beside the experts that are chosen with
-    them, so that a row goes to few nodes; or where EPLB has them. Which pays depends on the gate.
+    `parts` are all tokens, then the runs; `loads[part, expert]` rows per token; `most[part]` those of the busiest GPU
+    over its speed; `nodes[expert]` its copies' and `peaks[expert]` the largest share of one, over its GPU's speed.
     """
-    load = np.bincount(task.ids.ravel(), minlength=task.num_experts) / len(task.ids)
-    counts = replica_counts(load, task.num_experts + task.replicas, most=len(task.slots.workers))
-    homes = [] if task.previous else [_nodes_of(task.eplb, task), *_group_homes(task)]
-    ways = [(_spread_replicas(load, counts, task), homes)]
-    if counts.max() > 1:
-        ways += [(_spread_replicas(load, counts, task, home), [home]) for home in homes[1:]]
-        nodes = task.slots.nodes
-        theirs = {e: [nodes[w] for w in held] for e, held in enumerate(task.eplb) if len(held) > 1}
-        ways += [(theirs, [home]) for home in homes[:1]]
-    if len(ways) > 1:
-        ways = [min(ways, key=lambda way: _place(task, load, way[0], way[1], _GLANCE)[0])]
-    spread, starts = ways[0]
-    return _place(task, load, spread, starts, task.budget)[1]
+
+    layer: Layer
+    parts: list[Ids]
+    loads: Floats
+    most: Floats
+    nodes: list[Nodes]
+    peaks: Floats
 
 
-def _place(
-    task: LayerTask, load: Floats, spread: dict[int, list[int]], homes: list[Ints], budget: Budget
-) -> tuple[tuple[bool, float], LayerNodes]:
-    """(whether a GPU bears more than it may, seconds of the busiest link), and the nodes found."""
-    slots, links = task.slots, task.links
-    best: LayerNodes = []
-    packed: Layer = ()
-    lightest = np.inf
+def place_nodes(task: LayerTask) -> LayerNodes | None:
+    """The nodes of each expert's replicas, for one layer; None where EPLB's placement is as good.
+
+    What is better on all tokens alone would not be on others: a new placement's busiest GPU and link are no worse than
+    EPLB's in any part of them. Where experts have been placed before, staying put is worth more than the links.
+    """
+    slots, sources = task.slots, task.links.sources
+    bound = _bound(task)
+    starts = _starts(task, bound)
     for share in _CAPS:
-        placed = _place_rest(task, load, spread, share, homes, budget)
-        layer = pack_layer(placed, load, slots, links.sources, np.zeros(len(slots.nodes)))
-        loads = worker_loads(layer, slots.nodes, load, links.sources)[1] / slots.speeds
-        if loads.max() < lightest:
-            best, packed, lightest = placed, layer, loads.max()
-        if lightest <= task.max_load * _SLACK or slots.per_gpu == 1:  # alone: nothing to tighten
+        assignment = _assignment(task, _limits(task, bound, share))
+        rng, worth = np.random.default_rng(task.seed), _MOVE if task.previous else 1.0
+        nodes = search(assignment, starts, task.budget, rng, worth)
+        placed = list(map(list, nodes))
+        layer = pack_layer(placed, bound.loads[0], slots, sources, np.zeros(len(slots.nodes)))
+        most = [
+            _largest(layer, load, slots, sources)
+            for load in bound.loads[: 1 if task.previous else None]
+        ]
+        if (most <= bound.most[: len(most)] * _SLACK).all():
+            return placed if task.previous or _better(layer, bound, task) else None
+        if slots.per_gpu == 1:  # alone: nothing to tighten
             break
-    rows = node_rows(packed, slots.nodes, task.ids, links.sources)
-    return (lightest > task.max_load * _SLACK, float(links.loads(rows).max(initial=0.0))), best
+    return None
 
 
-def _nodes_of(layer: Layer, task: LayerTask) -> Ints:
-    """Node of each expert's primary."""
-    return np.asarray([task.slots.nodes[workers[0]] for workers in layer])
+def _bound(task: LayerTask) -> Bound:
+    slots, sources = task.slots, task.links.sources
+    parts = list(filter(len, (task.ids, *np.array_split(task.ids, _PARTS))))
+    loads = np.stack([np.bincount(p.ravel(), minlength=task.num_experts) / len(p) for p in parts])
+    layer = eplb_layer(loads[0], slots, task.num_groups, task.replicas)
+    peaks = [
+        (
+            sources
+            @ replica_shares([slots.nodes[w] for w in held], sources)
+            / np.asarray(slots.speeds)[list(held)]
+        ).max()
+        for held in layer
+    ]
+    nodes = [tuple(sorted(slots.nodes[w] for w in held)) for held in layer]
+    most = [_largest(layer, load, slots, sources) for load in loads]
+    return Bound(layer, parts, loads, np.asarray(most), nodes, np.asarray(peaks))
+
+
+def _largest(layer: Layer, load: Floats, slots: Slots, sources: Floats) -> float:
+    """The busiest GPU: rows per token over its relative speed."""
+    return float((worker_loads(layer, slots.nodes, load, sources)[1] / slots.speeds).max())
+
+
+def _better(layer: Layer, bound: Bound, task: LayerTask) -> bool:
+    """Whether the busiest link carries less."""
+    nodes, links = task.slots.nodes, task.links
+    runs = bound.parts[1:]
+    loads = np.asarray(
+        [
+            [links.loads(node_rows(one, nodes, run, links.sources)) for run in runs]
+            for one in (layer, bound.layer)
+        ]
+    )
+    ours, theirs = loads.max(axis=2, initial=0.0)
+    whole = np.average(loads, axis=1, weights=list(map(len, runs))).max(axis=1, initial=0.0)
+    return bool(whole[0] <= whole[1] * _WORTH and (ours <= theirs).all())
+
+
+def _assignment(task: LayerTask, limits: Limits) -> Assignment:
+    """Every token from every source node while those are few, else from one; from the mean of all without replicas.
+
+    Without replicas a token costs the same mean wherever it starts, so that is exact.
+    """
+    links, ids = task.links, np.sort(task.ids[:: task.step].astype(np.int64), axis=1)
+    lanes = links.sources.nonzero()[0]
+    kinds, weight = np.unique(ids, axis=0, return_counts=True)
+    if not task.replicas:
+        rows = Rows(kinds, np.zeros(len(kinds), np.int64), weight)
+        return Assignment(rows, None, links.per_touch[:, None], links.sources, limits)
+    if len(kinds) * len(lanes) <= len(ids):
+        lane = np.tile(np.arange(len(lanes)), len(kinds))
+        rows = Rows(kinds.repeat(len(lanes), axis=0), lane, weight.repeat(len(lanes)))
+    else:
+        point = (np.arange(len(ids)) * _GOLDEN) % 1.0
+        lane = np.searchsorted(links.sources[lanes].cumsum()[:-1], point, side="right")
+        rows = Rows(ids, lane, np.ones(len(ids)))
+    seconds = (links.seconds * links.sources[:, None])[:, lanes]
+    return Assignment(rows, lanes, seconds, links.sources, limits)
+
+
+def _limits(task: LayerTask, bound: Bound, share: float) -> Limits:
+    """What GPUs and nodes may bear: as much as EPLB's busiest; a copy that is not EPLB's somewhat less."""
+    slots, load = task.slots, bound.loads[0]
+    room = slots.room(len(task.links.sources))
+    speed = slots.node_speeds(len(room))
+    least = (bound.most[:, None] * _MARGIN / np.maximum(bound.loads, _TINY)).min(axis=0)
+    heaviest = load * np.maximum(least, bound.peaks)
+    cap = np.full(len(room), np.inf)
+    if slots.per_gpu > 1:
+        node_speed = speed * room / slots.per_gpu
+        fair = load.sum() * node_speed / node_speed.sum()
+        loads = worker_loads(bound.layer, slots.nodes, load, task.links.sources)[1]
+        theirs = np.bincount(slots.nodes, loads, minlength=len(room)) / np.maximum(
+            node_speed, _TINY
+        )
+        cap = np.maximum(fair * 1.0005, theirs.max() * node_speed * share)
+    return Limits(room, cap, load, heaviest, speed)
 
 
 def _group_homes(task: LayerTask) -> list[Ints]:
@@ -97,213 +174,71 @@ def _group_homes(task: LayerTask) -> list[Ints]:
     places = task.slots.room(len(task.links.sources)) // size
     if task.num_groups == 1 or places.sum() < task.num_groups:
         return []
-    ids = task.ids[:: -(-len(task.ids) // _GROUP_TOKENS)]
-    wanted = np.zeros((int(places.sum()), len(ids)), np.float32)
-    wanted[ids // size, np.arange(len(ids))[:, None]] = 1
-    weights = wanted.mean(axis=1, dtype=np.float64)
-    lane, seconds, fixed = _lanes(replace(task, ids=ids), {})
+    groups = np.sort(task.ids[:: -(-len(task.ids) // _GROUP_TOKENS)].astype(np.int64) // size)
+    groups[:, 1:][groups[:, 1:] == groups[:, :-1]] = -1  # once each
+    weights = np.bincount(groups[groups >= 0], minlength=task.num_groups) / len(groups)
     free = np.full(len(places), np.inf)
-    fits = np.ones((len(weights), len(places)), np.bool_)
-    groups = Assignment(wanted, lane, seconds, weights, free, fixed, fits)
-    starts = [_deal(weights, places, fits), np.repeat(np.arange(len(places)), places)]
-    node = search(groups, starts, _GROUPS, np.random.default_rng(task.seed))
-    return [node[: task.num_groups].repeat(size)]
+    limits = Limits(places, free, weights, np.full(len(weights), np.inf), np.ones(len(places)))
+    kinds, weight = np.unique(np.sort(groups), axis=0, return_counts=True)
+    rows = Rows(kinds, np.zeros(len(kinds), np.int64), weight)
+    seconds = task.links.per_touch[:, None]
+    assignment = Assignment(rows, None, seconds, task.links.sources, limits)
+    in_order = np.repeat(np.arange(len(places)), places)[: task.num_groups].tolist()
+    starts: list[list[Nodes]] = [[(node,) for node in in_order]]
+    nodes = search(assignment, starts, _GROUPS, np.random.default_rng(task.seed))
+    return [np.asarray(nodes)[:, 0].repeat(size)]
 
 
-def _spread_replicas(
-    load: Floats, counts: Ints, task: LayerTask, home: Ints | None = None
-) -> dict[int, list[int]]:
-    """Nodes of experts with replicas, the heaviest first: all different while nodes have room, the emptiest first.
-
-    With `home` [experts] all at home while that has room.
-    """
-    room = task.slots.room(len(task.links.sources))
-    speed = task.slots.node_speeds(len(room))
-    used, carried = np.zeros(len(room)), np.zeros(len(room))
-    weight = np.maximum(task.links.sources, 1e-6)
-    spread: dict[int, list[int]] = {}
-    for expert in np.argsort(-load / counts, kind="stable").tolist():
-        if counts[expert] == 1:
-            continue
-        chosen: list[int] = []
-        before = task.previous[expert] if task.previous else ()
-        at_home = None if home is None else home[expert]
-        slow = np.asarray(load[expert] / counts[expert] > task.max_load * _SLACK * speed, float)
-        for _ in range(counts[expert]):
-
-            def key(
-                node: int, chosen: list[int] = chosen, before: tuple[int, ...] = before, slow: Floats = slow,
-                at_home: int | None = at_home,
-            ) -> tuple[float, ...]:  # fmt: skip
-                full = carried[node] / (room[node] * speed[node])
-                return (
-                    slow[node],
-                    chosen.count(node) if at_home is None else node != at_home,
-                    node not in before,
-                    full,
-                    -weight[node],
-                    node,
-                )
-
-            node = min((n for n in range(len(room)) if used[n] < room[n]), key=key)
-            chosen.append(node)
-            used[node] += 1
-            carried[node] += load[expert] / counts[expert]
-        spread[expert] = chosen
-    return spread
-
-
-def _place_rest(
-    task: LayerTask, load: Floats, spread: dict[int, list[int]], share: float, homes: list[Ints],
-    budget: Budget,
-) -> LayerNodes:  # fmt: skip
-    """Search the nodes of experts without replicas; empty slots are items that no token wants."""
-    room = task.slots.room(len(task.links.sources))
-    carried, left = np.zeros(len(room)), room.copy()
-    for expert, nodes in spread.items():
-        for node in nodes:
-            left[node] -= 1
-            carried[node] += load[expert] / len(nodes)
-    single = np.asarray([e for e in range(task.num_experts) if e not in spread], np.int64)
-    if not len(single):
-        return [spread[e] for e in range(task.num_experts)]
-    lane, seconds, fixed = _lanes(task, spread)
-    wanted = np.zeros((task.num_experts, len(task.ids)), np.float32)
-    wanted[task.ids, np.arange(len(task.ids))[:, None]] = 1
-    num_items = int(left.sum())
-    items = np.zeros((num_items, len(task.ids)), np.float32)
-    items[: len(single)] = wanted[single]
-    weights = np.zeros(num_items)
-    weights[: len(single)] = load[single]
-    cap, fits = _limits(task, weights, carried, share)
-    assignment = Assignment(items, lane, seconds, weights, cap, fixed, fits)
-    starts = _starts(task, single, weights, left, cap, fits, homes)
-    nodes_of_items = search(assignment, starts, budget, np.random.default_rng(task.seed))
-    found = dict(zip(single.tolist(), nodes_of_items.tolist(), strict=False))
-    return [spread.get(e) or [found[e]] for e in range(task.num_experts)]
-
-
-def _limits(
-    task: LayerTask, weights: Floats, carried: Floats, share: float
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """(load each node may take besides `carried`, [items, nodes] which item fits a GPU of which node)."""
-    speed = task.slots.node_speeds(len(carried))
-    fits = weights[:, None] <= task.max_load * _SLACK * speed
-    fits[~fits.any(axis=1)] = speed == speed.max()  # too heavy for all: the fastest
-    if task.slots.per_gpu == 1:
-        return np.full(len(carried), np.inf), fits
-    node_speed = speed * task.slots.room(len(carried)) / task.slots.per_gpu
-    fair = (weights.sum() + carried.sum()) * node_speed / node_speed.sum()
-    return np.maximum(fair * 1.0005, task.node_load * node_speed * share) - carried, fits
-
-
-def _lanes(task: LayerTask, spread: dict[int, list[int]]) -> tuple[Ints, Floats, Ints]:
-    """(lane of each token, seconds per token and node, items that stay); with replicas, one lane per source node.
-
-    Without replicas a token costs the same mean wherever it starts, so one lane is exact.
-    """
-    links, num_tokens = task.links, len(task.ids)
-    num_nodes = len(links.sources)
-    fixed = np.zeros((num_tokens, num_nodes), np.int64)
-    if not spread:
-        return np.zeros(num_tokens, np.int64), links.per_touch / num_tokens, fixed
-    point = (np.arange(num_tokens) * _GOLDEN) % 1.0
-    lane = np.searchsorted(links.sources.cumsum()[:-1], point, side="right")
-    for expert, held in spread.items():
-        tokens = (task.ids == expert).any(axis=1).nonzero()[0]
-        bounds = replica_shares(held, links.sources).cumsum(axis=1)[lane[tokens], :-1]
-        draw = (tokens * _PLASTIC + expert * _GOLDEN) % 1.0
-        np.add.at(fixed, (tokens, np.asarray(held)[(draw[:, None] >= bounds).sum(axis=1)]), 1)
-    seconds = links.seconds.reshape(len(links.names), num_nodes * num_nodes) / num_tokens
-    return lane, seconds, fixed
-
-
-def _starts(
-    task: LayerTask, single: Ints, weights: Floats, left: Ints, cap: Floats,
-    fits: npt.NDArray[np.bool_], homes: list[Ints],
-) -> list[Ints]:  # fmt: skip
-    """Where to start: the previous nodes; else homes [experts], experts in order, co-activated groups together, and
-    dealt by load."""
+def _starts(task: LayerTask, bound: Bound) -> list[list[Nodes]]:
+    """Where to start: the previous nodes; else EPLB's, whole groups on nodes, dealt by load, the heaviest together."""
+    load = bound.loads[0]
+    counts = replica_counts(load, task.num_experts + task.replicas, most=len(task.slots.workers))
     if task.previous is not None:
-        return [_as_before(task.previous, single, weights, left, fits)]
-    starts = [
-        _as_before(tuple((int(node),) for node in home), single, weights, left, fits)
-        for home in homes
+        return [_dealt(task, bound, counts, list(task.previous))]
+    homes = [
+        _dealt(task, bound, counts, [(node,) * len(counts) for node in home.tolist()])
+        for home in _group_homes(task)
     ]
-    orders = [single]
-    if task.num_groups > 1:
-        size = task.num_experts // task.num_groups
-        rank = np.argsort(_group_order(task), kind="stable")
-        orders.append(single[np.argsort(rank[single // size], kind="stable")])
-    starts += [_fill(np.searchsorted(single, order), left) for order in orders]
-    starts.append(_by_heat(weights, left, task.links))
-    dealt = _deal(weights, left, fits)
-    starts.append(dealt)
-    items = np.arange(len(weights))
-    within = [
-        s
-        for s in starts
-        if fits[items, s].all() and (np.bincount(s, weights, minlength=len(cap)) <= cap).all()
-    ]
-    return within or [dealt]
+    dealt = _dealt(task, bound, counts, [()] * len(counts))
+    return [bound.nodes, *homes, dealt, _dealt(task, bound, counts, _by_heat(task, load, dealt))]
 
 
-def _by_heat(weights: Floats, left: Ints, links: Links) -> Ints:
-    """The heaviest together, on the node whose links mind a row least, and so on: few rows, where links allow it."""
-    cheapest = np.argsort(links.per_touch.max(axis=0, initial=0.0), kind="stable")
-    node = np.empty(len(weights), np.int64)
-    node[np.argsort(-weights, kind="stable")] = cheapest.repeat(left[cheapest])
-    return node
+def _by_heat(task: LayerTask, load: Floats, dealt: list[Nodes]) -> list[Nodes]:
+    """Experts of one copy anew: the heaviest together, on the node whose links mind a row least, and so on."""
+    wished = list(dealt)
+    cheapest = np.argsort(task.links.per_touch.max(axis=0, initial=0.0), kind="stable")
+    single = [e for e in np.argsort(-load, kind="stable").tolist() if len(dealt[e]) == 1]
+    held = sorted((dealt[e] for e in single), key=lambda nodes: cheapest.tolist().index(nodes[0]))
+    for expert, nodes in zip(single, held, strict=True):
+        wished[expert] = nodes
+    return wished
 
 
-def _deal(weights: Floats, left: Ints, fits: npt.NDArray[np.bool_]) -> Ints:
-    """Heaviest first, to the node with the least load for its size among those it fits."""
-    node = np.empty(len(weights), np.int64)
-    sums, free = np.zeros(len(left)), left.copy()
-    for item in np.argsort(-weights, kind="stable").tolist():
-        open_nodes = (free > 0) & fits[item] if ((free > 0) & fits[item]).any() else free > 0
-        chosen = int(np.argmin(np.where(open_nodes, sums / np.maximum(left, 1), np.inf)))
-        node[item] = chosen
-        sums[chosen] += weights[item]
-        free[chosen] -= 1
-    return node
+def _dealt(task: LayerTask, bound: Bound, counts: Ints, wished: list[Nodes]) -> list[Nodes]:
+    """`counts[expert]` copies where wished while that has room, else on different nodes, the emptiest first.
 
-
-def _as_before(
-    previous: tuple[tuple[int, ...], ...], single: Ints, weights: Floats, left: Ints,
-    fits: npt.NDArray[np.bool_],
-) -> Ints:  # fmt: skip
-    """Each expert on its previous node while that has room, the heaviest first; the rest dealt out."""
-    node, free = np.full(len(weights), -1, np.int64), left.copy()
-    for item in np.argsort(-weights[: len(single)], kind="stable").tolist():
-        for old in previous[single[item]]:
-            if free[old] > 0 and fits[item, old]:
-                node[item] = old
-                free[old] -= 1
-                break
-    rest = (node < 0).nonzero()[0]
-    node[rest] = _deal(weights[rest], free, fits[rest])
-    return node
-
-
-def _fill(order: Ints, left: Ints) -> Ints:
-    """Items in `order`, node after node; the rest of the items fill what is left, evenly among the nodes."""
-    places = np.repeat(np.arange(len(left)), left)
-    node = np.full(len(places), -1, np.int64)
-    taken = np.linspace(0, len(places) - 1, len(order)).round().astype(np.int64)
-    node[order] = places[taken]
-    node[node < 0] = places[np.setdiff1d(np.arange(len(places)), taken)]
-    return node
-
-
-def _group_order(task: LayerTask) -> Ints:
-    """Groups one after the other, each beside the one it is most often chosen with."""
-    size = task.num_experts // task.num_groups
-    chosen = np.zeros((len(task.ids), task.num_groups), np.float32)
-    chosen[np.arange(len(task.ids))[:, None], task.ids // size] = 1
-    together = chosen.T @ chosen
-    order = [int(np.argmax(together.diagonal()))]
-    while len(order) < task.num_groups:
-        rest = [g for g in range(task.num_groups) if g not in order]
-        order.append(max(rest, key=lambda g: (together[order[-1], g], -g)))
-    return np.asarray(order)
+    Experts with replicas first, then the heaviest copies.
+    """
+    slots, weight = task.slots, task.links.sources
+    room = slots.room(len(weight))
+    speed = slots.node_speeds(len(room))
+    used, carried = np.zeros(len(room)), np.zeros(len(room))
+    found: list[Nodes] = [()] * len(counts)
+    each = bound.loads[0] / counts
+    for expert in np.lexsort((-each, counts == 1)).tolist():
+        slow = each[expert] > bound.most[0] * _SLACK * speed
+        wish = list(wished[expert])
+        chosen: list[int] = []
+        for _ in range(counts[expert]):
+            far = np.asarray([node not in wish for node in range(len(room))])
+            again = np.bincount(np.asarray(chosen, np.int64), minlength=len(room))
+            full = carried / np.maximum(room * speed, _TINY)
+            order = np.lexsort((-weight, full, again, far, slow, used >= room))
+            node = int(order[0])
+            chosen.append(node)
+            if node in wish:
+                wish.remove(node)
+            used[node] += 1
+            carried[node] += each[expert]
+        found[expert] = tuple(sorted(chosen))
+    return found

@@ -1,12 +1,13 @@
 """From topology and routing trace to a plan. Pure: seeded, bounded by iterations, the same on machines of one kind.
 
-One layer after the other, in four steps:
-    1. replicas: how many per expert, as many as level the largest load per replica best (`baselines.replica_counts`);
-    2. nodes of experts with replicas: different ones, so that rows stay on the node where their token starts;
-    3. nodes of the others: starts that keep expert groups together, improved by swaps (`common.placement.swap`);
-    4. GPUs of each node (`common.placement.packing`): even in the layer, the heaviest where other layers load least.
+One layer after the other, in three steps:
+    1. starts (`common.placement.layer_nodes`): EPLB's own placement, whole groups on nodes, experts dealt by load; as
+       many replicas per expert as level the largest load per replica best;
+    2. nodes of all copies, and which experts have how many: searched together (`common.placement.swap`);
+    3. GPUs of each node (`common.placement.packing`): even in the layer, the heaviest where other layers load least.
 
-The largest GPU load (rows over the GPU's relative speed) is held at or below EPLB's at the same budget.
+The largest GPU load (rows over the GPU's relative speed) is held at or below EPLB's at the same budget, in all tokens
+and in each run of them; where that leaves no better busiest link, EPLB's placement is taken.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,19 +19,13 @@ import numpy as np
 from common.errors import ConfigError
 from common.placement.baselines import eplb_layer
 from common.placement.layer_nodes import LayerNodes, LayerTask, place_nodes
-from common.placement.links import Links, RowBytes, build_links
+from common.placement.links import RowBytes, build_links
 from common.placement.packing import Slots, pack_layer
 from common.placement.plan import Layer, Plan
-from common.placement.routing_trace import Ids, RoutingTrace
-from common.placement.score import node_rows, worker_loads
-from common.placement.swap import Budget, Floats
+from common.placement.routing_trace import RoutingTrace
+from common.placement.score import worker_loads
+from common.placement.swap import Budget
 from common.placement.topology import Topology
-
-_WORTH = 0.999  # below that a better link is luck of the trace
-_PARTS, _NOISE = (
-    4,
-    0.01,
-)  # runs of its tokens that must agree; what the busiest GPU of one may be worse
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +61,9 @@ def optimise(
     *,
     previous: Plan | None = None,
     epoch: int = 1,
-    run: Callable[[Callable[[LayerTask], LayerNodes], Iterable[LayerTask]], Iterable[Any]] = map,
+    run: Callable[
+        [Callable[[LayerTask], LayerNodes | None], Iterable[LayerTask]], Iterable[Any]
+    ] = map,
 ) -> Plan:
     """A plan for every layer of the trace. `run` maps a function over layers: a process pool's `map` uses more cores.
 
@@ -85,17 +82,11 @@ def optimise(
     links = build_links(topology, options.row)
     loads, step = trace.loads, -(-trace.num_tokens // options.max_tokens)
     before = [_held(previous, layer, trace.num_experts) for layer in trace.layers]
-    eplb = [
-        eplb_layer(load, slot, trace.num_groups, options.replicas)
-        for load, slot in zip(loads, slots, strict=True)
-    ]
-    limits = [_largest(*layer, links.sources) for layer in zip(eplb, loads, slots, strict=True)]
     tasks = [
         LayerTask(
-            trace.expert_ids[i, ::step], trace.num_experts, trace.num_groups, slots[i], links,
-            min(options.replicas, trace.num_experts * (len(slots[i].workers) - 1)), limits[i],
-            _largest_node(eplb[i], loads[i], slots[i], links.sources), options.seed + i,
-            options.budget, eplb[i],
+            trace.expert_ids[i], trace.num_experts, trace.num_groups, slots[i], links,
+            min(options.replicas, trace.num_experts * (len(slots[i].workers) - 1)), step, options.seed + i,
+            options.budget,
             None if held is None else tuple(tuple(nodes[w] for w in workers) for workers in held),
         )
         for i, held in enumerate(before)
@@ -103,11 +94,10 @@ def optimise(
     total = np.zeros(len(nodes))
     holders: dict[int, Layer] = {}
     for i, placed in enumerate(run(place_nodes, tasks)):
-        layer = pack_layer(placed, loads[i], slots[i], links.sources, total, keep=before[i])
-        uneven = _largest(layer, loads[i], slots[i], links.sources) > limits[i] * (1 + 1e-9)
-        fresh = before[i] is None  # else staying put is worth more than a better link
-        if uneven or (fresh and not _better(layer, eplb[i], trace.expert_ids[i], slots[i], links)):
-            layer = eplb[i]
+        if placed is None:
+            layer = eplb_layer(loads[i], slots[i], trace.num_groups, options.replicas)
+        else:
+            layer = pack_layer(placed, loads[i], slots[i], links.sources, total, keep=before[i])
         total += worker_loads(layer, nodes, loads[i], links.sources)[1] / slots[i].speeds
         holders[trace.layers[i]] = layer
     return Plan(epoch, holders, nodes)
@@ -116,40 +106,6 @@ def optimise(
 def _held(previous: Plan | None, layer: int, num_experts: int) -> Layer | None:
     held = previous.holders.get(layer) if previous else None
     return held if held is not None and len(held) == num_experts else None
-
-
-def _largest(layer: Layer, load: Floats, slots: Slots, sources: Floats) -> float:
-    """The busiest GPU: rows per token over its relative speed."""
-    return float((worker_loads(layer, slots.nodes, load, sources)[1] / slots.speeds).max())
-
-
-def _largest_node(layer: Layer, load: Floats, slots: Slots, sources: Floats) -> float:
-    """The busiest node: rows per token of the mean of its GPUs, over their relative speed."""
-    rows = worker_loads(layer, slots.nodes, load, sources)[1]
-    used = list(slots.workers)
-    nodes = np.asarray(slots.nodes)[used]
-    capacity = np.bincount(nodes, np.asarray(slots.speeds)[used])
-    return float((np.bincount(nodes, rows[used])[capacity > 0] / capacity[capacity > 0]).max())
-
-
-def _better(layer: Layer, eplb: Layer, ids: Ids, slots: Slots, links: Links) -> bool:
-    """Whether a layer is worth having in EPLB's stead, on all tokens: also those that the search did not look at.
-
-    No GPU may bear more than EPLB's busiest and no link more than its busiest in any part of the tokens either: what is
-    better in the mean alone would not be on other tokens.
-    """
-
-    def link_s(one: Layer, part: Ids) -> float:
-        rows = node_rows(one, slots.nodes, part, links.sources)
-        return float(links.loads(rows).max(initial=0.0))
-
-    for part in filter(len, (ids, *np.array_split(ids, _PARTS))):
-        load = np.bincount(part.ravel(), minlength=len(layer)) / len(ids)
-        ours, theirs = (_largest(one, load, slots, links.sources) for one in (layer, eplb))
-        worth = _WORTH if part is ids else 1.0
-        if ours > theirs * (1 + 1e-9) or link_s(layer, part) > link_s(eplb, part) * worth:
-            return False
-    return True
 
 
 def layer_slots(topology: Topology, needed: int, num_layers: int, options: Options) -> list[Slots]:

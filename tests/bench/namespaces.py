@@ -42,7 +42,7 @@ EXPERTS, PER_GPU = 32, 4
 SHAPE = {
     "hidden_size": 512, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
 }  # fmt: skip
-CONCURRENCY, PORT = 64, 8000
+CONCURRENCY, MICROBATCHES, PORT = 64, 4, 8000
 READY_S, WARM_S = 180.0, 15.0
 BIN = Path(sys.executable).parent
 
@@ -51,6 +51,7 @@ BIN = Path(sys.executable).parent
 def network(kbit: int) -> Iterator[None]:
     """Four namespaces and a bridge in a fifth; every cable carries `kbit` kbit/s each way."""
     shape = f"root tbf rate {kbit}kbit burst 16kb latency 300ms".split()
+    clear()  # what a run that was killed with -9 left behind
     try:
         for name in (SWITCH, *NODES):
             sh("ip", "netns", "add", name)
@@ -68,8 +69,24 @@ def network(kbit: int) -> Iterator[None]:
                 sh("tc", "-n", namespace, "qdisc", "add", "dev", device, *shape)
         yield
     finally:
-        for name in (SWITCH, *NODES):
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        clear()
+
+
+def clear() -> None:
+    """Namespaces, with the cables and qdiscs in them and whatever still runs there, go away."""
+    for name in (SWITCH, *NODES):
+        found = subprocess.run(
+            ["ip", "netns", "pids", name], check=False, capture_output=True, text=True
+        )
+        for pid in found.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def stop(*_: object) -> None:
+    """A signal ends the run in order, as Ctrl-C does."""
+    raise SystemExit("stopped")
 
 
 def cable_bytes() -> dict[str, int]:
@@ -99,7 +116,7 @@ def cluster_config(model: Path, run_dir: Path, dispatch: str) -> ClusterConfig:
         nodes=tuple(Node(host=a, attention=1, experts=workers) for a in NODES.values()),
         cluster=ClusterSection(run_dir=run_dir),
         placement=PlacementSection(experts_per_gpu=PER_GPU, dispatch=dispatch),
-        attention=AttentionSection(microbatches=4),
+        attention=AttentionSection(microbatches=MICROBATCHES),
         gateway=GatewaySection(host="0.0.0.0", port=PORT),
     )
 
@@ -196,6 +213,8 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="measured (30)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
     directory = Path(tempfile.mkdtemp(prefix="atoll-namespaces-"))
     result: dict[str, Any] = {"kbit_s": arguments.rate, "concurrency": CONCURRENCY, "ways": {}}
     try:
@@ -206,12 +225,18 @@ def main() -> None:
                 result["ways"][way] = measure(arguments.rate, arguments.seconds)
             print(way, json.dumps(result["ways"][way]), flush=True)
         shutil.rmtree(directory)
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(directory)
+        raise
     finally:
         if directory.exists():
             print(f"logs: {directory}")
     ways = result["ways"]
     ratio = ways["hierarchical"]["tokens_per_s"] / ways["unicast"]["tokens_per_s"]
-    result |= facts() | {"command": "make bench-namespaces", "ratio": round(ratio, 2)}
+    command = (
+        f"python -m tests.bench.namespaces --rate {arguments.rate} --seconds {arguments.seconds:g}"
+    )
+    result |= facts() | {"command": command, "ratio": round(ratio, 2)}
     print(f"hierarchical / unicast: {ratio:.2f}")
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

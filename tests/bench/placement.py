@@ -3,7 +3,7 @@
     python -m tests.bench.placement [--search] [--out FILE]
 
 Nothing is timed but the search. Traces: the demo model's on held-out text, independent experts of Zipf popularity, and
-a generator that mimics DeepSeek-V3's gate (`common.placement.generate`). Fabrics of four nodes:
+a generator that mimics DeepSeek-V3's gate (`tests.routing_traces`). Fabrics of four nodes:
     equal    one NIC of 400 Gb/s each, an attention worker each
     mixed    two of the NICs have half the speed
     apart    two of the nodes have all attention workers
@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from common.placement import baselines
-from common.placement.generate import group_limited, zipf
+from common.placement.baselines import eplb_layer
 from common.placement.links import build_links
 from common.placement.optimise import Options, layer_slots, optimise
-from common.placement.plan import Plan
+from common.placement.plan import Layer, Plan
 from common.placement.routing_trace import RoutingTrace
 from common.placement.score import score
 from common.placement.swap import Budget
@@ -34,6 +33,7 @@ from common.placement.topology import Topology, uniform
 from common.routing_trace_file import read_trace
 from tests.bench.environment import facts
 from tests.demo_model import REFERENCE
+from tests.routing_traces import group_limited, zipf
 
 V3 = "V3 gate, top-8 of 256"
 HINDSIGHT = Budget(kicks=8)
@@ -96,6 +96,31 @@ def cases(name: str, num_experts: int) -> Iterator[Case]:
         yield Case(name, "equal", "EP256, 32 nodes", uniform(32, 8), Options())
 
 
+def even(num_experts: int, num_workers: int) -> list[int]:
+    """How many experts each worker takes."""
+    marks = np.arange(num_workers + 1) * num_experts // num_workers
+    return list(map(int, np.diff(marks)))
+
+
+def in_order(order: list[int], capacities: list[int]) -> Layer:
+    """Experts in some order, filling worker after worker."""
+    slots = iter([w for w, room in enumerate(capacities) for _ in range(room)])
+    workers = dict(zip(order, slots, strict=False))
+    return tuple((workers[e],) for e in range(len(order)))
+
+
+def round_robin(num_experts: int, nodes: tuple[int, ...]) -> Layer:
+    """Expert e beside the experts that differ by the number of nodes: dealt out node by node. Equal nodes."""
+    count = len(set(nodes))
+    order = [e for first in range(count) for e in range(first, num_experts, count)]
+    return in_order(order, even(num_experts, len(nodes)))
+
+
+def random(num_experts: int, num_workers: int, rng: np.random.Generator) -> Layer:
+    """Any permutation."""
+    return in_order(rng.permutation(num_experts).tolist(), even(num_experts, num_workers))
+
+
 def baseline(
     kind: Callable[..., Any], trace: RoutingTrace, topology: Topology, *arguments: Any
 ) -> Plan:
@@ -107,7 +132,7 @@ def baseline(
 def eplb(trace: RoutingTrace, topology: Topology, options: Options) -> Plan:
     slots = layer_slots(topology, trace.num_experts + options.replicas, len(trace.layers), options)
     layers = {
-        layer: baselines.eplb_layer(load, slot, trace.num_groups, options.replicas)
+        layer: eplb_layer(load, slot, trace.num_groups, options.replicas)
         for layer, load, slot in zip(trace.layers, trace.loads, slots, strict=True)
     }
     return Plan(1, layers, topology.worker_nodes)
@@ -127,20 +152,20 @@ def measure(case: Case, trace: RoutingTrace, run: Callable[..., Any]) -> dict[st
     }  # fmt: skip
     if not options.replicas:
         nodes = topology.worker_nodes
-        dealt = score(baseline(baselines.round_robin, trace, topology, nodes), held_out, links)
-        random = [
+        dealt = score(baseline(round_robin, trace, topology, nodes), held_out, links)
+        by_chance = [
             score(
-                baseline(baselines.random, trace, topology, len(nodes), np.random.default_rng(seed)),
+                baseline(random, trace, topology, len(nodes), np.random.default_rng(seed)),
                 held_out, links,
             ).link_s
             for seed in range(RANDOM_SEEDS)
         ]  # fmt: skip
         row |= {"round_robin_link_ratio": ours.link_s / dealt.link_s}
-        row |= {"random_link_ratio": ours.link_s / float(np.mean(random))}
+        row |= {"random_link_ratio": ours.link_s / float(np.mean(by_chance))}
     if case.fabric == "equal" and not options.replicas:
-        # what de-duplication can give: a longer search, for rows alone, on the very tokens that are scored
-        rows_only = replace(options, budget=HINDSIGHT, max_tokens=held_out.num_tokens)
-        known = optimise(held_out, topology, rows_only, run=run)
+        # what de-duplication can give: a longer search on the very tokens that are scored, or EPLB's if that is less
+        longer = replace(options, budget=HINDSIGHT, max_tokens=held_out.num_tokens)
+        known = optimise(held_out, topology, longer, run=run)
         best = min(score(known, held_out, links).rows, theirs.rows, ours.rows)
         row["saved_of_possible"] = (ours.unicast_rows - ours.rows) / (ours.unicast_rows - best)
     return {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}

@@ -236,13 +236,14 @@ def namespaces() -> str:
         return "Not measured yet: `make bench-namespaces`."
     facts = read(RESULTS / "namespaces.json")
     lines = [
-        "| dispatch | tokens/s | use of the cables, least to most | rows between nodes against unicast's |",
+        "| dispatch | tokens/s | use of the cables, mean, least to most | rows between nodes against unicast's |",
         "|---|---|---|---|",
     ]
     for way, r in facts["ways"].items():
         use = r["use_percent"].values()
+        mean = sum(use) / len(use)
         lines.append(
-            f"| {way} | {r['tokens_per_s']} | {min(use):.0f} to {max(use):.0f} % | "
+            f"| {way} | {r['tokens_per_s']} | {mean:.1f} %, {min(use):.1f} to {max(use):.1f} % | "
             f"{r['rows'] / r['unicast_rows']:.2f} |"
         )
     return "\n".join([

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from common.config import parse
 from common.errors import ConfigError
 from common.placement.baselines import eplb_layer
-from common.placement.generate import group_limited, zipf
 from common.placement.links import RowBytes, build_links
 from common.placement.optimise import Options, layer_slots, moves, optimise
 from common.placement.plan import Plan, check_plan
@@ -18,6 +17,7 @@ from common.placement.routing_trace import RoutingTrace
 from common.placement.score import node_rows, score, worker_loads
 from common.placement.swap import Budget
 from common.placement.topology import GPUS, NodeSpec, Topology, cluster_topology, uniform
+from tests.routing_traces import group_limited, zipf
 
 QUICK = Budget(rounds=4, kicks=1, kick_swaps=2, kick_rounds=2)
 
@@ -181,6 +181,32 @@ def test_a_slow_nic_gets_fewer_rows():
         for expert, (worker,) in enumerate(plan.holders[layer]):
             loads[plan.nodes[worker]] += trace.loads[i][expert]
     assert int(np.argmin(loads)) == 2
+
+
+def test_replicas_lie_where_rows_start():
+    """Nodes 2 and 3 have no attention workers. EPLB does not look at that, nor at what is wanted together."""
+    trace = zipf(layers=(0,), tokens=4096, num_experts=16, top_k=2, exponent=0.8, seed=1)
+    nodes = [replace(n, attention=1 - i // 2) for i, n in enumerate(uniform(4, 6).nodes)]
+    topology = Topology(tuple(nodes))
+    plan = optimise(trace, topology, Options(replicas=8))
+    links = build_links(topology, Options().row)
+    (slots,) = layer_slots(topology, 24, 1, Options())
+    theirs = Plan(1, {0: eplb_layer(trace.loads[0], slots, 1, 8)}, plan.nodes)
+    ours, eplb = score(plan, trace, links), score(theirs, trace, links)
+    assert ours.link_s < 0.65 * eplb.link_s
+    assert ours.gpu_load <= eplb.gpu_load * (1 + 1e-9)
+
+
+def test_a_free_slot_is_filled_once():
+    """More copies than fit on the node that all want: the only free slot there is not given away twice."""
+    trace = zipf(layers=(0,), tokens=1024, num_experts=6, top_k=2, exponent=0.5, seed=0)
+    near, far = uniform(2, 4).nodes
+    topology = Topology((near, replace(far, attention=0, nic=far.nic / 100)))
+    plan = optimise(trace, topology, Options(spares=1))
+    counts = np.bincount([plan.nodes[w] for (w,) in plan.holders[0]], minlength=2)
+    assert counts.max() <= 4
+    assert len({w for (w,) in plan.holders[0]}) == 6
+    assert counts[0] == 4 - (plan.nodes[plan.spares[0]] == 0)
 
 
 def test_one_node_and_one_expert():

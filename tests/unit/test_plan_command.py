@@ -7,7 +7,6 @@ import pytest
 
 from common.config import load, local_cluster
 from common.model.hf_config import load_config
-from common.placement.generate import zipf
 from common.placement.topology import cluster_topology
 from common.plan_file import cluster_plan, read_plan
 from common.routing_trace_file import pack_trace, read_trace
@@ -16,6 +15,7 @@ from deploy.discover import completed
 from deploy.doctor.facts import GpuPair
 from tests.demo_model import MODEL, REFERENCE
 from tests.doctor_facts import gpu_host
+from tests.routing_traces import zipf
 
 TRACE = REFERENCE / "routing.npz"
 

@@ -1,4 +1,4 @@
-"""Synthetic routing traces, the same for the same seed. Pure.
+"""Synthetic routing traces, the same for the same seed.
 
 zipf          popularity falls as 1 / rank^exponent, experts independent of one another: load without structure
 group_limited DeepSeek-V3's gate on synthetic logits (arXiv 2412.19437, section 2.1.2: sigmoid scores plus a bias that
