@@ -6,7 +6,7 @@ elsewhere, with probability 1 - prod(1 - share[item, lane, d]) (`score.replica_s
 copy, the mean over the router's choices otherwise. touches[lane, d], the share of a lane's rows that need node d,
 decides every link: loads = seconds @ touches. The search lowers
 
-    F = the p-norm of the links' loads  +  2 % of their mean,    p = 4, then 24, 100, 400
+    F = the p-norm of the links' loads  +  2 % of their mean,    p = 24, then 100, then 400
 
 a smooth stand-in for "the busiest link, then all rows": a small p sees all busy links, a large one the busiest. A move
 exchanges two copies between nodes, moves one to a free slot, or gives one item's copy up for another item's. F's
@@ -29,7 +29,7 @@ Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Nodes = tuple[int, ...]  # of an item's copies, ascending; a node twice where it has two
 Change = list[tuple[int, Nodes]]  # items and the nodes that they are to have
-_NORMS, _MEAN = (4.0, 24.0, 100.0, 400.0), 0.02
+_NORMS, _MEAN = (24.0, 100.0, 400.0), 0.02
 _CANDIDATES, _TINY = 32, 1e-6
 _SLACK, _GAIN = 1 + 1e-9, 1 - 1e-6
 
