@@ -112,12 +112,12 @@ class Reactor:
         has_worked = False
         try:
             for _ in range(_MAX_ROUNDS):
+                if self._worker is None:  # closed by somebody who was called
+                    return
                 worked = poll(arrived)
                 if sweep() or worked:
                     has_worked = True
                     continue
-                if self._worker is None:
-                    return
                 if has_worked and (self._spin_ns or self._is_busy()):
                     self._last_event_ns = time.monotonic_ns()
                     break

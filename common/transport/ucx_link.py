@@ -242,7 +242,7 @@ class UcxLink(BaseLink):
 
     def _unexpect(self, answer: int) -> None:
         posted = self._expected.pop(answer, None)
-        if posted is not None:
+        if posted is not None and posted.status == IN_PROGRESS:
             self._port.cancel(posted.operation)
 
     def _post_rows(self, rows: "DeviceRows", kind: int, number: int) -> _RowsIn:
