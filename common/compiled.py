@@ -43,12 +43,15 @@ def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
     headers = [sysconfig.get_paths()["include"], *map(_headers_of, needs)]
     key = hashlib.sha256(repr((source.read_bytes(), sys.version, headers)).encode())
     target = directory / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:  # what lies there is executed
+        raise RuntimeError(f"{directory} is not ours alone to write")
     if target.exists():
         return target
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise RuntimeError("there is no C compiler (cc, gcc or clang)")
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:  # others may compile it too
         output = Path(scratch) / target.name
         command = [compiler, "-O2", "-shared", "-fPIC", *(f"-I{path}" for path in headers)]

@@ -56,6 +56,14 @@ def test_a_directory_that_cannot_be_written(monkeypatch, caplog, tmp_path):
     assert "its slower form in Python goes on" in caplog.text
 
 
+def test_what_others_may_write_is_not_executed(caplog, tmp_path):
+    port()
+    (tmp_path / "compiled").chmod(0o777)
+    compiled.compiled.cache_clear()
+    assert port() is None
+    assert "is not ours alone to write" in caplog.text
+
+
 def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("ATOLL_COMPILED", "0")
     assert port() is None
