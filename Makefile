@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup check test test-oracle test-ep256 test-systemd test-slurm demo bench bench-namespaces
+.PHONY: setup check test test-sanitized test-oracle test-ep256 test-systemd test-slurm demo bench bench-namespaces
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,12 @@ check: setup
 # a process of tests per core, each with one thread of torch's, as a service has; bytecode is kept for the many they start
 test: setup
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# the compiled parts under AddressSanitizer, the contract of the transport included
+test-sanitized: setup
+	CACHE_DIRECTORY=$$(mktemp -d) CFLAGS="-fsanitize=address -g" LD_PRELOAD=$$(cc -print-file-name=libasan.so) \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	$(BIN)/python -m pytest tests/unit/test_router_plan.py tests/contract -k "ucx or plan or death or handshake"
 
 test-oracle: setup
 	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e -m oracle --timeout 3600

@@ -1,7 +1,7 @@
 """C sources compiled for this Python, once per machine, where there is a C compiler.
 
 Compiled at first use, as Triton compiles its launchers, so that an install needs no compiler and no build step. Whoever
-uses one has the same in Python. ATOLL_COMPILED=0 goes without.
+uses one has the same in Python. ATOLL_COMPILED=0 goes without; CFLAGS stands for -O2.
 """
 
 import functools
@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def compiled(source: Path, *, needs: tuple[str, ...] = ()) -> Any | None:  # noq
 def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
     """The library's file. Raises OSError, RuntimeError or SubprocessError."""
     headers = [sysconfig.get_paths()["include"], *map(_headers_of, needs)]
-    key = hashlib.sha256(repr((source.read_bytes(), sys.version, headers)).encode())
+    flags = shlex.split(os.environ.get("CFLAGS", "-O2"))
+    key = hashlib.sha256(repr((source.read_bytes(), sys.version, headers, flags)).encode())
     target = directory / f"{source.stem}-{key.hexdigest()[:16]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat()
@@ -54,7 +56,7 @@ def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
         raise RuntimeError("there is no C compiler (cc, gcc or clang)")
     with tempfile.TemporaryDirectory(dir=directory) as scratch:  # others may compile it too
         output = Path(scratch) / target.name
-        command = [compiler, "-O2", "-shared", "-fPIC", *(f"-I{path}" for path in headers)]
+        command = [compiler, *flags, "-shared", "-fPIC", *(f"-I{path}" for path in headers)]
         done = subprocess.run(
             [*command, str(source), "-o", str(output)],
             capture_output=True, text=True, timeout=_COMPILE_S, check=False,
