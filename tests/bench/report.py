@@ -32,13 +32,7 @@ def where(facts: dict[str, Any]) -> str:
 def oracle() -> str:
     """What the oracle saw: the whole cross, and the pairwise cover."""
     cover = read(ORACLE)
-    if WHOLE_ORACLE.exists():
-        whole = oracle_run(read(WHOLE_ORACLE))
-    else:  # an earlier run, which noted no more than this
-        old = cover["whole_cross"]
-        whole = (
-            f"commit {old['commit']}, {old['date']}: {old['clusters_passed']} clusters, all passed"
-        )
+    whole = oracle_run(read(WHOLE_ORACLE))
     return (
         f"`make test-oracle`, every random checkpoint under every layout, {whole}. "
         f"The pairwise cover that `make test` runs, {oracle_run(cover)}. "
