@@ -25,11 +25,11 @@ check: setup
 test: setup
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# the compiled parts under AddressSanitizer, the contract of the transport included
+# the compiled port under AddressSanitizer, through the contract of the transport
 test-sanitized: setup
 	CACHE_DIRECTORY=$$(mktemp -d) CFLAGS="-fsanitize=address -g" LD_PRELOAD=$$(cc -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	$(BIN)/python -m pytest tests/unit/test_router_plan.py tests/contract -k "ucx or plan or death or handshake"
+	$(BIN)/python -m pytest tests/contract -k "ucx or death or handshake"
 
 test-oracle: setup
 	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e -m oracle --timeout 3600

@@ -26,12 +26,11 @@ from services.router import payloads
 from services.router.answers import Answers
 from services.router.block import Int32s, NodeWork, SourceWork, Tensor, Work
 from services.router.calls import Calls
-from services.router.compiled_plan import fan_out, split_by_node
 from services.router.counters import Counters
 from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
-from services.router.plan import NodeShare, WorkerShare
+from services.router.plan import NodeShare, WorkerShare, fan_out, split_by_node
 from services.router.routes import Routes
 from services.router.rows import Piece, Rows, expert_pieces, open_rows
 

@@ -12,8 +12,6 @@ import numpy.typing as npt
 
 from common.errors import WireError
 
-NOBODY = "a RELAY for experts that this node does not hold"
-
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -65,13 +63,13 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
 
     `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
     """
-    rows, pair_rows, firsts = rows_of_pairs(*experts.shape)
+    rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
     order = (experts.argsort(axis=1, kind="stable") + firsts).ravel()
     return split_pairs(rows, pair_rows, experts.take(order), weights.take(order), nodes.take(order))
 
 
 @lru_cache(maxsize=256)
-def rows_of_pairs(num_rows: int, top_k: int) -> tuple[Ints, Int32s, Ints]:
+def _rows_of_pairs(num_rows: int, top_k: int) -> tuple[Ints, Int32s, Ints]:
     """Every row, the row of every pair, and each row's first pair as a column: the same for all blocks of a size.
 
     Nobody writes to them.
@@ -144,7 +142,7 @@ def fan_out(
     WireError where it says nobody.
     """
     if int(workers.min()) < 0:
-        raise WireError(NOBODY)
+        raise WireError("a RELAY for experts that this node does not hold")
     order = _radix_order(workers, experts)  # rows stay ascending within an expert
     hit, ids = workers.take(order), experts.take(order)
     is_first = np.empty(len(order), np.bool_)

@@ -29,10 +29,9 @@ from common.transport.outbox import Outbox
 from common.waiting import poll_until
 from common.wire.blocks import combined_rows
 from common.wire.header import Header, Wire
-from services.router.compiled_plan import split_by_node
 from services.router.dataflow import Dataflow
 from services.router.placement import Placement
-from services.router.plan import split_unicast
+from services.router.plan import split_by_node, split_unicast
 from services.router.routes import rail_between, rail_of_worker
 from services.router.status import StatusGather
 

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import WireError
-from services.router import compiled_plan, plan
 from services.router.plan import (
     WorkerShare,
     check_experts,
@@ -170,47 +169,7 @@ def test_unicast_sends_a_copy_per_expert_of_another_node(block, home):
     assert copies == sum(len(s.pair_rows) for s in by_node.values() if s.node != home)
 
 
-def test_plans_are_compiled_here():
-    assert compiled_plan._compiled is not None
-
-
-@given(blocks())
-def test_the_compiled_plans_are_the_same(block):
-    experts, weights, worker_of, node_of_worker = block
-    nodes = node_of_worker[worker_of][experts]
-    nodes[nodes == 4] = -1  # for another rail
-    expected = plan.split_by_node(experts, weights, nodes)
-    shares = compiled_plan.split_by_node(experts, weights, nodes)
-    assert len(shares) == len(expected)
-    for share, other in zip(shares, expected, strict=True):
-        assert share.node == other.node
-        for name in ("rows", "pair_rows", "experts", "weights"):
-            np.testing.assert_array_equal(getattr(share, name), getattr(other, name))
-        given = share.pair_rows, share.experts, share.weights, len(share.rows)
-        made = compiled_plan.fan_out(*given, worker_of[share.experts])
-        wanted = plan.fan_out(*given, worker_of[share.experts])
-        for name in ("rows", "slots", "weights"):
-            np.testing.assert_array_equal(getattr(made, name), getattr(wanted, name))
-            assert getattr(made, name).dtype == getattr(wanted, name).dtype
-        for one, two in zip(made.shares, wanted.shares, strict=True):
-            assert (one.worker, one.start, one.stop) == (two.worker, two.start, two.stop)
-            np.testing.assert_array_equal(one.segments, two.segments)
-
-
-@pytest.mark.parametrize(
-    ("rows", "experts", "workers"),
-    [([0, 2], [0, 1], [0, 0]), ([0, -1], [0, 1], [0, 0]), ([0, 1], [0, 1 << 16], [0, 0]),
-     ([0, 1], [0, 1], [-1, 0]), ([0, 1], [0], [0, 0]), ([], [], [])],
-)  # fmt: skip
-def test_the_compiled_fan_out_reads_nothing_out_of_range(rows, experts, workers):
-    arrays = [np.array(values, np.int32) for values in (rows, experts, workers)]
-    weights = np.ones(len(rows), np.float32)
-    with pytest.raises(ValueError, match=r"of|wanted|range"):
-        compiled_plan._compiled.fan_out(arrays[0], arrays[1], weights, arrays[2], 2)
-
-
-@pytest.mark.parametrize("form", [plan, compiled_plan])
-def test_pairs_that_nobody_computes(form):
+def test_pairs_that_nobody_computes():
     rows, experts, workers = (np.array(v, np.int32) for v in ([0, 1], [3, 4], [2, -1]))
     with pytest.raises(WireError, match="experts that this node does not hold"):
-        form.fan_out(rows, experts, np.ones(2, np.float32), 2, workers)
+        fan_out(rows, experts, np.ones(2, np.float32), 2, workers)
