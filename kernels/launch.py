@@ -1,5 +1,6 @@
-"""Launches without Triton's binder, which costs 20 us of Python in a hot loop and 170 in a process that does other
-things in between (Xeon, 2026-11-25): what it would compute is looked up by what the compiler specialises on.
+"""Launches without Triton's binder: what it would compute is looked up by what the compiler specialises on.
+
+In a loop a launch through the binder takes 20 us, the compiled kernel's own 7.5 (Triton 3.6, Xeon, 2026-11-25).
 """
 
 from typing import Any

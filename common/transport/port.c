@@ -292,13 +292,6 @@ static PyObject *port_poll(Port *self, PyObject *arrived)
     return ended < 0 ? NULL : PyBool_FromLong(num + ended);
 }
 
-/* progress(): without looking at what arrived or calling what ended */
-static PyObject *port_progress(Port *self, PyObject *Py_UNUSED(ignored))
-{
-    ucp.progress(self->worker);
-    Py_RETURN_NONE;
-}
-
 /* arm() -> bool */
 static PyObject *port_arm(Port *self, PyObject *Py_UNUSED(ignored))
 {
@@ -357,7 +350,6 @@ static PyMethodDef port_methods[] = {
     {"expect", (PyCFunction)(void (*)(void))port_expect, METH_FASTCALL, NULL},
     {"cancel", (PyCFunction)port_cancel, METH_O, NULL},
     {"poll", (PyCFunction)port_poll, METH_O, NULL},
-    {"progress", (PyCFunction)port_progress, METH_NOARGS, NULL},
     {"arm", (PyCFunction)port_arm, METH_NOARGS, NULL},
     {"settle", (PyCFunction)port_settle, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

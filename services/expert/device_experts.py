@@ -53,7 +53,7 @@ class DeviceExpert:
 
 
 class GraphedExperts:
-    """FP8 experts on few rows as CUDA graphs: a call costs 133 us of Python, copies included; its kernels launched
+    """FP8 experts on few rows as CUDA graphs: a call cost 133 us of Python, with copies by torch; its kernels launched
     one by one cost 271 (128 rows, hidden 2048, two H100 hosts, 2026-11-25).
 
     A graph per expert and bucket of rows, on buffers that all share; rows that are left over in a bucket hold what
@@ -65,7 +65,6 @@ class GraphedExperts:
     def __init__(self, width: int, device: torch.device) -> None:
         blocks = -(-width // BLOCK)
         self._graphs = Replays(device)
-        self._width = width
         most = self.BUCKETS[-1]
         self._rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
         self._scales = torch.ones(most, blocks, device=device)
@@ -75,7 +74,7 @@ class GraphedExperts:
     def __call__(self, expert: DeviceExpert, rows: Tensor, scales: Tensor) -> Tensor:
         """rows e4m3 [n, width] with scales fp32, n at most the largest bucket, contiguous: bf16 [n, width]."""
         n = len(rows)
-        bucket = self.BUCKETS[bisect.bisect_left(self.BUCKETS, n)]
+        bucket = _bucket(self.BUCKETS, n)
         self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
         self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
         self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
@@ -140,32 +139,36 @@ class GroupedExperts:
             self._free.append(slot)
 
     def __call__(self, groups: list[Group], rows: Tensor, scales: Tensor) -> Tensor | None:
-        """rows e4m3 [n, width] with scales fp32, contiguous: bf16 [n, width]. None when an expert has no slot."""
+        """rows e4m3 [n, width] with scales fp32, contiguous: bf16 [n, width].
+
+        None when an expert has no slot, or there are more groups than the largest bucket.
+        """
         slots = [(self._slots.get(expert, -1), start, stop) for expert, start, stop in groups]
         slots.sort()  # who reads the same weights is side by side
-        if slots[0][0] < 0:
+        if slots[0][0] < 0 or len(slots) > self.GROUPS[-1]:
             return None
+        count = _bucket(self.GROUPS, len(slots))
+        self._upload(slots, count)
         n, most = len(rows), max(stop - start for _, start, stop in slots)
-        self._turn = (self._turn + 1) % self._STAGINGS
-        if n > self.ROWS[-1] or len(slots) > self.GROUPS[-1] or most > self.TALL[-1]:
-            table = torch.tensor(slots, dtype=torch.int32).to(rows.device)
+        if n > self.ROWS[-1] or most > self.TALL[-1]:
+            table = self._table[:count]
             return ops.expert_ffn_grouped(rows, scales, table, *self._stacked, max_rows=most)
-        num, count, tall = (
-            _bucket(self.ROWS, n),
-            _bucket(self.GROUPS, len(slots)),
-            _bucket(self.TALL, most),
-        )
-        staging = self._stagings[self._turn]
-        there = staging.numpy()
-        there[: len(slots)] = np.array(slots, np.int32)
-        there[len(slots) : count] = 0
-        self._copy(self._table.data_ptr(), staging.data_ptr(), 12 * count)
+        num, tall = _bucket(self.ROWS, n), _bucket(self.TALL, most)
         self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
         self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
         self._graphs.run((num, count, tall), partial(self._compute, num, count, tall))
         out = torch.empty_like(rows, dtype=torch.bfloat16)
         self._copy(out.data_ptr(), self._out.data_ptr(), out.nbytes)
         return out
+
+    def _upload(self, slots: list[tuple[int, int, int]], count: int) -> None:
+        """The first `count` groups on the device, in its turn: memory of its own for each batch under way."""
+        self._turn = (self._turn + 1) % self._STAGINGS
+        staging = self._stagings[self._turn]
+        there = staging.numpy()
+        there[: len(slots)] = np.array(slots, np.int32)
+        there[len(slots) : count] = 0
+        self._copy(self._table.data_ptr(), staging.data_ptr(), 12 * count)
 
     def _compute(self, num: int, count: int, tall: int) -> None:
         """The step of a graph."""

@@ -96,11 +96,9 @@ class GpuCluster:
                 environ["CUDA_VISIBLE_DEVICES"] = str(card_of(spec))
             command = [sys.executable, "-m", *_profiled(spec), f"services.{spec.id.role}"]
             command += ["--cluster", str(file)]
-            process = self._processes[str(spec.id)] = subprocess.Popen(
+            self._processes[str(spec.id)] = subprocess.Popen(
                 [*command, "--index", str(spec.id.index)], env=environ, stdout=log, stderr=log
             )
-            if stride := int(os.environ.get("ATOLL_PIN", "0")):
-                os.sched_setaffinity(process.pid, {stride * len(self._processes)})
         if self._without is None:
             try:
                 self._wait_ready()
