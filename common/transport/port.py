@@ -7,6 +7,7 @@ the operation has ended.
 
 import ctypes
 import logging
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,11 +103,11 @@ class UcxxPort:
         self._worker = worker
         self._probe = partial(worker.tag_probe, self._tag(tag), self._mask(mask), True)
         self._open: list[tuple[Foreign, Foreign, Ended]] = []  # request, its view of the memory
-        self._cancelled: list[Ended] = []
+        self._ended: deque[tuple[int, Ended]] = deque()  # whose calls are still to be made
 
     @property
     def num_open(self) -> int:
-        return len(self._open) + len(self._cancelled)
+        return len(self._open) + len(self._ended)
 
     def send(
         self, to: Foreign, address: int, nbytes: int, on_device: bool, tag: int, ended: Ended, /
@@ -145,7 +146,7 @@ class UcxxPort:
         for index, (request, _, ended) in enumerate(self._open):
             if request is operation:
                 del self._open[index]
-                self._cancelled.append(ended)
+                self._ended.append((CANCELED, ended))
                 return
 
     def poll(self, arrived: Arrived, /) -> bool:
@@ -154,29 +155,32 @@ class UcxxPort:
         while num < _MAX_ARRIVALS and (probed := self._probe()).matched:
             num += 1
             arrived(probed.sender_tag.value, probed.length, probed)
-        done = [
-            (status, ended)
-            for request, _, ended in self._open
-            if (status := request.status) != IN_PROGRESS
-        ]
-        done += [(CANCELED, ended) for ended in self._cancelled]
-        if done:
-            self._open = [entry for entry in self._open if entry[0].status == IN_PROGRESS]
-            self._cancelled.clear()
-        for status, ended in done:
+        left = []
+        for entry in self._open:
+            status = entry[0].status
+            if status == IN_PROGRESS:
+                left.append(entry)
+            else:
+                self._ended.append((status, entry[2]))
+        self._open = left
+        return self._call_ended() or num > 0
+
+    def _call_ended(self) -> bool:
+        """One by one: when a call raises, the rest is for the next time."""
+        worked = bool(self._ended)
+        while self._ended:
+            status, ended = self._ended.popleft()
             ended(status)
-        return bool(num or done)
+        return worked
 
     def arm(self) -> bool:
         armed: bool = self._worker.arm()
         return armed
 
     def settle(self) -> None:
-        left = [*(ended for _, _, ended in self._open), *self._cancelled]
+        self._ended += [(CANCELED, ended) for _, _, ended in self._open]
         self._open.clear()
-        self._cancelled.clear()
-        for ended in left:
-            ended(CANCELED)
+        self._call_ended()
 
 
 class _DeviceMemory:

@@ -123,6 +123,10 @@ class Reactor:
                     break
                 if not self._is_busy() and not self._spinning() and self.port.arm():
                     return
+        except Exception:
+            self._pumping = False
+            self.kick()  # nothing would wake us for what is left
+            raise
         finally:
             self._pumping = False
         self.kick()

@@ -6,12 +6,16 @@ from tests.contract.harness import InprocNet, UcxNet
 
 
 @pytest.fixture(params=["inproc", "ucx", "ucxx"])
-def net(request, tmp_path, monkeypatch):
-    if request.param == "inproc":
-        return InprocNet(tmp_path)
+def form(request, monkeypatch):
+    """Which transport, and which port under it."""
     if request.param == "ucxx":
         monkeypatch.setattr("common.transport.port._compiled", None)
-    return UcxNet(tmp_path)
+    return request.param
+
+
+@pytest.fixture
+def net(form, tmp_path):
+    return (InprocNet if form == "inproc" else UcxNet)(tmp_path)
 
 
 @pytest.fixture

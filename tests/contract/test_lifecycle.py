@@ -235,6 +235,37 @@ def test_two_links_at_once_between_the_same_two(net):
     run(net, main)
 
 
+def test_a_poll_that_raises_is_not_the_last(ucx):
+    """What was left when something raised has no event of its own to wake the reactor."""
+
+    class Broken:
+        num_open = polls = 0
+
+        def poll(self, arrived):
+            self.polls += 1
+            if self.polls == 1:
+                raise RuntimeError("broken")
+            return False
+
+        def arm(self):
+            return True
+
+    async def main():
+        link, *_ = await pair(ucx, Peer(), Peer())
+        reactor = link._plane.reactor
+        reactor._loop.remove_reader(reactor._fd)
+        whole, reactor.port = reactor.port, Broken()
+        with pytest.raises(RuntimeError, match="broken"):
+            reactor.pump()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        broken, reactor.port = reactor.port, whole
+        reactor._loop.add_reader(reactor._fd, reactor.pump)
+        assert broken.polls == 2
+
+    run(ucx, main)
+
+
 def test_nothing_works_after_close(net):
     async def main():
         transport = net.transport()

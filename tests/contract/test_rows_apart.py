@@ -36,13 +36,9 @@ class DeviceInprocNet(InprocNet):
         return made
 
 
-@pytest.fixture(params=["inproc", "ucx", "ucxx"])
-def net(request, tmp_path, monkeypatch):
-    if request.param == "inproc":
-        return DeviceInprocNet(tmp_path)
-    if request.param == "ucxx":
-        monkeypatch.setattr("common.transport.port._compiled", None)
-    return DeviceUcxNet(tmp_path)
+@pytest.fixture
+def net(form, tmp_path):
+    return (DeviceInprocNet if form == "inproc" else DeviceUcxNet)(tmp_path)
 
 
 class RowsPeer(Peer):
