@@ -36,7 +36,7 @@ def oracle() -> str:
     return (
         f"`make test-oracle`, every random checkpoint under every layout, {whole}. "
         f"The pairwise cover that `make test` runs, {oracle_run(cover)}. "
-        f"Each cluster answers one request alone and eight at once."
+        f"Each cluster answers eight requests at once and the first of them alone, in the cover 24 tokens of it."
     )
 
 
