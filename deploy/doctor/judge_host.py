@@ -1,5 +1,6 @@
 """From the facts of one host to findings: its software, limits, ports, files, clock. Pure."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,8 @@ MIN_UCX = (1, 19)  # what ucxx 0.52 accepts
 MIN_SECRET_NBYTES = 16
 UNLIMITED = -1
 _PIP = "pip install --constraint constraints.txt --editable ."
+# a command line of the cluster's own: whatever else runs from a directory called atoll is none
+_OURS = re.compile(r"(?:^|[ /])atoll (?:run|up|demo)\b| -m (?:services\.|deploy\.(?:cli|local)\b)")
 _COMPILER = "apt-get install gcc python3-dev"
 _SYSTEM_UCX = 'deploy/README.md, "A UCX with verbs"'
 _MAX_CLOCK_ERROR_S = 1.0
@@ -111,7 +114,7 @@ def limits(found: Limits, need: Need, *, has_rdma: bool) -> list[Finding]:
 def ports(found: tuple[Port, ...], ephemeral: tuple[int, int]) -> list[Finding]:
     """What the cluster listens on: free, or in use by the cluster itself."""
     findings = []
-    running = [port for port in found if not port.is_free and "atoll" in port.holder]
+    running = [port for port in found if not port.is_free and _OURS.search(port.holder)]
     for port in found:
         if port.is_free or port in running:
             continue

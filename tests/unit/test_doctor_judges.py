@@ -36,6 +36,26 @@ def test_a_healthy_host_has_nothing_wrong(host, need):
     assert all(not f.fix for f in findings)
 
 
+@pytest.mark.parametrize(
+    ("holder", "ours"),
+    [
+        ("/opt/atoll/bin/python3 /opt/atoll/bin/atoll run router --cluster c.toml --index 0", True),
+        ("atoll up --port 8000", True),
+        ("/home/me/atoll/.venv/bin/python3 -m deploy.local.zygote 8 /tmp/run", True),
+        ("python3 -m services.router --cluster c.toml", True),
+        ("/home/me/atoll/.venv/bin/python -m http.server", False),
+        ("nginx -c /srv/atoll/nginx.conf", False),
+        ("vim atoll update.txt", False),
+        ("", False),
+    ],
+)
+def test_a_port_is_in_order_only_when_the_cluster_itself_has_it(holder, ours):
+    ports = (facts.Port(10000, "router-0", False, holder),)
+    found = judged(replace(cpu_host(), ports=ports), CPU_NEED)
+    levels = {f.level for f in found if f.check == "ports"}
+    assert levels == ({Level.OK} if ours else {BAD})
+
+
 def test_mps_that_starts_with_the_cluster_need_not_run_before():
     findings = judged(gpus("nvidia", mps_is_running=False), replace(GPU_NEED, starts_mps=True))
     assert complaints(findings) == []
