@@ -2,7 +2,8 @@
 
     [cluster]   name, wire, epoch, run_dir, secret_file, device, oversubscribe, trace_events, spin_us
     [model]     path, served_name, cache_dir
-    [placement] experts_per_gpu, plan, dispatch, expert_slices, rebalance_every_s, rebalance_gain, rebalance_patience
+    [placement] experts_per_gpu, plan, dispatch, routers_divide, expert_slices, rebalance_every_s, rebalance_gain,
+                rebalance_patience
     [topology]  gpu, nic_gbit_s, uplink_gbit_s, nic_latency_us, nvlink_latency_us
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
     [gateway]   host, port, api_key_file, max_queued
@@ -80,6 +81,8 @@ class PlacementSection:
     hierarchical sends a row to a node once and gets the node's sum back; unicast, the baseline, sends a copy per expert
     and gets every expert's answer. `expert_slices` cuts every expert along its hidden dimension into so many,
     each placed as an expert of its own.
+    `routers_divide` says what each router of a node has a part of: destinations (every router gets every block, and
+    sends its rows to some of the nodes and experts), or blocks (every block goes to the router that has fewest).
     Every `rebalance_every_s` (0: never) the gateway looks for a better plan and carries it out once it found one that
     is better by `rebalance_gain` or more for `rebalance_patience` times in a row.
     """
@@ -91,6 +94,7 @@ class PlacementSection:
     rebalance_patience: int = _in(3, 1, 1000)
     expert_slices: int = _in(1, 1, 64)
     dispatch: str = _one_of("hierarchical", "hierarchical", "unicast")
+    routers_divide: str = _one_of("destinations", "destinations", "blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +254,11 @@ class ClusterConfig:
         """The routers of a node, by rail."""
         return [spec for spec in self.of_role(Role.ROUTER) if spec.node == node]
 
+    @property
+    def routers_divide_blocks(self) -> bool:
+        """Each router of a node has blocks of its own, and sends them everywhere."""
+        return self.placement.routers_divide == "blocks"
+
     def _address(self, role: Role, index: int, node_id: int, local: int) -> str:
         node = self.nodes[node_id]
         if role is Role.EXPERT:
@@ -290,11 +299,12 @@ def local_cluster(
     port: int,
     run_dir: Path,
     routers: int = 1,
+    routers_divide: str = "destinations",
     host: str = "127.0.0.1",
     api_key_file: Path | None = None,
 ) -> ClusterConfig:
     """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously,
-    and `routers` rails on each node.
+    and `routers` on each node, which divide what `routers_divide` says.
 
     The first nodes get one more where the counts do not divide; a node may stay without experts or without attention
     workers. Raises ConfigError on a value out of range.
@@ -306,7 +316,7 @@ def local_cluster(
         model=ModelSection(path=model),
         nodes=tuple(Node(attention=a, experts=e, routers=routers) for a, e in counts),
         cluster=ClusterSection(wire=wire, run_dir=run_dir),
-        placement=PlacementSection(experts_per_gpu=experts_per_gpu),
+        placement=PlacementSection(experts_per_gpu=experts_per_gpu, routers_divide=routers_divide),
         attention=AttentionSection(microbatches=microbatches),
         gateway=GatewaySection(host=host, port=port, api_key_file=api_key_file),
     )
@@ -344,6 +354,12 @@ def _checked(config: ClusterConfig, source: config_toml.Source) -> ClusterConfig
             raise source.error(
                 f"nodes[{i}].rails", f"names {len(node.rails)} NICs for {node.routers} routers"
             )
+    counts = dict.fromkeys(node.routers for node in config.nodes)
+    if config.routers_divide_blocks and len(counts) > 1:
+        raise source.error(
+            "placement.routers_divide",
+            f"blocks needs as many routers on every node, not {' and '.join(map(str, counts))}",
+        )
     _check_addresses(config, source)
     return config
 

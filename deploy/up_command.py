@@ -42,6 +42,7 @@ _DEFAULTS = {
     "nodes": 2,
     "attention": 2,
     "routers": 1,
+    "routers_divide": "destinations",
     "microbatches": 2,
     "wire": "fp8",
     "host": "127.0.0.1",
@@ -102,7 +103,12 @@ def _configure_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", type=int, metavar="N", help="attention workers over all nodes (2)"
     )
-    parser.add_argument("--routers", type=int, metavar="N", help="rails: routers per node (1)")
+    parser.add_argument("--routers", type=int, metavar="N", help="per node (1)")
+    parser.add_argument(
+        "--routers-divide",
+        choices=("destinations", "blocks"),
+        help="what each router of a node has a part of (destinations: they are rails)",
+    )
     parser.add_argument("--microbatches", type=int, metavar="N", help="per attention worker (2)")
     _add_device_options(parser)
     parser.add_argument(

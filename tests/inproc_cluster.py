@@ -75,8 +75,8 @@ class InprocCluster:
             a.state == "ready" for a in self.of(Role.ATTENTION)
         )
 
-    async def logits(self, tokens: list[int], *, worker: int = 0) -> torch.Tensor:
-        """Next-token logits after each token of a text, fp32 [tokens, vocab], through prefill of a lane of its own."""
+    async def logits(self, tokens: list[int], *, worker: int = 0, lane: int = 0) -> torch.Tensor:
+        """Next-token logits after each token of a text, fp32 [tokens, vocab], through prefill of a lane."""
         from common.request import Request, SamplingParams
         from services.attention.scheduler import Slice
         from services.attention.sequence import Sequence
@@ -88,8 +88,9 @@ class InprocCluster:
         pages = attention.requests.scheduler.pages
         sequence.pages = pages.acquire(sequence, len(tokens))
         try:
-            lane = attention._lanes[0]
-            logits, _ = await lane.forward([Slice(sequence, 0, len(tokens))], all_rows=True)
+            logits, _ = await attention._lanes[lane].forward(
+                [Slice(sequence, 0, len(tokens))], all_rows=True
+            )
             return logits
         finally:
             pages.release(sequence)

@@ -1,9 +1,10 @@
 """Messages that are owed an answer: the one mechanism by which nothing is lost on the way.
 
 Whoever sends rows keeps them here until the answer is in. When the target's link closes they stay; when it opens
-again they are posted once more with the next attempt number. An answer that nobody waits for (a duplicate, or one that
-came after its deadline) settles nothing. The outbox decides nothing about time: `expired` is asked with the clock's
-reading. Bounded by its owner: every entry belongs to a block, and blocks in flight are bounded by micro-batches.
+again they are posted once more with the next attempt number, as they are when handed over to another target. An answer
+that nobody waits for (a duplicate, or one that came after its deadline) settles nothing. The outbox decides nothing
+about time: `expired` is asked with the clock's reading. Bounded by its owner: every entry belongs to a block, and
+blocks in flight are bounded by micro-batches.
 """
 
 from collections.abc import Iterator
@@ -88,14 +89,19 @@ class Outbox:
         """The target is back: post everything that it owes, oldest first."""
         self.link = link
         for call in list(self._calls.values()):
-            call.header.attempt += 1
-            self.num_resent += 1
-            self._post(call)
+            self._again(call)
 
     def closed(self, link: Link) -> None:
         """The target's link is gone; what it owes stays here."""
         if self.link is link:
             self.link = None
+
+    def hand_over(self, to: "Outbox") -> None:
+        """What is owed here is owed by `to` from now on, which is asked for it."""
+        calls, self._calls = self._calls, {}
+        to._calls.update(calls)
+        for call in calls.values():
+            to._again(call)
 
     def expired(self, now_ns: int, limit_ns: int) -> Iterator[Call]:
         """Messages unanswered for longer than `limit_ns`."""
@@ -105,6 +111,11 @@ class Outbox:
         """Forget everything."""
         for block in list(self._calls):
             self.drop(block)
+
+    def _again(self, call: Call) -> None:
+        call.header.attempt += 1
+        self.num_resent += 1
+        self._post(call)
 
     def _post(self, call: Call) -> None:
         if self.link is None:

@@ -52,7 +52,11 @@ class Block:
 
 def blocks(processes: Sequence[Process]) -> list[Block]:
     """Every block whose whole way was recorded, in the order of posting; others (cut by the ring) are left out."""
-    routers = {p.node: _by_block(p) for p in processes if p.role == "router"}
+    routers: dict[int, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))
+    for p in processes:
+        if p.role == "router":
+            for block, spans in _by_block(p).items():
+                routers[p.node][block] += spans
     experts = {p.index: (p.node, _by_block(p)) for p in processes if p.role == "expert"}
     calls: dict[int, list[Call]] = defaultdict(list)
     for worker, (_, spans_of) in experts.items():

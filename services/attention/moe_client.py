@@ -1,8 +1,10 @@
 """The attention worker's side of a MoE layer: post rows to the node's routers, get combined rows back.
 
 Every router of the node (rail) gets the whole block and answers what it knows of it; the answers are added in rail
-order. A block is kept in the outboxes until its answers are in, and posted again when a router's link comes back; a
-router that dies costs a delay, not a request. One future per block: the micro-batch awaits it once per layer.
+order. Or each block goes to one of them, the one that owes least, and its answer is whole. A block is kept in the
+outboxes until its answers are in, and posted again when a router's link comes back, or to another router where one has
+whole blocks: a router that dies costs a delay, not a request. One future per block: the micro-batch awaits it once per
+layer.
 """
 
 import asyncio
@@ -56,6 +58,7 @@ class HopTimes:
 class _Pending:
     future: "asyncio.Future[Tensor]"
     num_rows: int
+    num_answers: int  # wanted
     posted_ns: int
     out: Tensor | None
     epoch: int
@@ -66,7 +69,8 @@ class _Pending:
 class MoeClient:
     """Blocks of one attention worker that are on their way. `width` is the model's hidden size.
 
-    A block is stamped with `epoch`, the latest that a router of the node has said is in force.
+    A block is stamped with `epoch`, the latest that a router of the node has said is in force. `by_block`: it goes to
+    one of the routers, not to all.
     """
 
     worker: int
@@ -82,6 +86,7 @@ class MoeClient:
     clock_ns: Callable[[], int] = time.monotonic_ns
     times: HopTimes = field(default_factory=HopTimes)
     routers: dict[int, Outbox] = field(default_factory=lambda: {0: Outbox("router-0")})  # by index
+    by_block: bool = False
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _next_block: int = 0
 
@@ -107,6 +112,26 @@ class MoeClient:
         self.epoch = epoch
         outbox.opened(link)
         return True
+
+    def router_lost(self, link: Link) -> None:
+        """What a router owes waits for its return; whole blocks are asked of another that is there."""
+        lost = self.routers[link.peer.process.index]
+        lost.closed(link)
+        if self.by_block and lost.link is None:
+            (other,) = self._asked()
+            if other.link is not None:
+                lost.hand_over(other)
+
+    def _asked(self) -> list[Outbox]:
+        """Who gets the next block: all, or of those that are there the one that owes least."""
+        routers = list(self.routers.values())
+        if self.by_block:
+            return [min(routers, key=lambda outbox: (outbox.link is None, len(outbox)))]
+        return routers
+
+    @property
+    def _answers_whole(self) -> bool:
+        return self.by_block or len(self.routers) == 1
 
     @property
     def oldest_epoch(self) -> int:
@@ -140,9 +165,10 @@ class MoeClient:
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self._pending[block] = _Pending(future, num_rows, now_ns, out, self.epoch)
+        num_answers = 1 if self._answers_whole else len(self.routers)
+        self._pending[block] = _Pending(future, num_rows, num_answers, now_ns, out, self.epoch)
         landing = None
-        if len(self.routers) == 1:  # how many rows each of several rails answers is not known yet
+        if self._answers_whole:  # how many rows each of several rails answers is not known yet
             nbytes = row_segment(num_rows, self.width, self.combined).end
             landing = self.pool.acquire_landing(nbytes)
         tables = (layout, experts, weights)
@@ -183,7 +209,7 @@ class MoeClient:
                         self.packing, header.block, header.layer, header.microbatch, since,
                         self.clock_ns(), header.num_rows,
                     )  # fmt: skip
-                for outbox in self.routers.values():
+                for outbox in self._asked():
                     place = None if landing is None else landing.retain()
                     outbox.send(replace(header), buffer.retain(), now_ns, landing=place)
         except AtollError as exc:
@@ -203,7 +229,7 @@ class MoeClient:
             elif header.kind is Kind.COMBINED:
                 pending.partials[router] = self._read(header, payload, pending)
                 self.routers[router].settle(header.block)
-                if len(pending.partials) == len(self.routers):
+                if len(pending.partials) == pending.num_answers:
                     self._settle(header.block)
                     self._count(header, pending)
                     if not pending.future.done():
@@ -220,7 +246,7 @@ class MoeClient:
         self, header: Header, payload: Buffer | None, pending: _Pending
     ) -> tuple[Tensor, Tensor | None]:
         """One router's answer: its rows, and their ids int64 [n] in the block (None: all of them, in order)."""
-        if len(self.routers) == 1:
+        if self._answers_whole:
             payload, segment = check_rows(
                 payload, pending.num_rows, self.width, self.combined, "COMBINED"
             )
@@ -247,7 +273,7 @@ class MoeClient:
 
     def _combined(self, pending: _Pending) -> Tensor:
         """Sum of the routers' answers in rail order, fp32 [num_rows, width]; float64 answers are rounded once."""
-        if len(self.routers) == 1:
+        if self._answers_whole:
             ((rows, _),) = pending.partials.values()
             return rows
         answers = [pending.partials[router] for router in self.routers]

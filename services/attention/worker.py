@@ -61,6 +61,7 @@ class AttentionWorker:
             self.config.cluster.epoch, self.transport.pool, self.config.limits.block_deadline_s + _PATIENCE_S,
             combined_rows(wire, self.config.cluster.device), self.transport.seam, self.trace,
             routers={r.id.index: Outbox(str(r.id)) for r in self.config.routers_of(self.spec.node)},
+            by_block=self.config.routers_divide_blocks,
         )  # fmt: skip
         self.requests = Requests(
             self.resident.scheduler(self.config),
@@ -150,7 +151,7 @@ class AttentionWorker:
         """A lost router owes its blocks until it is back; a lost gateway's requests have no reader any more."""
         log.warning("%s", error)
         if link.peer.process.role is Role.ROUTER:
-            self.moe.routers[link.peer.process.index].closed(link)
+            self.moe.router_lost(link)
             self._push_status()
         else:
             self._gateways.discard(link)

@@ -210,7 +210,8 @@ class Rebalancer:
 
     async def trace(self) -> RoutingTrace:
         """What the gate has been choosing lately. Raises Retryable when that is too little, or a router is silent."""
-        routers = [s.id for s in self.config.of_role(Role.ROUTER) if s.rail == 0]
+        every = self.config.routers_divide_blocks  # else all see the same blocks
+        routers = [s.id for s in self.config.of_role(Role.ROUTER) if every or s.rail == 0]
         wanted = {r.index for r in routers if self.config.nodes[self._node(r)].attention}
         self._samples.clear()
         for index in wanted:

@@ -69,12 +69,14 @@ class RouterWorker:
         ]
         routers = self._counterparts()
         slices = self.config.placement.expert_slices
+        by_block = self.config.routers_divide_blocks
         unicast = self.config.placement.dispatch == "unicast"
         self.flow = Dataflow(
             self.spec.node, self.plan, model.num_experts * slices, self.transport.pool, slices=slices,
             experts={w: Outbox(f"expert-{w}") for w in own},
             routers={node: Outbox(str(spec.id)) for node, spec in routers.items()},
-            index=self.spec.id.index, rail=self.spec.rail, num_rails=self.num_rails,
+            index=self.spec.id.index, rail=0 if by_block else self.spec.rail,
+            num_rails=1 if by_block else self.num_rails,
             answer_rows=combined_rows(Wire.parse(self.config.cluster.wire), self.config.cluster.device),
             trace=self.trace, seam=self.transport.seam,
             split=partial(split_unicast, self.spec.node) if unicast else split_by_node,
@@ -97,14 +99,19 @@ class RouterWorker:
         tasks.create_task(self._tick(), name="deadlines")
 
     def _counterparts(self) -> dict[int, ProcessSpec]:
-        """By node: the router at the other end of this rail."""
+        """By node: the router that this one talks to."""
         found = {}
-        for node in range(len(self.config.nodes)):
+        for node in set(range(len(self.config.nodes))) - {self.spec.node}:
             theirs = self.config.routers_of(node)
-            ours = rail_between(self.spec.node, node, self.num_rails)
-            if node != self.spec.node and ours == self.spec.rail:
+            if self.config.routers_divide_blocks:
+                found[node] = theirs[self.spec.rail]
+            elif rail_between(self.spec.node, node, self.num_rails) == self.spec.rail:
                 found[node] = theirs[rail_between(node, self.spec.node, len(theirs))]
         return found
+
+    def _is_counterpart(self, link: Link) -> bool:
+        outbox = self.flow.routers.get(link.peer.node)
+        return outbox is not None and outbox.name == str(link.peer.process)
 
     async def drain(self) -> None:
         """Finish the blocks in flight."""
@@ -135,7 +142,7 @@ class RouterWorker:
     def on_open(self, link: Link) -> None:
         """What the peer owed before its link was lost is posted again once it has the placement for it."""
         peer = link.peer.process
-        if peer.role is Role.ROUTER and link.peer.node not in self.flow.routers:
+        if peer.role is Role.ROUTER and not self._is_counterpart(link):
             raise AuthError(f"{peer} is on another rail than {self.spec.id}")
         if peer.role is Role.GATEWAY:
             self._gateways.add(link)
@@ -156,7 +163,7 @@ class RouterWorker:
             self.flow.experts[peer.index].closed(link)
             if self._experts.get(peer.index) is link:
                 del self._experts[peer.index]
-        elif peer.role is Role.ROUTER and link.peer.node in self.flow.routers:
+        elif peer.role is Role.ROUTER and self._is_counterpart(link):
             self.flow.routers[link.peer.node].closed(link)
         self._gateways.discard(link)
         self.placement.closed(link)

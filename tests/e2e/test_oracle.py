@@ -36,11 +36,15 @@ class Layout:
     attention: int
     microbatches: int
     packed: bool  # the traditional layout: several experts per worker
-    rails: int
+    routers: int  # of a node
+    by_block: bool  # what they divide
 
     def __str__(self) -> str:
         experts = "packed" if self.packed else "one-expert"
-        return f"{self.nodes}n-{self.attention}a-{self.microbatches}m-{experts}-{self.rails}r"
+        divide = "b" if self.by_block else "r"
+        return (
+            f"{self.nodes}n-{self.attention}a-{self.microbatches}m-{experts}-{self.routers}{divide}"
+        )
 
     def arguments(self, num_experts: int) -> list[str]:
         """Options of `atoll up`; packed means three workers, so that the last one is uneven."""
@@ -48,14 +52,13 @@ class Layout:
         return [
             "--nodes", str(self.nodes), "--attention", str(self.attention),
             "--microbatches", str(self.microbatches), "--experts-per-gpu", str(per_gpu),
-            "--routers", str(self.rails),
+            "--routers", str(self.routers),
+            "--routers-divide", "blocks" if self.by_block else "destinations",
         ]  # fmt: skip
 
 
-CROSS = [
-    Layout(
-        *point, rails=1 + index % 3
-    )  # 1 to 3 with every other factor, without tripling the cross
+CROSS = [  # routers: 1 to 3, and both ways to divide, with every other factor, without six times the cross
+    Layout(*point, routers=1 + index % 3, by_block=(index % 8).bit_count() % 2 == 1)
     for index, point in enumerate(itertools.product((1, 3), (1, 2), (1, 3), (False, True)))
 ]
 
@@ -65,7 +68,7 @@ def pair_of(index: int) -> list[Layout]:
     layout = CROSS[index % 8]
     opposite = Layout(
         4 - layout.nodes, 3 - layout.attention, 4 - layout.microbatches, not layout.packed,
-        4 - layout.rails,
+        4 - layout.routers, not layout.by_block,
     )  # fmt: skip
     return [layout, opposite]
 

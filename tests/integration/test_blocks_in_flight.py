@@ -62,13 +62,35 @@ def test_no_bit_depends_on_the_number_of_rails(model, expected, tmp_path, router
     assert torch.equal(asyncio.run(main()), expected)
 
 
+@pytest.mark.parametrize("routers", [2, 3])
+def test_no_bit_depends_on_which_router_has_a_block(model, expected, tmp_path, routers):
+    layout = LAYOUT | {"routers": routers, "routers_divide": "blocks", "microbatches": 3}
+
+    async def main() -> tuple[list[torch.Tensor], list[int]]:
+        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **layout) as cluster:
+            lanes = await asyncio.gather(*(cluster.logits(TOKENS, lane=i) for i in range(3)))
+            own = cluster.of(Role.ROUTER)[:routers]
+            return lanes, [r.flow.counters.blocks for r in own]
+
+    lanes, blocks = asyncio.run(main())
+    assert all(torch.equal(logits, expected) for logits in lanes)
+    assert min(blocks) > 0, "a router of the node had no block"
+
+
 def rows_apart() -> DevicePool:
     return DevicePool("cpu")
 
 
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize(
-    "layout", [{}, {"nodes": 1}, {"routers": 2}, {"ep": 6, "experts_per_gpu": 3}]
+    "layout",
+    [
+        {},
+        {"nodes": 1},
+        {"routers": 2},
+        {"routers": 2, "routers_divide": "blocks"},
+        {"ep": 6, "experts_per_gpu": 3},
+    ],
 )
 def test_rows_apart_from_their_messages_give_the_same_bits(model, tmp_path, wire, layout):
     async def main(**how) -> torch.Tensor:
@@ -152,6 +174,29 @@ def test_a_crashed_rail_costs_no_bit(model, expected, tmp_path, rail, new_pool):
             )
             assert outbox.num_resent >= 1
             assert other.num_resent == 0, "only the lost rail's share is asked again"
+            return logits
+
+    assert torch.equal(asyncio.run(main()), expected)
+
+
+@pytest.mark.parametrize("new_pool", [BufferPool, rows_apart])
+def test_a_router_that_divides_blocks_is_replaced_at_once(model, expected, tmp_path, new_pool):
+    layout = LAYOUT | {"routers": 2, "routers_divide": "blocks"}
+
+    async def main() -> torch.Tensor:
+        async with inproc_cluster(
+            model, tmp_path, script=lambda *_: 50, new_pool=new_pool, **layout
+        ) as cluster:
+            (attention,) = cluster.of(Role.ATTENTION)
+            first, second = attention.moe.routers.values()
+            step = asyncio.ensure_future(cluster.logits(TOKENS))
+            while not len(first):
+                assert not step.done()
+                await asyncio.sleep(0)
+            cluster.crash(ProcessId(Role.ROUTER, 0))
+            logits = await asyncio.wait_for(step, 20)
+            assert not len(first), "a block waits for the lost router"
+            assert second.num_resent == 1, "what it owed was not asked of the other"
             return logits
 
     assert torch.equal(asyncio.run(main()), expected)

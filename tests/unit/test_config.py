@@ -83,6 +83,17 @@ def test_relative_paths_start_at_the_file(tmp_path):
     assert cluster_config.load(write(tmp_path, GOOD)).model.path == tmp_path / "checkpoint"
 
 
+def test_routers_that_divide_blocks_are_as_many_on_every_node(tmp_path):
+    text = GOOD.replace("[cluster]", '[placement]\nrouters_divide = "blocks"\n\n[cluster]')
+    assert cluster_config.load(write(tmp_path, text)).routers_divide_blocks
+    with pytest.raises(
+        ConfigError, match=r"routers_divide blocks needs as many routers .* 2 and 1"
+    ):
+        cluster_config.load(
+            write(tmp_path, text.replace("experts = 2", "experts = 2\nrouters = 2"))
+        )
+
+
 def test_every_rail_has_its_nic(tmp_path):
     text = GOOD.replace("experts = 2", 'experts = 2\nrouters = 2\nrails = ["mlx5_0:1", "mlx5_1:1"]')
     config = cluster_config.load(write(tmp_path, text))
@@ -245,7 +256,12 @@ CONFIGS = st.builds(
     attention=sections(AttentionSection),
     gateway=sections(GatewaySection, host=st.just("::1"), api_key_file=st.none() | PATHS),
     limits=sections(LimitsSection),
-).filter(lambda config: config.cluster.wire != "fp32" or config.cluster.device == "cpu")
+).filter(
+    lambda config: (
+        (config.cluster.wire != "fp32" or config.cluster.device == "cpu")
+        and not (config.routers_divide_blocks and len({n.routers for n in config.nodes}) > 1)
+    )
+)
 
 
 @given(config=CONFIGS)

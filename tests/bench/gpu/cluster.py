@@ -37,7 +37,7 @@ _READY_S = 240.0
 
 def gpu_config(
     model: Path, run_dir: Path, *, experts: int, experts_per_gpu: int = 1, nodes: int = 1,
-    routers: int = 1, microbatches: int = 1, wire: str = "fp8", trace_events: int = 0,
+    routers: int = 1, divide: str = "destinations", microbatches: int = 1, wire: str = "fp8", trace_events: int = 0,
     max_requests: int = 512, max_context: int = 2048, cache_tokens: int = 1 << 18, spin_us: int = -1,
 ) -> ClusterConfig:  # fmt: skip
     """One attention worker, `experts` expert workers spread over `nodes` virtual nodes of this machine."""
@@ -50,7 +50,7 @@ def gpu_config(
         cluster=ClusterSection(
             wire=wire, run_dir=run_dir, device=DEVICE, trace_events=trace_events, spin_us=spin_us
         ),
-        placement=PlacementSection(experts_per_gpu=experts_per_gpu),
+        placement=PlacementSection(experts_per_gpu=experts_per_gpu, routers_divide=divide),
         attention=AttentionSection(
             microbatches=microbatches, max_requests=max_requests, max_context=max_context,
             cache_tokens=cache_tokens,

@@ -60,6 +60,7 @@ class Attention:
             0, self.model.hidden_size, wire, config.cluster.epoch, self.transport.pool, 30.0,
             combined_rows(wire, DEVICE), self.transport.seam,
             routers={r.id.index: Outbox(str(r.id)) for r in config.routers_of(0)},
+            by_block=config.routers_divide_blocks,
         )  # fmt: skip
         self.opened = asyncio.Event()
         self.moe.trace = open_recorder(config, config.process(Role.ATTENTION, 0))
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--in-flight", default="1,2,3,4")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--divide", default="destinations", help="as in the cluster's file")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=7168)
     parser.add_argument("--spin-us", type=int, default=-1, help="as in the cluster's file")
@@ -198,7 +200,7 @@ def main() -> None:
             distinct_experts=args.experts,
         )  # fmt: skip
         config = gpu_config(
-            model, Path(scratch) / "run", experts=args.experts, routers=args.routers,
+            model, Path(scratch) / "run", experts=args.experts, routers=args.routers, divide=args.divide,
             trace_events=(1 << 16) * int(args.trace), spin_us=args.spin_us,
         )  # fmt: skip
         with (
@@ -216,7 +218,12 @@ def main() -> None:
             (parts,) = by_layer(blocks(read(config.cluster.run_dir / DIRECTORY))).values()
             print(json.dumps(parts), flush=True)
     if args.out:
-        layout = {"experts": args.experts, "hidden": args.hidden, "routers": args.routers}
+        layout = {
+            "experts": args.experts,
+            "hidden": args.hidden,
+            "routers": args.routers,
+            "divide": args.divide,
+        }
         args.out.write_text(
             json.dumps(gpu_facts() | layout | {"rows": rows, "parts_us": parts}, indent=1) + "\n"
         )

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--divide", default="destinations", help="as in the cluster's file")
     parser.add_argument("--concurrency", default="32,128,512")
     parser.add_argument("--microbatches", default="1,2,3")
     parser.add_argument("--tokens", type=int, default=64)
@@ -115,7 +116,8 @@ def main() -> None:
         for number, m in enumerate(lanes):
             config = gpu_config(
                 model, Path(scratch) / f"run-{number}", experts=args.workers, nodes=args.nodes,
-                experts_per_gpu=-(-experts // args.workers), routers=args.routers, microbatches=m,
+                experts_per_gpu=-(-experts // args.workers), routers=args.routers, divide=args.divide,
+                microbatches=m,
                 trace_events=(1 << 16) * int(args.trace),
             )  # fmt: skip
             started = time.perf_counter()
@@ -136,7 +138,8 @@ def main() -> None:
     if args.out:
         layout = {
             "model": args.preset if args.model is None else model.name, "layers": args.layers,
-            "workers": args.workers, "nodes": args.nodes, "routers": args.routers, "distinct": args.distinct,
+            "workers": args.workers, "nodes": args.nodes, "routers": args.routers,
+            "divide": args.divide, "distinct": args.distinct,
         }  # fmt: skip
         args.out.write_text(json.dumps(gpu_facts() | layout | {"rows": rows}, indent=1) + "\n")
 
