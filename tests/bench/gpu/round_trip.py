@@ -44,7 +44,7 @@ from tests.bench.gpu.cluster import DEVICE, GpuCluster, gpu_config, mps
 from tests.bench.gpu.environment import gpu_facts
 
 LAYER = 3
-WARM_UP = 60
+WARM_UP = 30  # blocks of every lane
 
 
 class Attention:
@@ -90,12 +90,12 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
     width, experts, top_k = a.model.hidden_size, a.model.num_experts, a.model.top_k
     latencies: list[float] = []
     expert: list[int] = []
+    left = blocks
+    warm = asyncio.Barrier(in_flight)  # every lane has had its blocks: every router has its kernels
     started = 0.0
-    left = blocks + WARM_UP
-    done = 0
 
     async def lane(index: int) -> None:
-        nonlocal left, started, done
+        nonlocal left, started
         x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
         rows, scales = ops.quantise(x)
         out = torch.empty_like(x)
@@ -103,20 +103,22 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
         ids = pinned(order.sort(1).values)
         weights = pinned(torch.full((tokens, top_k), 1 / top_k))
         synchronise()
-        while left > 0:
-            left -= 1
-            t = time.perf_counter()
-            since = time.monotonic_ns()
+
+        async def block() -> float:
+            t, since = time.perf_counter(), time.monotonic_ns()
             if a.moe.trace is not None:  # a trace wants the attention before a block
                 a.moe.trace.span("attention", a.moe.next_block, LAYER, index, since, since)
             await a.moe.dispatch(LAYER, index, (rows, scales), ids, weights, out=out, since=since)
-            now = time.perf_counter()
-            done += 1
-            if done == WARM_UP:
-                started = now
-            elif done > WARM_UP:
-                latencies.append((now - t) * 1e6)
-                expert.append(a.expert_us)
+            return (time.perf_counter() - t) * 1e6
+
+        for _ in range(WARM_UP):
+            await block()
+        await warm.wait()
+        started = time.perf_counter()
+        while left > 0:
+            left -= 1
+            latencies.append(await block())
+            expert.append(a.expert_us)
 
     await asyncio.gather(*(lane(i) for i in range(in_flight)))
     per_block = (time.perf_counter() - started) / blocks * 1e6

@@ -117,7 +117,7 @@ def main() -> None:
             config = gpu_config(
                 model, Path(scratch) / f"run-{number}", experts=args.workers, nodes=args.nodes,
                 experts_per_gpu=-(-experts // args.workers), routers=args.routers, divide=args.divide,
-                microbatches=m,
+                microbatches=m, max_requests=max(sizes),
                 trace_events=(1 << 16) * int(args.trace),
             )  # fmt: skip
             started = time.perf_counter()
