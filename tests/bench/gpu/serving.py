@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import aiohttp
@@ -58,14 +59,15 @@ async def generate(url: str, concurrency: int, tokens: int) -> float:
         return time.perf_counter() - started
 
 
-def measure(cluster: GpuCluster, concurrency: int, tokens: int) -> dict[str, Any]:
-    """Two lengths, so that prompts and start-up cancel out; each after a warm-up that captures the graphs."""
-    short = max(4, tokens // 4)
-    asyncio.run(generate(cluster.url, concurrency, short))
-    asyncio.run(generate(cluster.url, concurrency, tokens))
-    brief = asyncio.run(generate(cluster.url, concurrency, short))
-    whole = asyncio.run(generate(cluster.url, concurrency, tokens))
-    decode_s = (whole - brief) / (tokens - short)
+def measure(cluster: GpuCluster, concurrency: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Two lengths, so that prompts and start-up cancel out; medians, after a warm-up that captures the graphs."""
+    lengths = (max(4, tokens // 4), tokens)
+    seconds: dict[int, list[float]] = {length: [] for length in lengths}
+    for _ in range(1 + repeats):
+        for length in lengths:
+            seconds[length].append(asyncio.run(generate(cluster.url, concurrency, length)))
+    brief, whole = (median(seconds[length][1:]) for length in lengths)
+    decode_s = (whole - brief) / (tokens - lengths[0])
     return {
         "concurrency": concurrency, "tokens_per_s": round(concurrency * tokens / whole, 1),
         "decode_tokens_per_s": round(concurrency / decode_s, 1), "tpot_ms": round(decode_s * 1e3, 2),
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--concurrency", default="32,128,512")
     parser.add_argument("--microbatches", default="1,2,3")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="medians of so many runs")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--trace-file", type=Path, help="Chrome trace of the last setting")
     parser.add_argument("--out", type=Path)
@@ -126,7 +129,7 @@ def main() -> None:
                 for size in sizes:
                     row = {"microbatches": m, "ready_s": round(ready_s, 1)}
                     try:
-                        row |= measure(cluster, size, args.tokens)
+                        row |= measure(cluster, size, args.tokens, args.repeats)
                     except Exception:
                         print(cluster.logs(), flush=True)
                         raise
