@@ -71,6 +71,7 @@ def measure(cluster: GpuCluster, concurrency: int, tokens: int, repeats: int) ->
     return {
         "concurrency": concurrency, "tokens_per_s": round(concurrency * tokens / whole, 1),
         "decode_tokens_per_s": round(concurrency / decode_s, 1), "tpot_ms": round(decode_s * 1e3, 2),
+        "runs_s": {length: [round(t, 3) for t in runs] for length, runs in seconds.items()},
     }  # fmt: skip
 
 
