@@ -24,7 +24,7 @@ def _add_unit(acc, x, xs, W, WS, tile, n0, k, kb):
     return tl.fma(tl.dot(x, w), tl.broadcast_to(scale[:, None], acc.shape), acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _tile_gemm(
     X, XS, W, WS, OUT, GROUPS, M, N, kb, half_rows, half_tiles,
     w_rows, ws_size, BM: tl.constexpr, GROUPED: tl.constexpr, STAGES: tl.constexpr,

@@ -26,6 +26,9 @@ R = TypeVar("R")
 slot_table = _combine.slot_table
 rows_view = _quant.rows_view
 
+# one number of rows for each way in which kernels are chosen or built: whoever warms up takes them all
+KINDS_OF_ROWS = (1, 17, 65, 129, 512)
+
 # operation -> Triton module that has it under the same name
 TRITON = {
     "quantise": "quant",

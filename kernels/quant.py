@@ -25,7 +25,7 @@ def quantise_blocks(x, SCALE_MIN: tl.constexpr):
     return tl.div_rn(x, scale[:, None]).to(tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _quantise(X, ROWS, SCALES, num_blocks, width, per_row, MIN: tl.constexpr, G: tl.constexpr):
     after_predecessor()
     b = tl.program_id(0) * G + tl.arange(0, G)
@@ -39,7 +39,7 @@ def _quantise(X, ROWS, SCALES, num_blocks, width, per_row, MIN: tl.constexpr, G:
     tl.store(SCALES + b, scale, mask=b < num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _dequantise(ROWS, SCALES, OUT, num_blocks, width, per_row, G: tl.constexpr):
     after_predecessor()
     b = tl.program_id(0) * G + tl.arange(0, G)

@@ -342,7 +342,7 @@ def _consume(
     )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "kb", "groups", "sub_tiles", "tiles"])
 def stream_units(
     x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
     first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, STEP: gl.constexpr,

@@ -18,7 +18,7 @@ def _swiglu(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "s_row", "s_block"])
 def _swiglu_dense(
     BOTH, Q, S, num_blocks, hidden, per_row, q_row, s_row, s_block, MIN: tl.constexpr,
     G: tl.constexpr,

@@ -23,6 +23,7 @@ from kernels import ops
 from kernels.graphs import Replays
 from kernels.reference.linear import pad_out
 from kernels.reference.rope import rope_tables
+from services.attention.batch import Span
 from services.attention.device_batch import LaneState, PromptPart
 from services.attention.device_weights import DeviceLayer, DeviceWeights, Quantised
 from services.attention.latent_cache import LatentCache
@@ -76,13 +77,33 @@ class DeviceModel:
 
     def shared_expert(self, s: LaneState, segment: int) -> None:
         """The shared expert of a MoE layer on `s.x`, into `s.shared`."""
-        network = self.weights.layers[self._moe[segment]].shared
-        if network is not None:
-            b = s.bucket
-            self._run(
-                s, ("shared", segment),
-                lambda: _copy(s.shared[:b], network(s.x[:b], (s.rows[:b], s.scales[:b]))),
-            )  # fmt: skip
+        if self.weights.layers[self._moe[segment]].shared is not None:
+            self._run(s, ("shared", segment), lambda: self._shared(s, segment))
+
+    @torch.inference_mode()
+    def warm_up(self, s: LaneState) -> None:
+        """Compile what steps launch, before anybody waits for one. What is in the cache's first pages is lost.
+
+        Every kind of number of rows, as prompts and as generated tokens. Layers are alike.
+        """
+        page_tokens, num_pages = self.cache.page_tokens, self.cache.num_pages
+        most = min(s.max_rows, self.max_context - 1, page_tokens * num_pages)
+        for n in ops.KINDS_OF_ROWS:
+            if n > most:
+                break
+            pages = tuple(range(-(-n // page_tokens)))
+            for spans in ([Span([0] * n, 0, n, pages)], [Span([0], 1, 1, pages)] * n):
+                s.fill(spans)
+                for segment in range(min(2, len(self._moe))):
+                    self._before(s, segment)
+                    if self.weights.layers[self._moe[segment]].shared is not None:
+                        self._shared(s, segment)
+                self.head(s, s.last_row_index())
+
+    def _shared(self, s: LaneState, segment: int) -> None:
+        network, b = self.weights.layers[self._moe[segment]].shared, s.bucket
+        assert network is not None, "a layer without shared expert"
+        s.shared[:b].copy_(network(s.x[:b], (s.rows[:b], s.scales[:b])))
 
     def head(self, s: LaneState, rows: Tensor | None) -> Tensor:
         """Next-token logits: fp32 [rows, vocab] of some rows (int64 indices; None: the first `num_rows`)."""
@@ -241,7 +262,3 @@ class DeviceModel:
 def _needed(weight: Tensor | None) -> Tensor:
     assert weight is not None, "a MoE layer without gate"
     return weight
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source)

@@ -91,6 +91,7 @@ def _on_gpu(
         weights = load_device_weights(checkpoint, model_config, device=device, dtype=dtype)
     cache = _cache(config, model_config, dtype=dtype, device=device)
     model = DeviceModel(model_config, weights, cache, max_context=max_context)
+    model.warm_up(model.state(config.attention.max_batch_tokens))
     clock = DeviceClock() if config.cluster.trace_events else None
 
     def new_lane(i: int, moe: MoeClient, times: StepTimes, trace: Recorder | None) -> Forward:

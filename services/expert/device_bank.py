@@ -20,6 +20,7 @@ from common.model.source import Source, open_checkpoint
 from common.placement.plan import Place
 from common.plan_file import first_residents
 from common.wire.header import Wire
+from kernels import ops
 from kernels.reference.quant import BLOCK
 from services.expert.bank import Bank, read_expert
 from services.expert.device_experts import DeviceExpert, GraphedExperts, Group, GroupedExperts
@@ -115,9 +116,24 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
         hashes = {place: hash_expert(checkpoint, *place) for place in places}
     counts = dict.fromkeys(places, 0)
     graphed = GraphedExperts(model.hidden_size, torch.device(device))
-    return DeviceBank(
+    bank = DeviceBank(
         model.hidden_size, manifest.model_hash, {}, hashes, counts, experts, graphed, grouped
     )
+    _warm_up(bank, wire, torch.device(device))
+    return bank
+
+
+@torch.inference_mode()
+def _warm_up(bank: DeviceBank, wire: Wire, device: torch.device) -> None:
+    """Compile what experts launch, before anybody waits for one: for every kind of number of rows."""
+    networks = list(bank.experts.values())[:1]  # all are alike
+    for n in ops.KINDS_OF_ROWS:
+        rows = torch.zeros(n, bank.width, device=device, dtype=torch.bfloat16)
+        for network in networks:
+            values, scales = ops.quantise(rows)
+            network(values, scales) if wire is Wire.FP8 else network(rows, None)
+            if bank.grouped is not None and wire is Wire.FP8:
+                bank.grouped([(network, 0, n)], values, scales)
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from common.transport.device import release_behind
 from common.transport.outbox import Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import EXPERT_OUT_ROWS, PARTIAL_ROWS, RowSegment, RowType, row_segment
-from common.wire.header import Header, Kind
+from common.wire.header import Header, Kind, Wire
 from services.router import payloads
 from services.router.answers import Answers
 from services.router.block import Int32s, NodeWork, SourceWork, Tensor, Work
@@ -81,6 +81,10 @@ class Dataflow:
             f"<Dataflow node {self.node} [{len(self._sources)} blocks | {len(self._works)} node shares"
             f" | {owed} owed by experts | {sum(map(len, self.routers.values()))} by routers]>"
         )
+
+    def warm_up(self, width: int, wire: Wire, depth: int) -> None:
+        """See `services.router.rows.Rows.warm_up`."""
+        self._rows.warm_up(width, wire, depth)
 
     @property
     def num_in_flight(self) -> int:

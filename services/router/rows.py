@@ -17,7 +17,16 @@ from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, put_bytes, r
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
 from common.transport.seam import Seam
-from common.wire.blocks import RowSegment, RowType, expert_in_layout, num_scales
+from common.wire.blocks import (
+    DISPATCH_ROWS,
+    EXPERT_OUT_ROWS,
+    PARTIAL_ROWS,
+    RowSegment,
+    RowType,
+    expert_in_layout,
+    num_scales,
+    row_segment,
+)
 from common.wire.header import HEADER_NBYTES, Wire
 from kernels import ops
 from services.router.plan import FanOut, WorkerShare
@@ -112,6 +121,10 @@ class Rows(Protocol):
         """The sum over these outputs was launched, or is not wanted any more."""
         ...
 
+    def warm_up(self, width: int, wire: Wire, depth: int) -> None:
+        """Compile what blocks launch whose rows have up to `depth` pairs on a node, before anybody waits for one."""
+        ...
+
 
 class HostRows:
     """Rows in host memory: they travel inside their messages."""
@@ -156,6 +169,9 @@ class HostRows:
         pass
 
     def release(self, outputs: Outputs) -> None:
+        pass
+
+    def warm_up(self, width: int, wire: Wire, depth: int) -> None:
         pass
 
 
@@ -259,6 +275,34 @@ class RowsApart:
     def release(self, outputs: Outputs) -> None:
         held, outputs.held = outputs.held, []
         release_behind(self._seam, *held)
+
+    def warm_up(self, width: int, wire: Wire, depth: int) -> None:
+        for num_rows in ops.KINDS_OF_ROWS:
+            for pairs in range(1, depth + 1):
+                self._warm_up(num_rows, width, wire, pairs)
+
+    def _warm_up(self, num_rows: int, width: int, wire: Wire, pairs: int) -> None:
+        """Gather one row for all places, and add up what is in the memory of the answers."""
+        segment = row_segment(num_rows, width, DISPATCH_ROWS[wire])
+        payload = self._pool.acquire(segment.end, rows_nbytes=segment.end)
+        shares = [WorkerShare(0, 0, num_rows, np.array([[0, num_rows]], np.int32))]
+        slots = np.zeros((num_rows, pairs), np.int32)
+        index = np.zeros(num_rows, np.int32)
+        plan = FanOut(index, shares, slots, slots.astype(np.float32))
+        pieces = expert_pieces(shares, width, wire)
+        buffers, outputs = self.fan_out(
+            payload, segment, index, pieces, plan, EXPERT_OUT_ROWS[wire]
+        )
+        answers = {
+            TORCH_DTYPES[PARTIAL_ROWS[wire]],
+            torch.float32,
+        }  # rounded, or to be added to others
+        for dtype in answers:
+            out = torch.empty((num_rows, width), dtype=dtype, device=outputs.rows.device)
+            ops.combine(outputs.rows, outputs.slots, outputs.weights, out)
+            ops.sum_partials([out], [self.upload(np.arange(num_rows))], torch.empty_like(out))
+        self.release(outputs)
+        release_behind(self._seam, payload, *buffers)
 
 
 _DTYPES = {"i": torch.int32, "l": torch.int64}

@@ -81,6 +81,8 @@ class RouterWorker:
             trace=self.trace, seam=self.transport.seam,
             split=partial(split_unicast, self.spec.node) if unicast else split_by_node,
         )  # fmt: skip
+        wire = Wire.parse(self.config.cluster.wire)
+        self.flow.warm_up(model.hidden_size, wire, model.top_k * slices)
         self.placement = Placement(
             self.config,
             self.spec,

@@ -7,6 +7,7 @@ closed its links.
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 CHECK = """
 import re, sys
@@ -37,14 +38,58 @@ print("grouped experts")
 """
 
 
-def test_kernels_compile_for_hopper(tmp_path):
-    environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+# A driver that has no device, and launches that only compile: how many kernels come of many numbers of rows?
+COUNT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+class Driver:
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+run, seen = jit.JITFunction.run, set()
+
+def compiled(self, *given, grid, warmup=False, **options):
+    seen.add((self.fn.__name__, run(self, *given, grid=grid, warmup=True, **options).hash))
+
+jit.JITFunction.run = compiled
+from kernels import quant, stream, swiglu
+
+def e4m3(*shape):
+    return torch.zeros(shape, dtype=torch.float8_e4m3fn)
+
+for m in (1, 2, 16, 17, 32, 63, 64, 65, 96, 127, 128):
+    stream.stream_linear(e4m3(m, 640), torch.ones(m, 5), e4m3(384, 640), torch.ones(3, 5))
+for m in (1, 2, 3, 16, 128, 129, 160):
+    swiglu.swiglu_dense(torch.zeros(m, 256), scales_by_block=True)
+    quant.quantise(torch.zeros(m, 128))
+for name in sorted({name for name, _ in seen}):
+    print(name, sum(name == other for other, _ in seen))
+"""
+
+
+def run_apart(script: str, directory: Path) -> list[str]:
+    environment = {"TRITON_CACHE_DIR": str(directory), "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=110, check=False,
-        env=environment | {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=110, check=False,
+        env=environment | {"PATH": "/usr/bin:/bin", "HOME": str(directory)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-2:] == ["combine", "grouped experts"]
-    wide = re.search(r"gather 8 (\d+)", done.stdout)
+    return done.stdout.splitlines()
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    lines = run_apart(CHECK, tmp_path)
+    assert lines[-2:] == ["combine", "grouped experts"]
+    wide = re.search(r"gather 8 (\d+)", "\n".join(lines))
     assert wide is not None
     assert int(wide[1]) > 0, "rows are read in pieces of less than 16 bytes"
+
+
+def test_a_number_of_rows_does_not_ask_for_a_kernel_of_its_own(tmp_path):
+    """Each costs half a second when a request first brings that number."""
+    counts = {name: int(n) for name, n in (line.split() for line in run_apart(COUNT, tmp_path))}
+    assert counts == {"stream_units": 3, "_swiglu_dense": 1, "_quantise": 1}  # up to 16, 64, 128 rows
