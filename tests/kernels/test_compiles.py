@@ -36,14 +36,69 @@ compiled(kernels.block_gemm._tile_gemm,
 print("grouped experts")
 """
 
+# Gluon kernels: a driver that has no device, and launches that only compile.
+DECODE = """
+import re, subprocess, tempfile
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
 
-def test_kernels_compile_for_hopper(tmp_path):
+class Driver:
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+run = jit.JITFunction.run
+tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+def compiled(self, *given, grid, warmup=False, **options):
+    kernel = run(self, *given, grid=grid, warmup=True, **options)
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
+    count = [len(re.findall(name, sass)) for name in ("HGMMA", "DEPBAR[.]LE gsb0", "STL|LDL")]
+    print(self.fn.__name__, *count, kernel.metadata.shared)
+    return kernel
+
+jit.JITFunction.run = compiled
+from kernels.mla_decode import mla_decode_paged
+
+for rope, kind, width in ((64, torch.bfloat16, 576), (64, torch.uint8, 656), (16, torch.bfloat16, 528)):
+    mla_decode_paged(
+        torch.empty(2, 64, 512 + rope, dtype=torch.bfloat16), torch.empty(4, 64, width, dtype=kind),
+        torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), scale=1.0, latent=512,
+        max_context=128,
+    )
+"""
+
+
+def compile_apart(script, tmp_path):
+    """Output of a script that compiles, in a process of its own with no cache."""
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=110, check=False,
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=110, check=False,
         env=environment | {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
+    lines = compile_apart(DECODE, tmp_path).stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        name, products, waits, spills, shared = line.split()
+        assert name == "decode_blocks"
+        assert int(products) > 100
+        assert int(waits) < int(products) / 8, "the compiler waits for every product"
+        assert int(spills) == 0
+        assert int(shared) <= 227 << 10
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    done = compile_apart(CHECK, tmp_path)
     assert done.stdout.splitlines()[-2:] == ["combine", "grouped experts"]
     wide = re.search(r"gather 8 (\d+)", done.stdout)
     assert wide is not None
