@@ -143,13 +143,13 @@ def _blocks(rows: Tensor, columns: int, dtype: gl.dtype = gl.bfloat16) -> object
 def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, ...]:
     """Queries and cache as mla_hopper.decode_blocks takes them."""
     rows = queries.view(-1, queries.shape[2])
-    asked = _blocks(rows, 64), _blocks(rows, rope)
+    asked = _blocks(rows, 256), _blocks(rows, rope)
     halves = cache.view(torch.bfloat16).flatten(0, 1)
     if cache.dtype is torch.uint8:
         words = cache.view(torch.int32).flatten(0, 1)
         scales = cache.view(torch.float32)
         return (*asked, _blocks(words, 64, gl.int32), _blocks(halves, rope), scales)
-    return (*asked, _blocks(halves, 64), _blocks(halves, rope), cache.view(torch.int32))
+    return (*asked, _blocks(halves, 256), _blocks(halves, rope), None)
 
 
 def mla_decode_paged(

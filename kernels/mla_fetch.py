@@ -24,10 +24,8 @@ def _entry(table, token, end, PAGE: gl.constexpr):
 @gluon.jit
 def _fetch_half(entries, keys, bars, entry, step, HALF: gl.constexpr):
     mbarrier.wait(bars[FREE].index(HALF), (step + 1) & 1)  # at once in the first step
-    for c in gl.static_range(4):  # tiles of 64 x 64, each with its barrier
-        bar = bars[READY].index(7 + 4 * HALF + c)
-        mbarrier.expect(bar, 64 * 64 * 2)
-        load_block(entries, [entry, HALF % 2 * 256 + c * 64], bar, keys.index(4 * HALF + c))
+    mbarrier.expect(bars[READY].index(HALF), 64 * 256 * 2)
+    load_block(entries, [entry, HALF % 2 * 256], bars[READY].index(HALF), keys.index(HALF))
 
 
 @gluon.jit
@@ -43,20 +41,8 @@ def _fetch_rope(
 
 
 @gluon.jit
-def _prefetch(cache, entry, WIDTH: gl.constexpr):
-    """Ask for 64 cache entries to be brought into L2."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    at = cache + (entry + 2 * gl.arange(0, 32, LANES)).to(gl.int64) * (WIDTH // 4)
-    nbytes = gl.full([32], 2 * WIDTH, gl.int32, LANES)
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [at.to(gl.int64, bitcast=True), nbytes], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _fetch_bf16(
-    cache, entries, rotated, keys, ropes, bars, table, start, end, PAGE: gl.constexpr,
+    entries, rotated, keys, ropes, bars, table, start, end, PAGE: gl.constexpr,
     ROPE: gl.constexpr,
 ):  # fmt: skip
     """Fetch all keys of a split, in the order in which their places become free."""
@@ -66,8 +52,6 @@ def _fetch_bf16(
         # asked for before they are needed
         next0 = _entry(table, start + step * 128 + 128, end, PAGE)
         next1 = _entry(table, start + step * 128 + 192, end, PAGE)
-        if start + step * 128 + 128 < end:  # a program of a pair of head blocks prefetches one of the blocks of keys
-            _prefetch(cache, gl.where(gl.program_id(0) & 1, next1, next0), 1024 + 2 * ROPE)
         _fetch_half(entries, keys, bars, entry0, step, 0)
         _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, 512)
         _fetch_half(entries, keys, bars, entry0, step, 1)
@@ -161,5 +145,4 @@ def fetch(
     if FP8:
         _fetch_fp8(entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE, ROPE)
     else:
-        tiles = view(keys, gl.bfloat16, [16, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
-        _fetch_bf16(scales, entries, rotated, tiles, ropes, bars, table, start, end, PAGE, ROPE)
+        _fetch_bf16(entries, rotated, keys, ropes, bars, table, start, end, PAGE, ROPE)

@@ -52,13 +52,9 @@ def _clear_rows(shared, first, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _score_half(q, keys, bars, scores, zero, phase, HALF: gl.constexpr, ADD: gl.constexpr):
-    tiles = view(keys, gl.bfloat16, [16, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
-    for c in gl.static_range(4):
-        mbarrier.wait(bars[READY].index(7 + 4 * HALF + c), phase)
-        k = tiles.index(zero + 4 * HALF + c).permute((1, 0))
-        there = q.index(zero + HALF % 2 * 4 + c)
-        scores = warpgroup_mma(there, k, scores, use_acc=ADD or c > 0, is_async=True)
-    return scores
+    mbarrier.wait(bars[READY].index(HALF), phase)
+    k = keys.index(zero + HALF).permute((1, 0))
+    return warpgroup_mma(q.index(zero + HALF % 2), k, scores, use_acc=ADD, is_async=True)
 
 
 @gluon.jit
@@ -76,8 +72,7 @@ def _clear_block(
     if left < 64:
         if not FP8:
             for half in gl.static_range(2):
-                for c in gl.static_range(4):
-                    mbarrier.wait(bars[READY].index(7 + 8 * B + 4 * half + c), phase)
+                mbarrier.wait(bars[READY].index(2 * B + half), phase)
                 _clear_rows(keys.index(2 * B + half), left, 256)
         mbarrier.wait(bars[READY].index(4 + B), phase)
         _clear_rows(ropes.index((2 - B) * 64 // ROPE), left, ROPE)
@@ -237,20 +232,20 @@ def decode_blocks(
     start = split * SPLIT
     if start < context:
         end = gl.minimum(start + SPLIT, context)
-        q = gl.allocate_shared_memory(gl.bfloat16, [8, 64, 64], TILE)
+        q = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], TILE)
         qr = gl.allocate_shared_memory(gl.bfloat16, [1, 64, ROPE], query_ropes.layout)
         keys = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 256], TILE)
         # Even weights; rotated keys of the odd block, then its weights; rotated keys of the even block.
         weights = gl.allocate_shared_memory(gl.bfloat16, [3, 64, 64], TILE)
         ropes = view(weights, gl.bfloat16, [3 * 64 // ROPE, 64, ROPE], ROPES)
         maxima = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
-        ready, free, met, raw = _barriers(23), _barriers(6), _barriers(6), _barriers(4)
+        ready, free, met, raw = _barriers(7), _barriers(6), _barriers(6), _barriers(4)
         fence_async_shared()
         barrier()
         row = request * heads + block * 64
         mbarrier.expect(ready.index(QUERIES), 64 * (512 + ROPE) * 2)
-        for c in gl.static_range(8):
-            load_block(queries, [row, c * 64], ready.index(QUERIES), q.index(c))
+        load_block(queries, [row, 0], ready.index(QUERIES), q.index(0))
+        load_block(queries, [row, 256], ready.index(QUERIES), q.index(1))
         load_block(query_ropes, [row, 512], ready.index(QUERIES), qr.index(0))
         table += request * table_width
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
