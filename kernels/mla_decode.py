@@ -134,20 +134,22 @@ def _add_splits(
     tl.store(OUT + row * LATENT + latent, acc / total)
 
 
-def _blocks(rows: Tensor, columns: int) -> object:
-    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous bf16 matrix."""
-    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], gl.bfloat16)
+def _blocks(rows: Tensor, columns: int, dtype: gl.dtype = gl.bfloat16) -> object:
+    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous matrix."""
+    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], dtype)
     return TensorDescriptor.from_tensor(rows, [_HEADS, columns], layout)
 
 
 def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, ...]:
     """Queries and cache as mla_hopper.decode_blocks takes them."""
     rows = queries.view(-1, queries.shape[2])
-    asked = _blocks(rows, 128), _blocks(rows, rope)
+    asked = _blocks(rows, 256), _blocks(rows, rope)
+    halves = cache.view(torch.bfloat16).flatten(0, 1)
     if cache.dtype is torch.uint8:
-        return (*asked, None, None, cache.view(torch.int32), cache.view(torch.float32))
-    entries = cache.view(-1, cache.shape[2])
-    return (*asked, _blocks(entries, 64), _blocks(entries, rope), None, None)
+        words = cache.view(torch.int32).flatten(0, 1)
+        scales = cache.view(torch.float32)
+        return (*asked, _blocks(words, 64, gl.int32), _blocks(halves, rope), scales)
+    return (*asked, _blocks(halves, 256), _blocks(halves, rope), None)
 
 
 def mla_decode_paged(
@@ -191,8 +193,8 @@ def mla_decode_paged(
             page,
             SPLIT_TOKENS,
             fp8,
-            num_warps=8,
-            maxnreg=128 if fp8 else 168,
+            num_warps=4,
+            maxnreg=168,
         )
     else:
         shape = (latent, rope, page, SPLIT_TOKENS)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper import barrier, load_block
+from kernels.hopper import barrier, load_block, tell
 from kernels.hopper_epilogue import add_scaled, store_hidden
 
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
@@ -107,12 +107,6 @@ def _produce(
 
 
 @gluon.jit
-def _release(empty):
-    barrier()  # all warps have read the stage
-    mbarrier.arrive(empty, count=1)
-
-
-@gluon.jit
 def _multiply(x, ws, b, out, CHUNK: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr):
     """Start the product with this warpgroup's CHUNK of 64 rows of a big item, into out's registers."""
     SUB: gl.constexpr = CHUNK if BM == 64 else CHUNK // 2
@@ -167,7 +161,7 @@ def _big_items(
             a0 = add_scaled(p0, scale, a0)
             if BM == 64:
                 p1 = warpgroup_mma_wait(0, deps=(p1,))
-                _release(empty.index(b))
+                tell(empty.index(b))
                 a1 = add_scaled(p1, scale2, a1)
             else:
                 p2 = _multiply(x, ws, b, p0, 2, WG, BM)
@@ -177,7 +171,7 @@ def _big_items(
                 p2 = warpgroup_mma_wait(1, deps=(p2,))
                 a2 = add_scaled(p2, scale2, a2)
                 p3 = warpgroup_mma_wait(0, deps=(p3,))
-                _release(empty.index(b))
+                tell(empty.index(b))
                 a3 = add_scaled(p3, scale2, a3)
         if SWIGLU:
             store_hidden(
@@ -278,7 +272,7 @@ def _small_items(
             p0 = _multiply_small(xs, ws, b, zeros, 0, WG, BM, KU, N, BIG)
             if PRODUCTS == 1:
                 p0 = warpgroup_mma_wait(0, deps=(p0,))
-                _release(empty.index(b))
+                tell(empty.index(b))
                 a0 = add_scaled(p0, s0, a0)
             else:
                 p1 = _multiply_small(xs, ws, b, zeros, 1, WG, BM, KU, N, BIG)
@@ -286,7 +280,7 @@ def _small_items(
                     p0 = warpgroup_mma_wait(1, deps=(p0,))
                     a0 = add_scaled(p0, s0, a0)
                     p1 = warpgroup_mma_wait(0, deps=(p1,))
-                    _release(empty.index(b))
+                    tell(empty.index(b))
                     if BM == 64:
                         a0 = add_scaled(p1, s1, a0)
                     else:
@@ -304,7 +298,7 @@ def _small_items(
                     p2 = warpgroup_mma_wait(1, deps=(p2,))
                     a0 = add_scaled(p2, s2, a0)
                     p3 = warpgroup_mma_wait(0, deps=(p3,))
-                    _release(empty.index(b))
+                    tell(empty.index(b))
                     if BM == 64:
                         a0 = add_scaled(p3, s3, a0)
                     else:

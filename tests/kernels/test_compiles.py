@@ -38,8 +38,8 @@ print("grouped experts")
 """
 
 
-# A driver that has no device, and launches that only compile: how many kernels come of many numbers of rows?
-COUNT = """
+# Gluon kernels: a driver that has no device, and launches that only compile.
+NO_DEVICE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
@@ -50,7 +50,44 @@ class Driver:
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
 
 driver.set_active(Driver())
-run, seen = jit.JITFunction.run, set()
+run = jit.JITFunction.run
+"""
+
+DECODE = (
+    NO_DEVICE
+    + """
+import re, subprocess, tempfile
+from pathlib import Path
+import triton
+
+tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+def compiled(self, *given, grid, warmup=False, **options):
+    kernel = run(self, *given, grid=grid, warmup=True, **options)
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
+    count = [len(re.findall(name, sass)) for name in ("HGMMA", "DEPBAR[.]LE gsb0", "STL|LDL")]
+    print(self.fn.__name__, *count, kernel.metadata.shared)
+    return kernel
+
+jit.JITFunction.run = compiled
+from kernels.mla_decode import mla_decode_paged
+
+for rope, kind, width in ((64, torch.bfloat16, 576), (64, torch.uint8, 656), (16, torch.bfloat16, 528)):
+    mla_decode_paged(
+        torch.empty(2, 64, 512 + rope, dtype=torch.bfloat16), torch.empty(4, 64, width, dtype=kind),
+        torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), scale=1.0, latent=512,
+        max_context=128,
+    )
+"""
+)
+
+# How many kernels come of many numbers of rows?
+COUNT = (
+    NO_DEVICE
+    + """
+seen = set()
 
 def compiled(self, *given, grid, warmup=False, **options):
     seen.add((self.fn.__name__, run(self, *given, grid=grid, warmup=True, **options).hash))
@@ -69,9 +106,11 @@ for m in (1, 2, 3, 16, 128, 129, 160):
 for name in sorted({name for name, _ in seen}):
     print(name, sum(name == other for other, _ in seen))
 """
+)
 
 
 def run_apart(script: str, directory: Path) -> list[str]:
+    """Lines that a script prints which compiles, in a process of its own with no cache."""
     environment = {"TRITON_CACHE_DIR": str(directory), "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=110, check=False,
@@ -79,6 +118,18 @@ def run_apart(script: str, directory: Path) -> list[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
+
+
+def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
+    lines = run_apart(DECODE, tmp_path)
+    assert len(lines) == 3
+    for line in lines:
+        name, products, waits, spills, shared = line.split()
+        assert name == "decode_blocks"
+        assert int(products) > 100
+        assert int(waits) < int(products) / 8, "the compiler waits for every product"
+        assert int(spills) == 0
+        assert int(shared) <= 227 << 10
 
 
 def test_kernels_compile_for_hopper(tmp_path):
@@ -92,4 +143,8 @@ def test_kernels_compile_for_hopper(tmp_path):
 def test_a_number_of_rows_does_not_ask_for_a_kernel_of_its_own(tmp_path):
     """Each costs half a second when a request first brings that number."""
     counts = {name: int(n) for name, n in (line.split() for line in run_apart(COUNT, tmp_path))}
-    assert counts == {"stream_units": 3, "_swiglu_dense": 1, "_quantise": 1}  # up to 16, 64, 128 rows
+    assert counts == {
+        "stream_units": 3,
+        "_swiglu_dense": 1,
+        "_quantise": 1,
+    }  # up to 16, 64, 128 rows
