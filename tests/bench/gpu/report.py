@@ -18,7 +18,7 @@ def where(facts: dict[str, Any]) -> str:
     cards = facts["cards"]
     return (
         f"{len(cards)} x {cards[0]}, driver {facts['driver']}, torch {facts['torch']}, ucxx {facts['ucxx']}, "
-        f"commit {facts['commit']}, {facts['date']}"
+        f"commit {facts['commit'][:7]}, {facts['date']}"
     )
 
 
@@ -43,64 +43,63 @@ def hop() -> str:
 
 
 def round_trip() -> str:
-    facts, nccl = read("round_trip"), read("nccl")
-    theirs = {r["tokens"]: r for r in nccl["rows"]}
+    """One router, and several that divide blocks, beside NCCL and the bare loop."""
+    one, several, nccl, bare = (read(name) for name in ("round_trip", "rails", "nccl", "bare_loop"))
+    layers = {r["tokens"]: r["layer_us"] for r in nccl["rows"]}
+    floor = {(r["tokens"], r["in_flight"]): r for r in bare["rows"]}
     lines = [
-        "| tokens | blocks in flight | round trip, us | of it the expert, us | us per block "
-        "| NCCL, synchronous: us per layer |",
-        "|---|---|---|---|---|---|",
+        "| tokens | blocks in flight | routers | round trip, us | without the expert, us | us per block "
+        "| bare loop: round trip, per block, us | NCCL, synchronous: us per layer |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for r in facts["rows"]:
-        layer = theirs.get(r["tokens"], {}).get("layer_us", "")
+    rows = [(r, facts["routers"]) for facts in (one, several) for r in facts["rows"]]
+    for r, routers in sorted(rows, key=lambda row: (row[0]["tokens"], row[0]["in_flight"], row[1])):
+        least = floor.get((r["tokens"], r["in_flight"]))
+        beside = "" if least is None else f"{least['latency_us']}, {least['per_block_us']}"
         lines.append(
-            f"| {r['tokens']} | {r['in_flight']} | {r['latency_us']} | {r['expert_us']} | {r['per_block_us']} "
-            f"| {layer} |"
+            f"| {r['tokens']} | {r['in_flight']} | {routers} | {r['latency_us']} | {r['without_expert_us']} "
+            f"| {r['per_block_us']} | {beside} | {layers.get(r['tokens'], '')} |"
         )
-    parts = facts["parts_us"]
-    way = ", ".join(f"{name} {parts[name]:.0f}" for name in PARTS) if parts else ""
-    way = f"; medians of a block's way over all these runs, us: {way}" if way else ""
     return "\n".join(
         [
             *lines, "",
-            f"`python -m tests.bench.gpu.round_trip`, {facts['experts']} experts of hidden width "
-            f"{facts['hidden']}, every token to all of them{way}. "
-            f"{where(facts)}. `python -m tests.bench.gpu.nccl`: {where(nccl)}. {rails()}",
+            f"`python -m tests.bench.gpu.round_trip [--routers {several['routers']} --divide blocks]`, "
+            f"{one['experts']} experts of hidden width {one['hidden']}, every token to all of them; "
+            "`python -m tests.bench.gpu.bare_loop`: the same way, experts that only convert their rows, none of our "
+            f"protocol; `python -m tests.bench.gpu.nccl`; all in one call. {where(one)}.",
         ]
     )  # fmt: skip
 
 
-def rails() -> str:
-    """The same with more routers."""
-    facts = read("rails")
-    found = [
-        f"{r['latency_us']} us with {r['in_flight']} in flight ({r['per_block_us']} per block)"
-        for r in facts["rows"]
-    ]
-    tokens = facts["rows"][0]["tokens"]
-    return f"With {facts['routers']} routers (`--routers`), {tokens} tokens: {', '.join(found)}."
-
-
 def serving() -> str:
-    facts = read("serving")
+    """Tokens per second of whole models."""
     lines = [
-        "| micro-batches | concurrency | tokens/s | tokens/s while decoding | time per output token, ms "
-        "| exposed communication, % of the step | on a free wire, % |",
-        "|---|---|---|---|---|---|---|",
+        "| model | micro-batches | routers | concurrency | tokens/s | tokens/s while decoding "
+        "| time per output token, ms | exposed communication, % of the step | on a free wire, % |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in facts["rows"]:
-        seen = r.get("trace", {}).get("overlap", [{}])[0]
-        lines.append(
-            f"| {r['microbatches']} | {r['concurrency']} | {r['tokens_per_s']:.0f} "
-            f"| {r['decode_tokens_per_s']:.0f} | {r['tpot_ms']} | {seen.get('exposed_percent', '')} "
-            f"| {seen.get('free_wire_exposed_percent', '')} |"
-        )
-    commits = sorted({r["commit"] for r in facts["rows"] if "commit" in r})
-    earlier = f"; one micro-batch at {', '.join(commits)}" if commits else ""
+    notes = []
+    for file in ("serving_m1", "serving_m3", "serving_reference", "serving_demo"):
+        facts = read(file)
+        name = "demo model"
+        if file != "serving_demo":
+            name = f"{facts['model']}, {facts['layers']} layers"
+            notes.append(
+                f"{name}: {facts['workers']} expert workers with 32 experts of each layer, "
+                f"{facts['distinct']} of them distinct"
+            )
+        for r in facts["rows"]:
+            seen = r.get("trace", {}).get("overlap", [{}])[0]
+            stalled = r["tpot_ms"] <= 0  # a short run took longer than a long one
+            lines.append(
+                f"| {name}{' at ' + r['commit'] if 'commit' in r else ''} | {r['microbatches']} | {facts['routers']} | {r['concurrency']} | {r['tokens_per_s']:.0f} "
+                f"| {'-' if stalled else round(r['decode_tokens_per_s'])} | {'-' if stalled else r['tpot_ms']} "
+                f"| {seen.get('exposed_percent', '')} | {seen.get('free_wire_exposed_percent', '')} |"
+            )
     return "\n".join(
         [
             *lines, "",
-            f"`python -m tests.bench.gpu.serving --trace`: {facts['model']} at full width, {facts['layers']} layers, "
-            f"{facts['workers']} expert workers with 32 experts of each layer, {facts['distinct']} of them distinct, "
-            f"{where(facts)}{earlier}.",
+            f"`python -m tests.bench.gpu.serving`, full width. {'; '.join(dict.fromkeys(notes))}; demo model: 16 "
+            f"expert workers. {where(read('serving_m3'))}; demo model at {read('serving_demo')['commit'][:7]}.",
         ]
     )  # fmt: skip

@@ -141,10 +141,15 @@ def main() -> None:
                 rows[-1]["trace"] = trace_report(run_dir, 16 * m, args.trace_file)
     if args.out:
         layout = {
-            "model": args.preset if args.model is None else model.name, "layers": args.layers,
-            "workers": args.workers, "nodes": args.nodes, "routers": args.routers,
-            "divide": args.divide, "distinct": args.distinct,
-        }  # fmt: skip
+            "workers": args.workers,
+            "nodes": args.nodes,
+            "routers": args.routers,
+            "divide": args.divide,
+        }
+        if args.model is None:
+            layout |= {"model": args.preset, "layers": args.layers, "distinct": args.distinct}
+        else:
+            layout |= {"model": model.name}
         args.out.write_text(json.dumps(gpu_facts() | layout | {"rows": rows}, indent=1) + "\n")
 
 
