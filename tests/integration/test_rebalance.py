@@ -162,16 +162,20 @@ class Stream:
         return [logits for each in await asyncio.gather(*self._tasks) for logits in each]
 
 
+@pytest.mark.parametrize("divide", ["destinations", "blocks"])
 @pytest.mark.parametrize("routers", [1, 3])
 @pytest.mark.parametrize("replicas", [0, 2])
-def test_blocks_on_their_way_follow_their_own_epoch(model, expected, tmp_path, routers, replicas):
+def test_blocks_on_their_way_follow_their_own_epoch(
+    model, expected, tmp_path, routers, replicas, divide
+):
     """Rails must agree on the epoch of each block, or a pair is computed twice or not at all."""
 
     async def main() -> None:
         def scramble(sender, receiver, random):
             return random.randrange(0, 3000)
 
-        async with running(model, tmp_path, routers=routers, script=scramble) as (cluster, gateway):
+        layout = {"routers": routers, "routers_divide": divide}
+        async with running(model, tmp_path, **layout, script=scramble) as (cluster, gateway):
             stream = Stream(cluster)
             for seed in range(4):
                 plan = shuffled(model, seed, replicas=replicas)
@@ -183,6 +187,8 @@ def test_blocks_on_their_way_follow_their_own_epoch(model, expected, tmp_path, r
                 assert torch.equal(logits, expected)
             nothing_is_left(cluster, plan)
             assert all(r.flow.counters.failed == 0 for r in cluster.of(Role.ROUTER))
+            trace = await gateway.rebalancer.trace()  # of routers that had no block, too
+            assert trace.num_experts == EXPERTS
 
     asyncio.run(main())
 

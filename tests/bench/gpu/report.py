@@ -91,9 +91,11 @@ def serving() -> str:
         for r in facts["rows"]:
             seen = r.get("trace", {}).get("overlap", [{}])[0]
             stalled = r["tpot_ms"] <= 0  # a short run took longer than a long one
+            decoding = "-" if stalled else round(r["decode_tokens_per_s"])
+            at = f" at {r['commit']}" if "commit" in r else ""
             lines.append(
-                f"| {name}{' at ' + r['commit'] if 'commit' in r else ''} | {r['microbatches']} | {facts['routers']} | {r['concurrency']} | {r['tokens_per_s']:.0f} "
-                f"| {'-' if stalled else round(r['decode_tokens_per_s'])} | {'-' if stalled else r['tpot_ms']} "
+                f"| {name}{at} | {r['microbatches']} | {facts['routers']} | {r['concurrency']} "
+                f"| {r['tokens_per_s']:.0f} | {decoding} | {'-' if stalled else r['tpot_ms']} "
                 f"| {seen.get('exposed_percent', '')} | {seen.get('free_wire_exposed_percent', '')} |"
             )
     return "\n".join(
