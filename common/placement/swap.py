@@ -64,13 +64,14 @@ class Held:
     """What follows from the nodes of an item's copies.
 
     `share[lane, node]`: of its rows; `log`: of 1 - share; `own[node]`: of all its rows; `peak`: the largest share of
-    one copy, over its GPU's speed.
+    one copy, over its GPU's speed; `count[node]` of copies.
     """
 
     share: Floats
     log: Float32s
     own: Floats
     peak: float
+    count: Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +123,7 @@ class Assignment:
         """What these nodes mean for an item."""
         found = self._held.get(nodes)
         if found is None:
-            shares = replica_shares(list(nodes), self.sources)
+            shares = replica_shares(nodes, self.sources)
             per_copy = self.sources @ shares
             by_node = np.eye(self.num_nodes)[list(nodes)]
             share = (
@@ -130,7 +131,8 @@ class Assignment:
             )
             log = np.log(np.maximum(1 - share, _TINY)).astype(np.float32)
             peak = float((per_copy / self.limits.speed[list(nodes)]).max())
-            found = self._held[nodes] = Held(share, log, per_copy @ by_node, peak)
+            count = np.bincount(nodes, minlength=self.num_nodes)
+            found = self._held[nodes] = Held(share, log, per_copy @ by_node, peak, count)
         return found
 
     def near(self, nodes: Nodes, less: int) -> tuple[Floats, Floats]:
@@ -264,9 +266,8 @@ class Assignment:
         """Whether there are slots for it, and GPUs and nodes bear it."""
         load, node_load, free = self.limits.load, self.node_load.copy(), self.free.copy()
         for item, where in change:
-            np.add.at(free, list(self.nodes[item]), 1)
-            np.add.at(free, list(where), -1)
             before, after = self.held(self.nodes[item]), self.held(where)
+            free += before.count - after.count
             most = max(self.limits.heaviest[item], load[item] * before.peak)
             if load[item] * after.peak > most * _SLACK:
                 return False
@@ -295,12 +296,9 @@ class Assignment:
         rows, log, self.touches = after
         self.log[rows] = log
         for item, where in change:
-            before = self.nodes[item]
-            self.node_load += self.limits.load[item] * (
-                self.held(where).own - self.held(before).own
-            )
-            np.add.at(self.free, list(before), 1)
-            np.add.at(self.free, list(where), -1)
+            before, held = self.held(self.nodes[item]), self.held(where)
+            self.node_load += self.limits.load[item] * (held.own - before.own)
+            self.free += before.count - held.count
             self.nodes[item] = where
 
     def descend(self, rounds: int, norms: tuple[float, ...] = _NORMS) -> float:
