@@ -11,7 +11,7 @@ from common.model.small import small_config
 from common.model.writer import write_random
 from tests.inproc_cluster import inproc_cluster
 
-BUSY, ROUNDS = 3, 12
+BUSY, ROUNDS = 3, 40
 V2 = {
     "model_type": "deepseek_v2", "topk_method": "greedy", "n_group": None, "topk_group": None,
     "norm_topk_prob": False, "routed_scaling_factor": 1.0,
@@ -26,14 +26,14 @@ def skewed(directory, overrides):
         if name.endswith("e_score_correction_bias"):
             tensor[BUSY] += 0.3
         elif overrides and name.endswith("mlp.gate.weight"):
-            tensor[BUSY] *= 4
+            tensor[BUSY] *= 2.5
     save_file(tensors, directory / "model.safetensors")
     return directory
 
 
 def texts():
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(3, 250, (ROUNDS, 100), generator=generator).tolist()
+    return torch.randint(3, 250, (4, 100), generator=generator).tolist() * (ROUNDS // 4)
 
 
 async def busiest(model, run_dir, most):
@@ -52,17 +52,18 @@ async def busiest(model, run_dir, most):
         return late[BUSY] * len(late) / sum(late), logits, counters
 
 
-@pytest.mark.parametrize("overrides", [{}, V2], ids=["v3", "v2"])
-def test_the_busiest_experts_load_falls(overrides, tmp_path, caplog):
+@pytest.mark.parametrize(("overrides", "most"), [({}, 0.5), (V2, 0.1)], ids=["v3", "v2"])
+def test_the_busiest_experts_load_falls(overrides, most, tmp_path, caplog):
+    torch.set_num_threads(1)
     model = skewed(tmp_path / "model", overrides)
     off, logits, counters = asyncio.run(busiest(model, tmp_path / "off", 0.0))
     assert not [name for name in counters if name.startswith("gate")]
-    assert not caplog.records
-    on, others, counters = asyncio.run(busiest(model, tmp_path / "on", 0.5))
-    assert off > 2
-    assert on < 0.75 * off
+    assert "gate_bias_max" not in caplog.text
+    on, others, counters = asyncio.run(busiest(model, tmp_path / "on", most))
+    assert off > 1.4
+    assert on < 1.3
     assert counters["gate_lowered"] >= 1
-    assert 0 < counters["gate_largest_bias"] <= 0.5
+    assert 0 < counters["gate_largest_bias"] <= most
     (said,) = [r.getMessage() for r in caplog.records if "gate_bias_max" in r.getMessage()]
     assert "outputs differ from the model's own" in said
     assert torch.equal(others[0], logits[0]), "until enough rows have been counted"
