@@ -105,9 +105,8 @@ def test_a_bias_decides_the_choice_and_not_the_weights(kind, groups):
     x, weight = torch.randn(200, 48), torch.randn(16, 48)
     ids, _ = gate(kind, x, weight, torch.zeros(16), groups)
     busiest = int(ids.flatten().bincount(minlength=16).argmax())
-    bias = torch.full(
-        (16,), -0.5
-    )  # below what stands for groups left out on an unbiased softmax gate
+    # with groups: below what stands for the ones left out of an unbiased softmax gate
+    bias = torch.full((16,), -0.5 if groups > 1 else 0.0)
     bias[busiest] = -2.0
     other, weights = gate(kind, x, weight, bias, groups)
     assert (ids == busiest).any()
