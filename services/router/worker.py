@@ -55,7 +55,7 @@ class RouterWorker:
         self._expert_status: dict[int, dict[str, Any]] = {}
         self._gateways: set[Link] = set()
         self._status = StatusGather(self._entries, wait_s=_STATUS_WAIT_S)
-        self._last_state: tuple[State, str] | None = None
+        self._last_told: tuple[State, str, frozenset[int]] | None = None
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Listen for attention workers, experts and later routers; dial the earlier routers."""
@@ -262,8 +262,8 @@ class RouterWorker:
         ).to_json()  # fmt: skip
 
     def _push_state(self) -> None:
-        """Tell gateways when this node's state changes (one frame, not one per link)."""
-        state = self._state()
-        if state != self._last_state:
-            self._last_state = state
+        """Tell gateways when this node's state changes, or who of its experts is here, of whom none may be needed."""
+        now = (*self._state(), frozenset(self._experts))
+        if now != self._last_told:
+            self._last_told = now
             tell(self._gateways, status_frame(None, self._entries()))
