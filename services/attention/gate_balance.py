@@ -69,6 +69,6 @@ class GateBalance:
         biases = [one.bias for one in self._layers.values()]
         return {
             "gate_lowered": sum(int(np.count_nonzero(bias)) for bias in biases),
-            "gate_largest_bias": -min((float(bias.min()) for bias in biases), default=0.0),
+            "gate_largest_bias": max((float(abs(bias.min())) for bias in biases), default=0.0),
             "gate_bias_changes": self.num_changes,
         }
