@@ -5,7 +5,8 @@
     [placement] experts_per_gpu, plan, dispatch, routers_divide, expert_slices, rebalance_every_s, rebalance_gain,
                 rebalance_patience
     [topology]  gpu, nic_gbit_s, uplink_gbit_s, nic_latency_us, nvlink_latency_us
-    [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens
+    [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens,
+                gate_bias_max
     [gateway]   host, port, api_key_file, max_queued
     [limits]    block_deadline_s, max_payload_mb, link_window, start_deadline_s, watchdog_s, drain_deadline_s
     [[nodes]]   host, attention, experts, routers, rails, gpus, base_port, gpu, nic_gbit_s, nvlink_domain, leaf
@@ -114,7 +115,11 @@ class TopologySection:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSection:
-    """Bounds of one attention worker. `max_context` 0 means the model's own limit."""
+    """Bounds of one attention worker. `max_context` 0 means the model's own limit.
+
+    `gate_bias_max` is by how much at most a gate may lower an overloaded expert's score before it chooses: 0 keeps the
+    model's own outputs, anything else does not.
+    """
 
     microbatches: int = _in(2, 1, 8)
     page_tokens: int = _in(64, 1, 4096)
@@ -122,6 +127,7 @@ class AttentionSection:
     max_requests: int = _in(64, 1, 1 << 16)
     max_context: int = _in(0, 0, 1 << 24)
     cache_tokens: int = _in(32768, 1, 1 << 30)
+    gate_bias_max: float = _in(0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +308,7 @@ def local_cluster(
     routers_divide: str = "destinations",
     host: str = "127.0.0.1",
     api_key_file: Path | None = None,
+    gate_bias_max: float = 0.0,
 ) -> ClusterConfig:
     """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously,
     and `routers` on each node, which divide what `routers_divide` says.
@@ -317,7 +324,7 @@ def local_cluster(
         nodes=tuple(Node(attention=a, experts=e, routers=routers) for a, e in counts),
         cluster=ClusterSection(wire=wire, run_dir=run_dir),
         placement=PlacementSection(experts_per_gpu=experts_per_gpu, routers_divide=routers_divide),
-        attention=AttentionSection(microbatches=microbatches),
+        attention=AttentionSection(microbatches=microbatches, gate_bias_max=gate_bias_max),
         gateway=GatewaySection(host=host, port=port, api_key_file=api_key_file),
     )
     source = config_toml.Source("local cluster", {})
@@ -340,6 +347,11 @@ def _checked(config: ClusterConfig, source: config_toml.Source) -> ClusterConfig
         raise source.error("nodes[0].attention", "at least one node needs an attention worker")
     if config.cluster.wire == "fp32" and config.cluster.device != "cpu":
         raise source.error("cluster.wire", EXACT_ON_CPU)
+    if config.cluster.wire == "fp32" and config.attention.gate_bias_max:
+        raise source.error(
+            "attention.gate_bias_max",
+            "changes which experts are chosen, and fp32, the exact mode, promises the model's own choice",
+        )
     local = {node.host == LOCAL for node in config.nodes}
     for where, host in _hosts(config):
         if not host or any(c.isspace() or c in "/@" for c in host):

@@ -45,6 +45,7 @@ _DEFAULTS = {
     "routers_divide": "destinations",
     "microbatches": 2,
     "wire": "fp8",
+    "gate_bias_max": 0.0,
     "host": "127.0.0.1",
     "port": 8000,
 }
@@ -114,6 +115,10 @@ def _configure_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wire", choices=("fp8", "bf16", "fp32"), help="what travels between processes (fp8)"
     )
+    parser.add_argument(
+        "--gate-bias-max", type=float, metavar="B",
+        help="lower overloaded experts' gate scores by up to B, which changes outputs (0: never)",
+    )  # fmt: skip
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:

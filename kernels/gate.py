@@ -28,7 +28,7 @@ def _top_groups(group_scores, TOP: tl.constexpr, GP: tl.constexpr):
 def _gate(
     LOGITS, BIAS, IDS, WEIGHTS, experts, factor, G: tl.constexpr, GP: tl.constexpr,
     PER: tl.constexpr, PP: tl.constexpr, TOP_GROUPS: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
+    KP: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group, place = tl.arange(0, GP), tl.arange(0, PP)
@@ -38,11 +38,12 @@ def _gate(
     bad = tl.max(tl.max((logits != logits).to(tl.int32), 1), 0) > 0
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
-        choice = scores + tl.load(BIAS + expert, mask=real, other=0.0)
     else:
         e = tl.exp(logits - tl.max(tl.max(logits, 1), 0))
         scores = e / tl.sum(tl.sum(e, 1), 0)
-        choice = scores
+    choice = scores
+    if BIASED:
+        choice = scores + tl.load(BIAS + expert, mask=real, other=0.0)
     choice = tl.where(real, choice, float("-inf"))
     if G > 1:
         group_scores = tl.max(choice, 1)
@@ -51,7 +52,7 @@ def _gate(
             rest = tl.where(place[None, :] == first[:, None], float("-inf"), choice)
             group_scores += tl.max(rest, 1)
         kept = _top_groups(group_scores, TOP_GROUPS, GP)[:, None] == 1
-        outside = float("-inf") if SIGMOID else 0.0
+        outside = float("-inf") if BIASED else 0.0
         choice = tl.where(kept | (real == 0), choice, outside)
     choice = tl.reshape(choice, (GP * PP,))
     scores = tl.reshape(scores, (GP * PP,))
@@ -61,7 +62,7 @@ def _gate(
     weights = tl.zeros((KP,), tl.float32)
     for k in tl.static_range(K):
         best = tl.argmax(choice, 0)
-        weight = tl.sum(tl.where(flat == best, scores if SIGMOID else choice, 0.0), 0)
+        weight = tl.sum(tl.where(flat == best, scores if BIASED else choice, 0.0), 0)
         ids = tl.where(nth == k, best // PP * PER + best % PP, ids)
         weights = tl.where(nth == k, weight, weights)
         choice = tl.where(flat == best, float("-inf"), choice)
@@ -76,6 +77,7 @@ def choose(
     logits: Tensor,
     bias: Tensor | None,
     *,
+    softmax: bool = False,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
@@ -84,7 +86,7 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """Top-k of logits fp32 [rows, experts]: ids int32 and weights fp32, both [rows, top_k].
 
-    Sigmoid gate with group limit (V3) when `bias` fp32 [experts] is given, softmax gate (V2) when it is None.
+    Sigmoid gate with group limit (V3, with a `bias` fp32 [experts]), or softmax gate (V2, without one unless balanced).
     Raises ValueError when the experts do not divide into groups.
     """
     rows, experts = logits.shape
@@ -97,7 +99,8 @@ def choose(
         _gate[(rows,)](
             logits, bias, ids, weights, experts, routed_scaling_factor, num_groups,
             triton.next_power_of_2(num_groups), per, triton.next_power_of_2(per), top_k_groups,
-            top_k, triton.next_power_of_2(top_k), bias is not None, norm_topk_prob, num_warps=1,
+            top_k, triton.next_power_of_2(top_k), not softmax, bias is not None, norm_topk_prob,
+            num_warps=1,
         )  # fmt: skip
     return ids, weights
 
@@ -128,6 +131,7 @@ def gate_v3(
 def gate_v2(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None = None,
     *,
     num_experts: int,
     top_k: int,
@@ -138,7 +142,8 @@ def gate_v2(
     """Softmax gate: x [rows, width] -> expert ids int32 and weights fp32, both [rows, top_k]."""
     return choose(
         linear(x.float(), weight, out=num_experts).contiguous(),
-        None,
+        bias,
+        softmax=True,
         top_k=top_k,
         num_groups=num_groups,
         top_k_groups=top_k_groups,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.placement.baselines import eplb_layer, replica_counts
+from common.placement.chance import share_of_chance, shuffled
 from common.placement.links import Links
 from common.placement.packing import Slots, pack_layer
 from common.placement.plan import Layer
@@ -21,6 +22,7 @@ _MARGIN = (
 )
 _WORTH = 0.999  # above that a better link is luck of the trace
 _MOVE = 0.99  # above that it is not worth moving what has been placed
+_COPIES = 8  # by chance, of the tokens
 _PARTS = 4  # runs of the tokens that must agree
 _GROUPS = Budget(kicks=24, kick_swaps=2)
 _GROUP_TOKENS = 2048  # tell which groups go together
@@ -72,8 +74,9 @@ def place_nodes(task: LayerTask) -> LayerNodes | None:
     slots, sources = task.slots, task.links.sources
     bound = _bound(task)
     starts = _starts(task, bound)
+    searched = _searched(task)
     for share in _CAPS:
-        assignment = _assignment(task, _limits(task, bound, share))
+        assignment = Assignment(*searched, sources, _limits(task, bound, share))
         rng, worth = np.random.default_rng(task.seed), _MOVE if task.previous else 1.0
         nodes = search(assignment, starts, task.budget, rng, worth)
         placed = list(map(list, nodes))
@@ -127,17 +130,18 @@ def _better(layer: Layer, bound: Bound, task: LayerTask) -> bool:
     return bool(whole[0] <= whole[1] * _WORTH and (ours <= theirs).all())
 
 
-def _assignment(task: LayerTask, limits: Limits) -> Assignment:
-    """Every token from every source node while those are few, else from one; from the mean of all without replicas.
+def _searched(task: LayerTask) -> tuple[Rows, Ints | None, Floats]:
+    """Rows, lanes and links for `Assignment`.
 
+    Every token from every source node while those are few, else from one; from the mean of all without replicas.
     Without replicas a token costs the same mean wherever it starts, so that is exact.
     """
     links, ids = task.links, np.sort(task.ids[:: task.step].astype(np.int64), axis=1)
     lanes = links.sources.nonzero()[0]
-    kinds, weight = np.unique(ids, axis=0, return_counts=True)
+    kinds, weight = _kinds(task, ids)
     if not task.replicas:
         rows = Rows(kinds, np.zeros(len(kinds), np.int64), weight)
-        return Assignment(rows, None, links.per_touch[:, None], links.sources, limits)
+        return rows, None, links.per_touch[:, None]
     if len(kinds) * len(lanes) <= len(ids):
         lane = np.tile(np.arange(len(lanes)), len(kinds))
         rows = Rows(kinds.repeat(len(lanes), axis=0), lane, weight.repeat(len(lanes)))
@@ -146,7 +150,23 @@ def _assignment(task: LayerTask, limits: Limits) -> Assignment:
         lane = np.searchsorted(links.sources[lanes].cumsum()[:-1], point, side="right")
         rows = Rows(ids, lane, np.ones(len(ids)))
     seconds = (links.seconds * links.sources[:, None])[:, lanes]
-    return Assignment(rows, lanes, seconds, links.sources, limits)
+    return rows, lanes, seconds
+
+
+def _kinds(task: LayerTask, ids: Ints) -> tuple[Ints, Ints | Floats]:
+    """Tokens [kinds, top_k] with different experts, and how often each is to be counted.
+
+    Where tokens repeat, what they want together by chance alone is averaged out: that costs nothing there.
+    """
+    kinds, counts = np.unique(ids, axis=0, return_counts=True)
+    if len(kinds) * _COPIES > len(ids):
+        return kinds, counts
+    chance = share_of_chance(ids, task.num_experts, task.num_groups)
+    rng, size = np.random.default_rng(task.seed), task.num_experts // task.num_groups
+    copies = [np.sort(shuffled(ids, size, rng), axis=1) for _ in range(_COPIES)]
+    kinds, where = np.unique(np.concatenate([ids, *copies]), axis=0, return_inverse=True)
+    weight = np.repeat([1 - chance, chance / _COPIES], [len(ids), _COPIES * len(ids)])
+    return kinds, np.bincount(where.ravel(), weight)
 
 
 def _limits(task: LayerTask, bound: Bound, share: float) -> Limits:

@@ -5,6 +5,8 @@ on its source's node if there is one; what is left goes where it levels the repl
 outstanding tokens" comes to in the mean.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +41,17 @@ class Score:
     total_gpu_load: float
 
 
-def replica_shares(nodes: list[int], sources: Floats) -> Floats:
-    """[sources, replicas]: how a source's tokens divide over the replicas of an expert, which lie on `nodes`."""
+def replica_shares(nodes: Sequence[int], sources: Floats) -> Floats:
+    """[sources, replicas]: how a source's tokens divide over the replicas of an expert, which lie on `nodes`.
+
+    The result is shared and cannot be written.
+    """
+    return _shares(tuple(nodes), tuple(sources.tolist()))
+
+
+@functools.lru_cache(1 << 14)  # layers of a plan ask for the same
+def _shares(nodes: tuple[int, ...], weights: tuple[float, ...]) -> Floats:
+    sources = np.asarray(weights)
     local = np.asarray([[float(node == s) for node in nodes] for s in range(len(sources))])
     held = local.sum(axis=1, keepdims=True)
     shares = np.divide(local, held, out=np.zeros_like(local), where=held > 0)
@@ -49,6 +60,7 @@ def replica_shares(nodes: list[int], sources: Floats) -> Floats:
     fill = _level(base, float(sources[away].sum()))
     total = fill.sum()
     shares[away] = fill / total if total > 0 else 1 / len(nodes)
+    shares.flags.writeable = False
     return np.asarray(shares)
 
 

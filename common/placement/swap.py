@@ -6,7 +6,7 @@ elsewhere, with probability 1 - prod(1 - share[item, lane, d]) (`score.replica_s
 copy, the mean over the router's choices otherwise. touches[lane, d], the share of a lane's rows that need node d,
 decides every link: loads = seconds @ touches. The search lowers
 
-    F = the p-norm of the links' loads  +  2 % of their mean,    p = 24, then 100, then 400
+    F = the p-norm of the links' loads  +  2 % of their mean,    p = 24, then 100, then 400 (of many nodes 4 first)
 
 a smooth stand-in for "the busiest link, then all rows": a small p sees all busy links, a large one the busiest. A move
 exchanges two copies between nodes, moves one to a free slot, or gives one item's copy up for another item's. F's
@@ -30,6 +30,7 @@ Ints = npt.NDArray[np.int64]
 Nodes = tuple[int, ...]  # of an item's copies, ascending; a node twice where it has two
 Change = list[tuple[int, Nodes]]  # items and the nodes that they are to have
 _NORMS, _MEAN = (24.0, 100.0, 400.0), 0.02
+_MANY_NODES, _WIDE_NORM = 9, 4.0  # so many have so many busy links
 _CANDIDATES, _TINY = 32, 1e-6
 _SLACK, _GAIN = 1 + 1e-9, 1 - 1e-6
 
@@ -64,13 +65,14 @@ class Held:
     """What follows from the nodes of an item's copies.
 
     `share[lane, node]`: of its rows; `log`: of 1 - share; `own[node]`: of all its rows; `peak`: the largest share of
-    one copy, over its GPU's speed.
+    one copy, over its GPU's speed; `count[node]` of copies.
     """
 
     share: Floats
     log: Float32s
     own: Floats
     peak: float
+    count: Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +97,7 @@ class Assignment:
         self.limits, self.sources, self.lanes = limits, sources, lanes
         self.num_items, self.num_nodes = len(limits.load), len(limits.room)
         self.num_lanes = seconds.shape[1]
+        self.norms = _NORMS if self.num_nodes < _MANY_NODES else (_WIDE_NORM, *_NORMS)
         self.seconds = seconds.reshape(len(seconds), self.num_lanes * self.num_nodes)
         self.ids, self.lane = np.where(rows.ids < 0, self.num_items, rows.ids), rows.lane
         in_lane = (rows.lane == np.arange(self.num_lanes)[:, None]) * rows.weight
@@ -122,7 +125,7 @@ class Assignment:
         """What these nodes mean for an item."""
         found = self._held.get(nodes)
         if found is None:
-            shares = replica_shares(list(nodes), self.sources)
+            shares = replica_shares(nodes, self.sources)
             per_copy = self.sources @ shares
             by_node = np.eye(self.num_nodes)[list(nodes)]
             share = (
@@ -130,7 +133,8 @@ class Assignment:
             )
             log = np.log(np.maximum(1 - share, _TINY)).astype(np.float32)
             peak = float((per_copy / self.limits.speed[list(nodes)]).max())
-            found = self._held[nodes] = Held(share, log, per_copy @ by_node, peak)
+            count = np.bincount(nodes, minlength=self.num_nodes)
+            found = self._held[nodes] = Held(share, log, per_copy @ by_node, peak, count)
         return found
 
     def near(self, nodes: Nodes, less: int) -> tuple[Floats, Floats]:
@@ -264,9 +268,8 @@ class Assignment:
         """Whether there are slots for it, and GPUs and nodes bear it."""
         load, node_load, free = self.limits.load, self.node_load.copy(), self.free.copy()
         for item, where in change:
-            np.add.at(free, list(self.nodes[item]), 1)
-            np.add.at(free, list(where), -1)
             before, after = self.held(self.nodes[item]), self.held(where)
+            free += before.count - after.count
             most = max(self.limits.heaviest[item], load[item] * before.peak)
             if load[item] * after.peak > most * _SLACK:
                 return False
@@ -295,15 +298,12 @@ class Assignment:
         rows, log, self.touches = after
         self.log[rows] = log
         for item, where in change:
-            before = self.nodes[item]
-            self.node_load += self.limits.load[item] * (
-                self.held(where).own - self.held(before).own
-            )
-            np.add.at(self.free, list(before), 1)
-            np.add.at(self.free, list(where), -1)
+            before, held = self.held(self.nodes[item]), self.held(where)
+            self.node_load += self.limits.load[item] * (held.own - before.own)
+            self.free += before.count - held.count
             self.nodes[item] = where
 
-    def descend(self, rounds: int, norms: tuple[float, ...] = _NORMS) -> float:
+    def descend(self, rounds: int, norms: tuple[float, ...]) -> float:
         """Take improving moves, for each p until there are none or `rounds` are over. Returns F for the last p."""
         value = 0.0
         for norm in norms:
@@ -370,18 +370,18 @@ def search(
     def judged(value: float) -> tuple[bool, float]:
         return not assignment.fits(), value
 
-    values = []
+    norms, values = assignment.norms, []
     for start in starts:
         assignment.place(start)
-        values.append(judged(assignment.objective(assignment.touches, _NORMS[0])[0]))
+        values.append(judged(assignment.objective(assignment.touches, norms[0])[0]))
     first = starts[values.index(min(values))]
     assignment.place(first)
-    kept = judged(assignment.objective(assignment.touches, _NORMS[-1])[0] * worth)
-    best, best_nodes = judged(assignment.descend(budget.rounds)), list(assignment.nodes)
+    kept = judged(assignment.objective(assignment.touches, norms[-1])[0] * worth)
+    best, best_nodes = judged(assignment.descend(budget.rounds, norms)), list(assignment.nodes)
     for _ in range(budget.kicks if assignment.num_items > 1 else 0):
         assignment.place(best_nodes)
         assignment.kick(budget.kick_swaps, rng)
-        found = judged(assignment.descend(budget.kick_rounds, _NORMS[-1:]))
+        found = judged(assignment.descend(budget.kick_rounds, norms[-1:]))
         if found < best:
             best, best_nodes = found, list(assignment.nodes)
     return best_nodes if best < kept else first

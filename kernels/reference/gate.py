@@ -42,6 +42,7 @@ def gate_v3(
 def gate_v2(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
     *,
     num_experts: int,
     top_k: int,
@@ -53,8 +54,16 @@ def gate_v2(
 
     weight [experts (padded), width] in fp32. With `num_groups` above 1 (group_limited_greedy) a group scores its
     maximum and other groups count as 0.0. Weights are never normalised, always times `routed_scaling_factor`.
+    A `bias` [experts] fp32, which transformers has not, is added as in V3: for the choice only, other groups are -inf.
     """
     scores = linear(x.float(), weight, out=num_experts).softmax(dim=-1)
+    if bias is not None:
+        choice = scores + bias
+        if num_groups > 1:
+            best = choice.view(x.shape[0], num_groups, -1).max(dim=-1).values
+            choice = _mask_groups(choice, best, top_k_groups, float("-inf"))
+        ids = torch.topk(choice, k=top_k, dim=-1, sorted=False)[1]
+        return ids.to(torch.int32), scores.gather(1, ids) * routed_scaling_factor
     if num_groups > 1:
         group_scores = scores.view(x.shape[0], num_groups, -1).max(dim=-1).values
         scores = _mask_groups(scores, group_scores, top_k_groups, 0.0)

@@ -16,6 +16,7 @@ from common.wire.header import Wire
 from services.attention.device_batch import LaneState
 from services.attention.device_clock import DeviceClock
 from services.attention.device_model import DeviceModel
+from services.attention.gate_balance import GateBalance
 from services.attention.lane import StepTimes, span_of
 from services.attention.moe_client import MoeClient
 from services.attention.scheduler import Slice
@@ -35,6 +36,7 @@ class DeviceLane:
     times: StepTimes
     trace: Recorder | None = None
     device_clock: DeviceClock | None = None  # with a trace
+    balance: GateBalance | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
 
     async def forward(
@@ -82,7 +84,9 @@ class DeviceLane:
         self.times.layers += 1
         self.times.attention_us += (t1 - t0) // 1000
         self.times.shared_us += (t2 - t1) // 1000
-        await answer
+        await answer  # so the device has written the ids
+        if self.balance is not None:
+            self.balance.count(layer, state.experts[:n].numpy())
 
     def _mark(self) -> object:
         return None if self.device_clock is None else self.device_clock.mark()

@@ -26,6 +26,7 @@ from kernels.reference.rope import rope_tables
 from services.attention.batch import Span
 from services.attention.device_batch import LaneState, PromptPart
 from services.attention.device_weights import DeviceLayer, DeviceWeights, Quantised
+from services.attention.gate_bias import GateBias
 from services.attention.latent_cache import LatentCache
 from services.attention.model import frequencies
 
@@ -51,6 +52,7 @@ class DeviceModel:
         self._cos, self._sin = cos.to(self.device), sin.to(self.device)
         self._moe = tuple(config.moe_layers)
         self._gates = {i: pad_out(_needed(weights.layers[i].gate)) for i in self._moe}
+        self.gate_biases = {i: GateBias(weights.layers[i].gate_bias) for i in self._moe}
 
     def __repr__(self) -> str:
         return (
@@ -245,10 +247,10 @@ class DeviceModel:
         return attended.view(query.shape[0], -1)
 
     def _gate(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        config, bias = self.config, self.weights.layers[layer].gate_bias
-        if bias is None:
+        config, bias = self.config, self.gate_biases[layer].tensor
+        if bias is None or config.gate is not GateKind.SIGMOID_GROUPS:
             return ops.gate_v2(
-                x, self._gates[layer], num_experts=config.num_experts, top_k=config.top_k,
+                x, self._gates[layer], bias, num_experts=config.num_experts, top_k=config.top_k,
                 num_groups=config.num_groups if config.gate is GateKind.SOFTMAX_GROUPS else 1,
                 top_k_groups=config.top_k_groups, routed_scaling_factor=config.routed_scaling_factor,
             )  # fmt: skip

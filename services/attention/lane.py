@@ -12,6 +12,7 @@ import torch
 
 from common.obs.trace import Recorder
 from services.attention.batch import ForwardBatch, Span
+from services.attention.gate_balance import GateBalance
 from services.attention.latent_cache import LatentCache
 from services.attention.model import AttentionModel
 from services.attention.moe_client import MoeClient
@@ -42,6 +43,7 @@ class Lane:
     moe: MoeClient
     times: StepTimes
     trace: Recorder | None = None
+    balance: GateBalance | None = None
     clock_ns: Callable[[], int] = time.monotonic_ns
 
     async def forward(
@@ -102,6 +104,8 @@ class Lane:
                 trace.span("attention", block, layer, lane, t0, t1, n)
                 trace.span("shared", block, layer, lane, t2, t3, n)
             routed = await answer
+            if self.balance is not None:
+                self.balance.count(layer, experts[:n].numpy())
             t4 = clock()
             hidden = model.add_experts(hidden, routed, shared)
             if trace is not None:

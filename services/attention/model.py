@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from common.model.hf_config import GateKind, ModelConfig, load_config
-from common.model.loader import AttentionWeights, FfnWeights, GateWeights, load_attention_weights
+from common.model.loader import AttentionWeights, FfnWeights, load_attention_weights
 from common.model.source import open_checkpoint
 from kernels.reference.ffn import ffn
 from kernels.reference.gate import gate_v2, gate_v3
@@ -30,6 +30,7 @@ from kernels.reference.linear import linear, pad_out, resident
 from kernels.reference.norm import rms_norm
 from kernels.reference.rope import rope_frequencies, rope_tables, yarn_frequencies
 from services.attention.batch import ForwardBatch, Span, build_batch
+from services.attention.gate_bias import GateBias
 from services.attention.latent_cache import LatentCache
 from services.attention.mla import MlaLayer
 
@@ -58,9 +59,13 @@ class AttentionModel:
             for layer in weights.layers
         ]
         self._gates = [
-            None if layer.gate is None else GateWeights(pad_out(layer.gate.weight), layer.gate.bias)
-            for layer in weights.layers
+            None if layer.gate is None else pad_out(layer.gate.weight) for layer in weights.layers
         ]
+        self.gate_biases = {
+            i: GateBias(layer.gate.bias)
+            for i, layer in enumerate(weights.layers)
+            if layer.gate is not None
+        }
         table = frequencies(config)
         cos, sin = rope_tables(table, self.max_context, config.rope.attention_factor)
         self._rope = cos.to(dtype), sin.to(dtype)
@@ -112,12 +117,14 @@ class AttentionModel:
 
     def gate(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert ids int32 and weights fp32, both [padded, top_k]."""
-        weights, config = self._gates[layer], self.config
-        assert weights is not None, f"layer {layer} is dense"
-        if weights.bias is None:
+        weight, config = self._gates[layer], self.config
+        assert weight is not None, f"layer {layer} is dense"
+        bias = self.gate_biases[layer].tensor
+        if bias is None or config.gate is not GateKind.SIGMOID_GROUPS:
             return gate_v2(
                 x,
-                weights.weight,
+                weight,
+                bias,
                 num_experts=config.num_experts,
                 top_k=config.top_k,
                 num_groups=config.num_groups if config.gate is GateKind.SOFTMAX_GROUPS else 1,
@@ -126,8 +133,8 @@ class AttentionModel:
             )
         return gate_v3(
             x,
-            weights.weight,
-            weights.bias,
+            weight,
+            bias,
             top_k=config.top_k,
             num_groups=config.num_groups,
             top_k_groups=config.top_k_groups,

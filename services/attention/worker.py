@@ -223,6 +223,7 @@ class AttentionWorker:
                 "owed": sum(map(len, self.moe.routers.values())),
                 "resent": sum(outbox.num_resent for outbox in self.moe.routers.values()),
                 "carriers": self.transport.carriers(),
+                **(self.resident.balance.counters() if self.resident.balance else {}),
             },
             missing=f"not connected: {', '.join(absent)}" if (absent := self._absent()) else "",
         )  # fmt: skip

@@ -81,6 +81,7 @@ class Backends:
             for spec in config.processes()
             if spec.id != own.id
         }
+        self._told_by: dict[ProcessId, ProcessId] = {}  # who reported a process last
         self._links: dict[ProcessId, Link] = {}
         self._refresh: Refresh | None = None
         self._refreshes = 0
@@ -224,6 +225,7 @@ class Backends:
             return
         was_ready, is_ready = known.state is State.READY, report.state is State.READY
         self._reports[report.id] = report
+        self._told_by[report.id] = sender
         if report.id.role is Role.ATTENTION and was_ready != is_ready:
             assert self.listener is not None, "links opened before the listener was set"
             self.listener.on_worker(report.id.index, is_ready)
@@ -239,8 +241,8 @@ class Backends:
             self._refresh.answered(process)
         if process.role is Role.ROUTER:
             for report in self._reports.values():
-                if report.id.role is Role.EXPERT and report.node == self._reports[process].node:
-                    report.state = State.LOST  # nobody can say; its router will when it is back
+                if report.id.role is Role.EXPERT and self._told_by.get(report.id) == process:
+                    report.state = State.LOST  # nobody can say; this router will when it is back
         elif self.listener is not None:
             self.listener.on_worker_lost(process.index, reason)
 

@@ -56,6 +56,7 @@ class RouterWorker:
         self._gateways: set[Link] = set()
         self._status = StatusGather(self._entries, wait_s=_STATUS_WAIT_S)
         self._last_state: tuple[State, str] | None = None
+        self._told_here: frozenset[int] = frozenset()  # experts that gateways know of
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Listen for attention workers, experts and later routers; dial the earlier routers."""
@@ -271,8 +272,12 @@ class RouterWorker:
         ).to_json()  # fmt: skip
 
     def _push_state(self) -> None:
-        """Tell gateways when this node's state changes (one frame, not one per link)."""
-        state = self._state()
-        if state != self._last_state:
-            self._last_state = state
+        """Tell gateways when this node's state changes, or who of its experts is here.
+
+        Who comes while others are awaited is told with the last: a frame per link would be many at the start.
+        """
+        state, here = self._state(), frozenset(self._experts)
+        awaiting = state[0] is State.STARTING and here >= self._told_here
+        if state != self._last_state or (here != self._told_here and not awaiting):
+            self._last_state, self._told_here = state, here
             tell(self._gateways, status_frame(None, self._entries()))

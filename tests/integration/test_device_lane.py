@@ -13,6 +13,7 @@ from common.wire.blocks import RowType
 from services.attention.device_lane import DeviceLane
 from services.attention.device_model import DeviceModel
 from services.attention.device_weights import load_device_weights
+from services.attention.gate_balance import GateBalance
 from services.attention.lane import StepTimes
 from services.attention.latent_cache import LatentCache
 from services.attention.scheduler import Slice
@@ -23,7 +24,7 @@ PROMPT, STEPS = list(range(3, 40)), 4
 KL = 0.02  # nats: bf16 against fp32 on the way through the attention side
 
 
-def device_lane(cluster, attention):
+def device_lane(cluster, attention, balance):
     """A second lane for the same attention worker, in bf16 on graphs' buffers."""
     model_config = attention.resident.config
     from common.model.source import open_checkpoint
@@ -33,7 +34,7 @@ def device_lane(cluster, attention):
     cache = LatentCache(model_config, 16, dtype=torch.bfloat16)
     model = DeviceModel(model_config, weights, cache, max_context=1024)
     attention.moe.combined = RowType.FP32
-    return DeviceLane(0, model, model.state(64), attention.moe, StepTimes())
+    return DeviceLane(0, model, model.state(64), attention.moe, StepTimes(), balance=balance)
 
 
 async def decode(lane, pages):
@@ -62,7 +63,12 @@ def test_a_device_lane_says_what_the_cpu_lane_says(tmp_path):
             pages = attention.requests.scheduler.pages.acquire(sequence, 64)
             with torch.inference_mode():
                 expected = await decode(attention._lanes[0], pages)
-                got = await decode(device_lane(cluster, attention), range(2))
+                balance = GateBalance(16, 0.1, lambda layer, bias: None)
+                got = await decode(device_lane(cluster, attention, balance), range(2))
+            tokens = (len(PROMPT) + STEPS) * attention.resident.config.top_k
+            counted = [one.recent + one.load for one in balance._layers.values()]
+            assert [int(rows.sum()) for rows in counted] == [tokens] * len(counted)
+            assert list(balance._layers) == list(attention.resident.config.moe_layers)
             assert all(s.transport.pool.outstanding == 0 for s in cluster.services.values())
             return expected, got
 

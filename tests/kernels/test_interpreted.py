@@ -66,6 +66,7 @@ for experts, groups, top_groups, top_k in ((16, 4, 2, 4), (24, 3, 1, 2), (20, 1,
     for name, args, extra in (
         ("gate_v3", (logits, eye, bias), {"norm_topk_prob": True}),
         ("gate_v2", (logits, eye), {"num_experts": experts}),
+        ("gate_v2", (logits, eye, bias / 4 - 2), {"num_experts": experts}),
     ):
         ids, weights = getattr(gate, name)(*args, **common, **extra)
         want_ids, want_weights = getattr(ref_gate, name)(*args, **common, **extra)

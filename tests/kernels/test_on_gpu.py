@@ -205,6 +205,7 @@ def test_gates_choose_what_the_references_choose(n, experts, groups, top_groups,
     for name, args, extra in (
         ("gate_v3", (logits, eye, bias), {"norm_topk_prob": True}),
         ("gate_v2", (logits, eye), {"num_experts": experts}),
+        ("gate_v2", (logits, eye, bias / 4 - 2), {"num_experts": experts}),
     ):
         expected = getattr(ref_gate, name)(*args, **common, **extra)
         got = getattr(ops, name)(*(a.cuda() for a in args), **common, **extra)

@@ -28,6 +28,7 @@ PURE = (
     "common.placement",
     "common.request",
     "common.transport.credits",
+    "services.attention.gate_balance",
     "services.attention.scheduler",
     "services.attention.sequence",
     "services.attention.pages",

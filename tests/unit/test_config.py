@@ -120,6 +120,11 @@ def test_every_rail_has_its_nic(tmp_path):
             '"fp32"\ndevice = "cuda"',
             ":6: cluster.wire fp32, the exact mode, is computed on CPU",
         ),
+        (
+            "[[nodes]]\nexperts",
+            "[attention]\ngate_bias_max = 0.1\n[[nodes]]\nexperts",
+            ":9: attention.gate_bias_max changes which experts are chosen, and fp32, the exact mode, promises",
+        ),
         ("[cluster]", "[clusters]", ":5: clusters is not a known key, did you mean 'cluster'?"),
         ("attention = 0", "attention = -1", ":14: nodes[1].attention must be 0 to 99, not -1"),
         ("attention = 0", "attention = true", ":14: nodes[1].attention must be a whole number"),
@@ -204,6 +209,8 @@ def test_local_cluster_spreads_workers(changes, attention, experts):
         ({"port": 65536}, "gateway.port must be 0 to 65535"),
         ({"wire": "fp4"}, "cluster.wire must be one of"),
         ({"ep": -1}, "must be 0 to 4096"),
+        ({"gate_bias_max": -0.1}, "attention.gate_bias_max must be 0.0 to 1.0"),
+        ({"gate_bias_max": 0.1, "wire": "fp32"}, "attention.gate_bias_max changes which experts"),
     ],
 )
 def test_local_cluster_checks_its_values(changes, sentence):
@@ -258,7 +265,10 @@ CONFIGS = st.builds(
     limits=sections(LimitsSection),
 ).filter(
     lambda config: (
-        (config.cluster.wire != "fp32" or config.cluster.device == "cpu")
+        (
+            config.cluster.wire != "fp32"
+            or (config.cluster.device == "cpu" and not config.attention.gate_bias_max)
+        )
         and not (config.routers_divide_blocks and len({n.routers for n in config.nodes}) > 1)
     )
 )
