@@ -14,6 +14,7 @@ import asyncio
 import json
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,18 +60,35 @@ async def generate(url: str, concurrency: int, tokens: int) -> float:
         return time.perf_counter() - started
 
 
+def attention_counters(url: str) -> dict[str, int]:
+    """Of the attention worker: layers, and microseconds of its loop in what it launches and posts for them."""
+    with urllib.request.urlopen(f"{url}/cluster", timeout=20) as response:
+        processes = json.load(response)["processes"]
+    (counters,) = [p["counters"] for p in processes if p["role"] == "attention"]
+    return {name: int(counters[name]) for name in ("layers", "attention_us", "shared_us")}
+
+
 def measure(cluster: GpuCluster, concurrency: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Two lengths, so that prompts and start-up cancel out; medians, after a warm-up that captures the graphs."""
     lengths = (max(4, tokens // 4), tokens)
+    before: dict[str, int] = {}
     seconds: dict[int, list[float]] = {length: [] for length in lengths}
-    for _ in range(1 + repeats):
+    for number in range(1 + repeats):
+        if number == 1:
+            before = attention_counters(cluster.url)
         for length in lengths:
             seconds[length].append(asyncio.run(generate(cluster.url, concurrency, length)))
     brief, whole = (median(seconds[length][1:]) for length in lengths)
     decode_s = (whole - brief) / (tokens - lengths[0])
+    after = attention_counters(cluster.url)
+    layers, python_us = (
+        sum(after[name] - before[name] for name in names)
+        for names in (["layers"], ["attention_us", "shared_us"])
+    )
     return {
         "concurrency": concurrency, "tokens_per_s": round(concurrency * tokens / whole, 1),
         "decode_tokens_per_s": round(concurrency / decode_s, 1), "tpot_ms": round(decode_s * 1e3, 2),
+        "python_us_per_layer": round(python_us / layers, 1),
         "runs_s": {length: [round(t, 3) for t in runs] for length, runs in seconds.items()},
     }  # fmt: skip
 
