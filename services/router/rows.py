@@ -282,7 +282,7 @@ class RowsApart:
                 self._warm_up(num_rows, width, wire, pairs)
 
     def _warm_up(self, num_rows: int, width: int, wire: Wire, pairs: int) -> None:
-        """Gather one row for all places, and add up what is in the memory of the answers."""
+        """Gather one row for all places, and add up answers that are zero."""
         segment = row_segment(num_rows, width, DISPATCH_ROWS[wire])
         payload = self._pool.acquire(segment.end, rows_nbytes=segment.end)
         shares = [WorkerShare(0, 0, num_rows, np.array([[0, num_rows]], np.int32))]
