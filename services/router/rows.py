@@ -293,11 +293,9 @@ class RowsApart:
         buffers, outputs = self.fan_out(
             payload, segment, index, pieces, plan, EXPERT_OUT_ROWS[wire]
         )
-        answers = {
-            TORCH_DTYPES[PARTIAL_ROWS[wire]],
-            torch.float32,
-        }  # rounded, or to be added to others
-        for dtype in answers:
+        outputs.rows.zero_()
+        # rounded, or to be added to others
+        for dtype in {TORCH_DTYPES[PARTIAL_ROWS[wire]], torch.float32}:
             out = torch.empty((num_rows, width), dtype=dtype, device=outputs.rows.device)
             ops.combine(outputs.rows, outputs.slots, outputs.weights, out)
             ops.sum_partials([out], [self.upload(np.arange(num_rows))], torch.empty_like(out))
