@@ -23,7 +23,7 @@ def read(path: Path) -> Any:
 def where(facts: dict[str, Any]) -> str:
     """The line under a table: what it was measured on."""
     return (
-        f"{facts['cores']} cores of an {facts['cpu']} shared with other work (load {facts['load']}), "
+        f"{facts['cores']} cores of an {facts['cpu']}, load at the end {facts['load']} with its own, "
         f"torch {facts['torch']}, "
         f"commit {facts['commit']}, {facts['date']}."
     )
