@@ -121,6 +121,8 @@ uninstall() {
     manager reset-failed 'atoll*'
     rm -rf "$HOME_DIR" "$CONFIG_DIR" "$CACHE_DIR" /var/log/atoll-mps "$TMPFILES" "$LINK" "$UNIT_DIR"/atoll.target.d "$UNIT_DIR"/atoll-*.d
     [[ -z $run_dir ]] || rm -rf "$run_dir"
+    rm -rf ~/.cache/atoll # what root's own commands compiled
+    [[ ! -d ~/.cache ]] || rmdir --ignore-fail-on-non-empty ~/.cache
     ! id "$ACCOUNT" >/dev/null 2>&1 || userdel "$ACCOUNT"
     echo "atoll is uninstalled"
 }
