@@ -100,8 +100,8 @@ class UcxxPort:
 
         self._array = Array
         self._tag, self._mask = library.UCXXTag, library.UCXXTagMask
-        self._worker = worker
-        self._probe = partial(worker.tag_probe, self._tag(tag), self._mask(mask), True)
+        self._worker: Foreign = worker
+        self._probe: Foreign = partial(worker.tag_probe, self._tag(tag), self._mask(mask), True)
         self._open: list[tuple[Foreign, Foreign, Ended]] = []  # request, its view of the memory
         self._ended: deque[tuple[int, Ended]] = deque()  # whose calls are still to be made
 
@@ -178,6 +178,7 @@ class UcxxPort:
         return armed
 
     def settle(self) -> None:
+        self._worker = self._probe = None  # nobody else may keep the worker, and its descriptors
         self._ended += [(CANCELED, ended) for _, _, ended in self._open]
         self._open.clear()
         self._call_ended()

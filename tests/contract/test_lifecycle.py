@@ -392,3 +392,34 @@ def test_back_off_grows_to_its_cap():
     assert [backoff_s(n, 0.0) for n in (0, 5, 1000)] == [0.01, 0.01, 0.01]
     assert backoff_s(0, 0.999) < 0.021
     assert 0.9 < backoff_s(1000, 0.999) <= 1.0
+
+
+def num_epolls() -> int:
+    """Descriptors of this process that watch others."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    return sum("eventpoll" in link for link in links)
+
+
+def test_no_descriptor_of_a_worker_outlives_its_transport(net):
+    """Not even until garbage is collected: that may be in a forked child, which would take those of its parent."""
+
+    async def once() -> int:
+        here, there = Peer(), Peer()
+        link, _, dialler, listener = await pair(net, here, there)
+        send(dialler, link, bytes(1000), block=1)
+        await there.until(lambda: bool(there.messages))
+        await dialler.close()
+        await listener.close()
+        await asyncio.sleep(0.01)
+        return num_epolls()
+
+    async def main():
+        await once()  # UCX keeps a thread of its own from the first worker on
+        gc.collect()
+        gc.disable()
+        try:
+            assert await once() >= await once()
+        finally:
+            gc.enable()
+
+    run(net, main)
