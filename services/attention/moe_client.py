@@ -111,15 +111,20 @@ class MoeClient:
             return False
         self.epoch = epoch
         outbox.opened(link)
+        self._hand_over()
         return True
 
     def router_lost(self, link: Link) -> None:
-        """What a router owes waits for its return; whole blocks are asked of another that is there."""
-        lost = self.routers[link.peer.process.index]
-        lost.closed(link)
-        if self.by_block and lost.link is None:
+        """What a router owes waits for its return; whole blocks are asked of another as soon as one is there."""
+        self.routers[link.peer.process.index].closed(link)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if not self.by_block:
+            return
+        for lost in self.routers.values():
             (other,) = self._asked()
-            if other.link is not None:
+            if lost.link is None and other.link is not None:
                 lost.hand_over(other)
 
     def _asked(self) -> list[Outbox]:

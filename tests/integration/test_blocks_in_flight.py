@@ -202,6 +202,30 @@ def test_a_router_that_divides_blocks_is_replaced_at_once(model, expected, tmp_p
     assert torch.equal(asyncio.run(main()), expected)
 
 
+@pytest.mark.parametrize("back", [0, 1])
+def test_the_first_router_that_is_back_takes_what_all_of_them_owed(model, expected, tmp_path, back):
+    layout = LAYOUT | {"routers": 2, "routers_divide": "blocks"}
+
+    async def main() -> torch.Tensor:
+        async with inproc_cluster(model, tmp_path, script=lambda *_: 50, **layout) as cluster:
+            (attention,) = cluster.of(Role.ATTENTION)
+            routers = attention.moe.routers
+            step = asyncio.ensure_future(cluster.logits(TOKENS))
+            while not len(routers[0]):
+                assert not step.done()
+                await asyncio.sleep(0)
+            for index in (0, 1):
+                cluster.crash(ProcessId(Role.ROUTER, index))
+            await asyncio.sleep(0.02)
+            assert not step.done()
+            await cluster.start(ProcessId(Role.ROUTER, back))
+            logits = await asyncio.wait_for(step, 20)
+            assert routers[1 - back].link is None, "the other came back, too"
+            return logits
+
+    assert torch.equal(asyncio.run(main()), expected)
+
+
 @pytest.mark.parametrize("expert", [1, 12])  # on the source's node, and on another
 def test_a_silent_expert_is_named_with_layer_and_microbatch(model, tmp_path, expert):
     async def main() -> None:
