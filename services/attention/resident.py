@@ -101,8 +101,8 @@ def _on_gpu(
         weights = load_device_weights(checkpoint, model_config, device=device, dtype=dtype)
     cache = _cache(config, model_config, dtype=dtype, device=device)
     model = DeviceModel(model_config, weights, cache, max_context=max_context)
+    balance = _balance(config, model_config, model.gate_biases)  # its gates are others to compile
     model.warm_up(model.state(config.attention.max_batch_tokens))
-    balance = _balance(config, model_config, model.gate_biases)
     clock = DeviceClock() if config.cluster.trace_events else None
 
     def new_lane(i: int, moe: MoeClient, times: StepTimes, trace: Recorder | None) -> Forward:

@@ -33,6 +33,7 @@ from services.router.plan import FanOut, WorkerShare
 
 Tensor = torch.Tensor
 Array = npt.NDArray[Any]
+_MOST_WARMED = 8  # pairs of a row, as top-k is in most models
 _ALIGN = 256  # of pieces in device memory, so that copies are as wide as they can be
 
 
@@ -277,8 +278,9 @@ class RowsApart:
         release_behind(self._seam, *held)
 
     def warm_up(self, width: int, wire: Wire, depth: int) -> None:
+        # a row has `depth` pairs where one node has all experts; of slices there are too many numbers for all
         for num_rows in ops.KINDS_OF_ROWS:
-            for pairs in range(1, depth + 1):
+            for pairs in {*range(1, min(depth, _MOST_WARMED) + 1), depth}:
                 self._warm_up(num_rows, width, wire, pairs)
 
     def _warm_up(self, num_rows: int, width: int, wire: Wire, pairs: int) -> None:

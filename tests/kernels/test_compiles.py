@@ -93,7 +93,7 @@ def compiled(self, *given, grid, warmup=False, **options):
     seen.add((self.fn.__name__, run(self, *given, grid=grid, warmup=True, **options).hash))
 
 jit.JITFunction.run = compiled
-from kernels import quant, stream, swiglu
+from kernels import gate, quant, stream, swiglu
 
 def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
@@ -103,6 +103,10 @@ for m in (1, 2, 16, 17, 32, 63, 64, 65, 96, 127, 128):
 for m in (1, 2, 3, 16, 128, 129, 160):
     swiglu.swiglu_dense(torch.zeros(m, 256), scales_by_block=True)
     quant.quantise(torch.zeros(m, 128))
+for m in (1, 16, 17):
+    for softmax, bias in ((False, torch.zeros(256)), (True, None), (True, torch.zeros(256))):
+        gate.choose(torch.zeros(m, 256), bias, softmax=softmax, top_k=8, num_groups=8, top_k_groups=4,
+                    norm_topk_prob=not softmax, routed_scaling_factor=2.5)
 for name in sorted({name for name, _ in seen}):
     print(name, sum(name == other for other, _ in seen))
 """
@@ -143,8 +147,6 @@ def test_kernels_compile_for_hopper(tmp_path):
 def test_a_number_of_rows_does_not_ask_for_a_kernel_of_its_own(tmp_path):
     """Each costs half a second when a request first brings that number."""
     counts = {name: int(n) for name, n in (line.split() for line in run_apart(COUNT, tmp_path))}
-    assert counts == {
-        "stream_units": 3,
-        "_swiglu_dense": 1,
-        "_quantise": 1,
-    }  # up to 16, 64, 128 rows
+    # up to 16, 64, 128 rows; gates of V3, of V2, of V2 balanced
+    wanted = {"stream_units": 3, "_swiglu_dense": 1, "_quantise": 1, "_gate": 3}
+    assert counts == wanted

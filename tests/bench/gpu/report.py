@@ -44,7 +44,9 @@ def hop() -> str:
 
 def round_trip() -> str:
     """One router, and several that divide blocks, beside NCCL and the bare loop."""
-    one, several, nccl, bare = (read(name) for name in ("round_trip", "rails", "nccl", "bare_loop"))
+    one, several, nccl, bare = (
+        read(name) for name in ("round_trip", "routers", "nccl", "bare_loop")
+    )
     layers = {r["tokens"]: r["layer_us"] for r in nccl["rows"]}
     floor = {(r["tokens"], r["in_flight"]): r for r in bare["rows"]}
     lines = [
