@@ -81,6 +81,11 @@ def test_the_last_answer_from_the_own_node():
     assert sum(block.parts[p] for p in ROUND_TRIP) == 290
 
 
+def test_a_node_may_have_routers_that_each_have_blocks_of_their_own():
+    other = process("router-2", 0, [span("dispatch", 500, 510, block=BLOCK + 1)])
+    assert blocks([*cluster(), other]) == blocks(cluster()) != []
+
+
 @pytest.mark.parametrize("missing", ["router-0", "router-1", "expert-1", "attention-0"])
 def test_a_block_that_was_not_wholly_recorded_is_left_out(missing):
     assert blocks([p for p in cluster() if p.name != missing]) == []
