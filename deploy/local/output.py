@@ -27,6 +27,11 @@ class LinePipe:
         self._rest = b""
         asyncio.get_running_loop().add_reader(read_fd, self.pump)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody may still write: the worker, or whoever was forked to become it."""
+        return self._read_fd >= 0
+
     def handed_over(self) -> None:
         """Close our copy of the write end, so that the end of the worker is the end of the file."""
         os.close(self.write_fd)

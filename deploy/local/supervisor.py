@@ -17,6 +17,7 @@ from pathlib import Path
 from common.config import LOCAL, ClusterConfig
 from common.ids import ProcessId, Role
 from common.service import STOP_SIGNALS
+from common.waiting import poll_until
 from deploy.local.forker import Forker
 from deploy.local.mps import Mps, MpsError
 from deploy.local.output import Display, LinePipe
@@ -63,6 +64,7 @@ class Supervisor:
         self._stop_wanted = asyncio.Event()
         self._changed = asyncio.Event()
         self._stopping = False
+        self._zygote_lost = False
         self._exit_code = 0
         self._failure: str | None = None
         self._url: str | None = None  # once the cluster was ready
@@ -245,6 +247,7 @@ class Supervisor:
             self._display.warn(f"processes share a GPU without MPS and take turns on it: {exc}")
 
     def _on_zygote_lost(self) -> None:
+        self._zygote_lost = True
         for worker in self._workers.values():
             worker.state, worker.pid = WorkerState.ENDED, None
         self._by_pid.clear()
@@ -269,8 +272,17 @@ class Supervisor:
                 self._display.note("stopping; once more to stop at once")
         self._stop_wanted.set()
 
+    async def _until_silent(self) -> None:
+        """Until nobody writes any more who had the zygote for a parent: the kernel kills them with it, in its time."""
+        pipes = [worker.pipe for worker in self._workers.values() if worker.pipe is not None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KILL_GRACE_S):
+                await poll_until(lambda: not any(pipe.is_open for pipe in pipes))
+
     async def _stop(self) -> None:
         self._stopping = True
+        if self._zygote_lost:
+            await self._until_silent()
         part = self._options.part
         if part is None:
             await self._stop_in_order(STOP_ORDER, signal.SIGTERM)
