@@ -98,6 +98,7 @@ class Buffer:
 class BufferPool:
     """Buffers by power-of-two capacity. `outstanding` counts those not given back: zero when idle."""
 
+    apart = False  # True: rows lie in a memory of their own, `Buffer.rows`
     polled = False  # True: transfers of these buffers end without waking anybody (device memory)
 
     def __init__(self, *, max_kept_nbytes: int = 256 << 20) -> None:

@@ -117,6 +117,8 @@ class DeviceRows:
 class DevicePool(BufferPool):
     """Buffers whose row segment lies in the memory of `device`. `rows_outstanding` is zero when idle."""
 
+    apart = True
+
     def __init__(
         self,
         device: str,

@@ -5,7 +5,7 @@ payload in one piece of memory. The header lives in the payload's headroom; whil
 still reads that headroom, the payload is copied, since re-sending one payload is rare and a second message on the wire
 costs more than copying 64 KiB.
 
-Rows in device memory (`Buffer.rows`) follow the message on a tag of their own, and go straight to where the receiver
+Rows in device memory (`Buffer.rows`) travel beside the message, and go straight to where the receiver
 wants them: a block of its pool, or for an answer the place that the asker named with its request (`landing`).
 """
 
@@ -97,9 +97,6 @@ class BaseLink(Link, ABC):
         `buffer.rows` follow once their fence is passed.
         """
 
-    def _expect(self, answer: int, rows: "DeviceRows") -> None:
-        """An answer with this number will bring its rows there: a means to post that receive early."""
-
     @abstractmethod
     def _defer(self, call: Callable[[], None]) -> None:
         """Make `call` soon, after the current callback has returned."""
@@ -155,8 +152,6 @@ class BaseLink(Link, ABC):
                 self._landings.pop(header.answer).release()
             raise
         self._credits.available -= 1
-        if landing is not None:
-            self._expect(header.answer, landing)
         self._send(buffer)
 
     def _land(self, landing: "DeviceRows") -> int:
@@ -175,8 +170,6 @@ class BaseLink(Link, ABC):
         packed = bytearray(HEADER_NBYTES)  # the caller may reuse its header
         header.pack_into(packed)
         self._queue.append((packed, None if payload is None else payload.retain()))
-        if header.kind not in ANSWERS and header.answer:  # its receive may as well be posted now
-            self._expect(header.answer, self._landings[header.answer])
 
     def _message(self, payload: Buffer | None) -> Buffer:
         """A buffer whose headroom may be written to, with a reference for the send."""
@@ -250,7 +243,6 @@ class BaseLink(Link, ABC):
                     raise WireError(
                         f"answer of {header.rows_nbytes} bytes of rows, {landing.nbytes} are wanted"
                     )
-                self._unexpect(header.answer)
                 buffer.rows = None
                 landing.release()
         except WireError as exc:
@@ -258,9 +250,6 @@ class BaseLink(Link, ABC):
             self._fail(WireError(f"{self._peer.process}: {exc}"))
             return None
         return header
-
-    def _unexpect(self, answer: int) -> None:
-        """The rows of this answer will not come."""
 
     def _deliver(self, header: Header, buffer: Buffer) -> None:
         """A whole message lies in `buffer`, whose reference is taken over."""

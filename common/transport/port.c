@@ -1,6 +1,7 @@
-/* Tag messages of one UCX worker without a Python object per message: post, poll, and one call when an operation ends.
+/* Messages of one UCX worker without a Python object per message: post, poll, and one call when an operation ends.
  *
- * The same interface as `common.transport.port.UcxxPort`, which says what each method does. UCX's functions are looked
+ * The same interface as `common.transport.port.UcxxPort`, which says what each method does, and rows in device memory:
+ * active messages, whose header is a message of ours and travels with UCX's announcement of the rows. UCX's functions are looked
  * up in the library that the process has loaded already (its path is given to `use_library`), so that there is one copy of it
  * whoever brought it; ucp.h gives only structures and constants.
  *
@@ -10,23 +11,30 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
+#include <structmember.h>
 #include <ucp/api/ucp.h>
 
 #define MAX_ARRIVALS 256 /* per poll, so that a flood cannot keep completions and timers waiting */
 #define MAX_PROGRESS 64
+#define ROWS_ID 16        /* of active messages; UCXX takes the first few numbers */
+#define MAX_HEAD 4096     /* bytes of a message that travel with rows; UCX may have less room */
 
 static struct {
     __typeof__(&ucp_tag_send_nbx) tag_send;
-    __typeof__(&ucp_tag_recv_nbx) tag_recv;
     __typeof__(&ucp_tag_msg_recv_nbx) msg_recv;
+    __typeof__(&ucp_am_send_nbx) rows_send;
+    __typeof__(&ucp_am_recv_data_nbx) rows_recv;
+    __typeof__(&ucp_am_data_release) rows_release;
+    __typeof__(&ucp_worker_set_am_recv_handler) set_handler;
+    __typeof__(&ucp_worker_query) query;
     __typeof__(&ucp_tag_probe_nb) probe;
     __typeof__(&ucp_worker_progress) progress;
     __typeof__(&ucp_worker_arm) arm;
-    __typeof__(&ucp_request_cancel) cancel;
     __typeof__(&ucp_request_free) free;
 } ucp;
 
 typedef struct Operation Operation;
+typedef struct Announced Announced;
 
 typedef struct {
     PyObject_HEAD
@@ -35,7 +43,8 @@ typedef struct {
     Operation *idle;          /* operations to use again */
     Operation *open;          /* every operation whose call is still to be made */
     Operation *ended, **last; /* those of them that UCX has ended, in that order */
-    Py_ssize_t num_open;
+    Announced *announced, **last_announced; /* rows that `poll` has not told of */
+    Py_ssize_t num_open, max_head;
 } Port;
 
 struct Operation {
@@ -46,6 +55,14 @@ struct Operation {
     size_t nbytes;           /* of a receive: what the message must have */
     PyObject *call;          /* ended(status) */
     int status;
+};
+
+struct Announced {
+    Announced *next;
+    void *data; /* UCX's, of the rows */
+    size_t rows_nbytes, head_nbytes;
+    ucp_tag_t tag;
+    char head[];
 };
 
 static Operation *take(Port *self, PyObject *call, size_t nbytes)
@@ -117,6 +134,12 @@ static void on_sent(void *request, ucs_status_t status, void *op)
     has_ended(op, request, status);
 }
 
+static void on_rows_received(void *request, ucs_status_t status, size_t length, void *given)
+{
+    Operation *op = given;
+    has_ended(op, request, status == UCS_OK && length != op->nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status);
+}
+
 static void on_received(void *request, ucs_status_t status, const ucp_tag_recv_info_t *info, void *given)
 {
     Operation *op = given;
@@ -148,45 +171,27 @@ static ucs_memory_type_t memory_of(PyObject *on_device)
     return on_device == Py_True ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST;
 }
 
-/* send(endpoint, address, nbytes, on_device, tag, ended) */
+/* send(endpoint, address, nbytes, tag, ended) */
 static PyObject *port_send(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
-    if (!check_arguments(num_args, 6))
+    if (!check_arguments(num_args, 5))
         return NULL;
     ucp_ep_h endpoint = PyLong_AsVoidPtr(args[0]);
     void *address = PyLong_AsVoidPtr(args[1]);
     size_t nbytes = PyLong_AsSize_t(args[2]);
-    ucp_tag_t tag = PyLong_AsUnsignedLongLong(args[4]);
+    ucp_tag_t tag = PyLong_AsUnsignedLongLong(args[3]);
     if (PyErr_Occurred())
         return NULL;
-    Operation *op = take(self, args[5], nbytes);
+    Operation *op = take(self, args[4], nbytes);
     if (op == NULL)
         return NULL;
     ucp_request_param_t param = {
         .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
         .cb.send = on_sent,
         .user_data = op,
-        .memory_type = memory_of(args[3]),
+        .memory_type = UCS_MEMORY_TYPE_HOST,
     };
     return PyLong_FromLong(posted(op, ucp.tag_send(endpoint, address, nbytes, tag, &param)));
-}
-
-static ucp_request_param_t receiving(Operation *op, PyObject *on_device, ucp_tag_recv_info_t *info)
-{
-    return (ucp_request_param_t){
-        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE
-                        | UCP_OP_ATTR_FIELD_RECV_INFO,
-        .cb.recv = on_received,
-        .user_data = op,
-        .memory_type = memory_of(on_device),
-        .recv_info.tag_info = info,
-    };
-}
-
-static int received(Operation *op, ucs_status_ptr_t request, const ucp_tag_recv_info_t *info, size_t nbytes)
-{
-    int status = posted(op, request);
-    return status == UCS_OK && info->length != nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status;
 }
 
 /* receive(message, address, nbytes, ended) */
@@ -203,16 +208,79 @@ static PyObject *port_receive(Port *self, PyObject *const *args, Py_ssize_t num_
     if (op == NULL)
         return NULL;
     ucp_tag_recv_info_t info = {0, nbytes};
-    ucp_request_param_t param = receiving(op, Py_False, &info);
-    return PyLong_FromLong(received(op, ucp.msg_recv(self->worker, address, nbytes, message, &param), &info, nbytes));
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE
+                        | UCP_OP_ATTR_FIELD_RECV_INFO,
+        .cb.recv = on_received,
+        .user_data = op,
+        .memory_type = UCS_MEMORY_TYPE_HOST,
+        .recv_info.tag_info = &info,
+    };
+    int status = posted(op, ucp.msg_recv(self->worker, address, nbytes, message, &param));
+    return PyLong_FromLong(status == UCS_OK && info.length != nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status);
 }
 
-/* expect(tag, address, nbytes, on_device, ended) -> (status, number) */
-static PyObject *port_expect(Port *self, PyObject *const *args, Py_ssize_t num_args)
+/* send_rows(endpoint, tag, address, nbytes, rows, rows_nbytes, on_device, ended) */
+static PyObject *port_send_rows(Port *self, PyObject *const *args, Py_ssize_t num_args)
+{
+    if (!check_arguments(num_args, 8))
+        return NULL;
+    ucp_ep_h endpoint = PyLong_AsVoidPtr(args[0]);
+    ucp_tag_t tag = PyLong_AsUnsignedLongLong(args[1]);
+    void *address = PyLong_AsVoidPtr(args[2]);
+    Py_ssize_t nbytes = PyLong_AsSsize_t(args[3]);
+    void *rows = PyLong_AsVoidPtr(args[4]);
+    size_t rows_nbytes = PyLong_AsSize_t(args[5]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (nbytes < 0 || nbytes > self->max_head)
+        return PyErr_Format(PyExc_ValueError, "%zd bytes with rows, at most %zd", nbytes, self->max_head);
+    Operation *op = take(self, args[7], rows_nbytes);
+    if (op == NULL)
+        return NULL;
+    char head[sizeof tag + MAX_HEAD];
+    memcpy(head, &tag, sizeof tag);
+    memcpy(head + sizeof tag, address, nbytes);
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE
+                        | UCP_OP_ATTR_FIELD_FLAGS,
+        .flags = UCP_AM_SEND_FLAG_RNDV | UCP_AM_SEND_FLAG_COPY_HEADER,
+        .cb.send = on_sent,
+        .user_data = op,
+        .memory_type = memory_of(args[6]),
+    };
+    ucs_status_ptr_t request =
+        ucp.rows_send(endpoint, ROWS_ID, head, sizeof tag + nbytes, rows, rows_nbytes, &param);
+    return PyLong_FromLong(posted(op, request));
+}
+
+/* UCX announces rows, within `progress`: kept for `poll`. What no port sends is not taken, and missed by its link. */
+static ucs_status_t on_announced(
+    void *port, const void *head, size_t nbytes, void *data, size_t rows_nbytes, const ucp_am_recv_param_t *param)
+{
+    Port *self = port;
+    if (!(param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) || nbytes < sizeof(ucp_tag_t))
+        return UCS_OK;
+    Announced *rows = PyMem_Malloc(sizeof *rows + nbytes);
+    if (rows == NULL)
+        return UCS_OK;
+    rows->next = NULL;
+    rows->data = data;
+    rows->rows_nbytes = rows_nbytes;
+    rows->head_nbytes = nbytes - sizeof rows->tag;
+    memcpy(&rows->tag, head, sizeof rows->tag);
+    memcpy(rows->head, (const char *)head + sizeof rows->tag, rows->head_nbytes);
+    *self->last_announced = rows;
+    self->last_announced = &rows->next;
+    return UCS_INPROGRESS;
+}
+
+/* receive_rows(data, address, nbytes, on_device, ended) */
+static PyObject *port_receive_rows(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
     if (!check_arguments(num_args, 5))
         return NULL;
-    ucp_tag_t tag = PyLong_AsUnsignedLongLong(args[0]);
+    void *data = PyLong_AsVoidPtr(args[0]);
     void *address = PyLong_AsVoidPtr(args[1]);
     size_t nbytes = PyLong_AsSize_t(args[2]);
     if (PyErr_Occurred())
@@ -220,21 +288,25 @@ static PyObject *port_expect(Port *self, PyObject *const *args, Py_ssize_t num_a
     Operation *op = take(self, args[4], nbytes);
     if (op == NULL)
         return NULL;
-    ucp_tag_recv_info_t info = {0, nbytes};
-    ucp_request_param_t param = receiving(op, args[3], &info);
-    ucs_status_ptr_t request = ucp.tag_recv(self->worker, address, nbytes, tag, (ucp_tag_t)-1, &param);
-    int status = received(op, request, &info, nbytes);
-    return Py_BuildValue("iN", status, PyLong_FromVoidPtr(status == UCS_INPROGRESS ? op : NULL));
+    size_t length = nbytes;
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE
+                        | UCP_OP_ATTR_FIELD_RECV_INFO,
+        .cb.recv_am = on_rows_received,
+        .user_data = op,
+        .memory_type = memory_of(args[3]),
+        .recv_info.length = &length,
+    };
+    return PyLong_FromLong(posted(op, ucp.rows_recv(self->worker, data, address, nbytes, &param)));
 }
 
-/* cancel(number): of an `expect` that has not called `ended` yet */
-static PyObject *port_cancel(Port *self, PyObject *number)
+/* discard_rows(data) */
+static PyObject *port_discard_rows(Port *self, PyObject *number)
 {
-    Operation *op = PyLong_AsVoidPtr(number);
+    void *data = PyLong_AsVoidPtr(number);
     if (PyErr_Occurred())
         return NULL;
-    if (op != NULL && op->request != NULL)
-        ucp.cancel(self->worker, op->request);
+    ucp.rows_release(self->worker, data);
     Py_RETURN_NONE;
 }
 
@@ -266,30 +338,66 @@ static int call_ended(Port *self)
     return num;
 }
 
-/* poll(arrived) -> bool */
-static PyObject *port_poll(Port *self, PyObject *arrived)
+/* Calls with numbers (and maybe an object), all references taken over. -1 when it raised. */
+static int tell(PyObject *call, PyObject **args, int num)
 {
-    for (int i = 0; i < MAX_PROGRESS && ucp.progress(self->worker); i++)
-        ;
-    int num = 0;
-    for (; num < MAX_ARRIVALS; num++) {
+    PyObject *result = NULL;
+    int made = 1;
+    for (int i = 0; i < num; i++)
+        made = made && args[i] != NULL;
+    if (made)
+        result = PyObject_Vectorcall(call, args, num, NULL);
+    for (int i = 0; i < num; i++)
+        Py_XDECREF(args[i]);
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+/* -1 when a call raised; the rest is for the next time. */
+static int tell_of_messages(Port *self, PyObject *arrived)
+{
+    for (int num = 0; num < MAX_ARRIVALS; num++) {
         ucp_tag_recv_info_t info;
         ucp_tag_message_h message = ucp.probe(self->worker, self->tag, self->mask, 1, &info);
         if (message == NULL)
-            break;
+            return num;
         PyObject *args[3] = {
             PyLong_FromUnsignedLongLong(info.sender_tag), PyLong_FromSize_t(info.length), PyLong_FromVoidPtr(message)};
-        PyObject *result = NULL;
-        if (args[0] != NULL && args[1] != NULL && args[2] != NULL)
-            result = PyObject_Vectorcall(arrived, args, 3, NULL);
-        for (int i = 0; i < 3; i++)
-            Py_XDECREF(args[i]);
-        if (result == NULL)
-            return NULL;
-        Py_DECREF(result);
+        if (tell(arrived, args, 3) < 0)
+            return -1;
     }
-    int ended = call_ended(self);
-    return ended < 0 ? NULL : PyBool_FromLong(num + ended);
+    return MAX_ARRIVALS;
+}
+
+/* The same. */
+static int tell_of_rows(Port *self, PyObject *announced)
+{
+    int num = 0;
+    for (Announced *rows; num < MAX_ARRIVALS && (rows = self->announced) != NULL; num++) {
+        self->announced = rows->next;
+        if (self->announced == NULL)
+            self->last_announced = &self->announced;
+        PyObject *args[4] = {
+            PyLong_FromUnsignedLongLong(rows->tag), PyBytes_FromStringAndSize(rows->head, rows->head_nbytes),
+            PyLong_FromSize_t(rows->rows_nbytes), PyLong_FromVoidPtr(rows->data)};
+        PyMem_Free(rows);
+        if (tell(announced, args, 4) < 0)
+            return -1;
+    }
+    return num;
+}
+
+/* poll(arrived, announced) -> bool */
+static PyObject *port_poll(Port *self, PyObject *const *args, Py_ssize_t num_args)
+{
+    if (!check_arguments(num_args, 2))
+        return NULL;
+    for (int i = 0; i < MAX_PROGRESS && ucp.progress(self->worker); i++)
+        ;
+    int messages = tell_of_messages(self, args[0]);
+    int rows = messages < 0 ? -1 : tell_of_rows(self, args[1]);
+    int ended = rows < 0 ? -1 : call_ended(self);
+    return ended < 0 ? NULL : PyBool_FromLong(messages + rows + ended);
 }
 
 /* arm() -> bool */
@@ -298,9 +406,20 @@ static PyObject *port_arm(Port *self, PyObject *Py_UNUSED(ignored))
     return PyBool_FromLong(ucp.arm(self->worker) == UCS_OK);
 }
 
+static void forget_announced(Port *self)
+{
+    while (self->announced != NULL) {
+        Announced *rows = self->announced;
+        self->announced = rows->next;
+        PyMem_Free(rows);
+    }
+    self->last_announced = &self->announced;
+}
+
 /* settle(): the worker is gone. An operation that UCX never ended is not used again, should UCX end it all the same. */
 static PyObject *port_settle(Port *self, PyObject *Py_UNUSED(ignored))
 {
+    forget_announced(self);
     if (call_ended(self) < 0)
         return NULL;
     while (self->open != NULL) {
@@ -329,12 +448,26 @@ static int port_init(Port *self, PyObject *args, PyObject *kwargs)
     self->tag = tag;
     self->mask = mask;
     self->last = &self->ended;
+    self->last_announced = &self->announced;
+    ucp_worker_attr_t about = {.field_mask = UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER};
+    ucp_am_handler_param_t handler = {
+        .field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG,
+        .id = ROWS_ID,
+        .cb = on_announced,
+        .arg = self,
+    };
+    if (ucp.query(self->worker, &about) != UCS_OK || ucp.set_handler(self->worker, &handler) != UCS_OK) {
+        PyErr_SetString(PyExc_OSError, "UCX's worker takes no active messages");
+        return -1;
+    }
+    self->max_head = Py_MIN(MAX_HEAD, (Py_ssize_t)(about.max_am_header - sizeof(ucp_tag_t)));
     return 0;
 }
 
 static void port_dealloc(Port *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    forget_announced(self);
     for (Operation *op = self->idle; op != NULL;) {
         Operation *next = op->next;
         PyMem_Free(op);
@@ -347,17 +480,19 @@ static void port_dealloc(Port *self)
 static PyMethodDef port_methods[] = {
     {"send", (PyCFunction)(void (*)(void))port_send, METH_FASTCALL, NULL},
     {"receive", (PyCFunction)(void (*)(void))port_receive, METH_FASTCALL, NULL},
-    {"expect", (PyCFunction)(void (*)(void))port_expect, METH_FASTCALL, NULL},
-    {"cancel", (PyCFunction)port_cancel, METH_O, NULL},
-    {"poll", (PyCFunction)port_poll, METH_O, NULL},
+    {"send_rows", (PyCFunction)(void (*)(void))port_send_rows, METH_FASTCALL, NULL},
+    {"receive_rows", (PyCFunction)(void (*)(void))port_receive_rows, METH_FASTCALL, NULL},
+    {"discard_rows", (PyCFunction)port_discard_rows, METH_O, NULL},
+    {"poll", (PyCFunction)(void (*)(void))port_poll, METH_FASTCALL, NULL},
     {"arm", (PyCFunction)port_arm, METH_NOARGS, NULL},
     {"settle", (PyCFunction)port_settle, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef port_attributes[] = {{"num_open", (getter)port_num_open, NULL, NULL, NULL}, {NULL}};
+static PyMemberDef port_members[] = {{"max_head", T_PYSSIZET, offsetof(Port, max_head), READONLY, NULL}, {NULL}};
 static PyType_Slot port_slots[] = {
     {Py_tp_init, port_init},       {Py_tp_dealloc, port_dealloc}, {Py_tp_methods, port_methods},
-    {Py_tp_getset, port_attributes}, {0, NULL},
+    {Py_tp_getset, port_attributes}, {Py_tp_members, port_members}, {0, NULL},
 };
 static PyType_Spec port_spec = {"port.Port", sizeof(Port), 0, Py_TPFLAGS_DEFAULT, port_slots};
 
@@ -372,10 +507,12 @@ static PyObject *use_library(PyObject *module, PyObject *path)
         const char *name;
         void **place;
     } wanted[] = {
-        {"ucp_tag_send_nbx", (void **)&ucp.tag_send}, {"ucp_tag_recv_nbx", (void **)&ucp.tag_recv},
-        {"ucp_tag_msg_recv_nbx", (void **)&ucp.msg_recv}, {"ucp_tag_probe_nb", (void **)&ucp.probe},
+        {"ucp_tag_send_nbx", (void **)&ucp.tag_send}, {"ucp_tag_msg_recv_nbx", (void **)&ucp.msg_recv},
+        {"ucp_am_send_nbx", (void **)&ucp.rows_send}, {"ucp_am_recv_data_nbx", (void **)&ucp.rows_recv},
+        {"ucp_am_data_release", (void **)&ucp.rows_release}, {"ucp_worker_query", (void **)&ucp.query},
+        {"ucp_worker_set_am_recv_handler", (void **)&ucp.set_handler}, {"ucp_tag_probe_nb", (void **)&ucp.probe},
         {"ucp_worker_progress", (void **)&ucp.progress}, {"ucp_worker_arm", (void **)&ucp.arm},
-        {"ucp_request_cancel", (void **)&ucp.cancel}, {"ucp_request_free", (void **)&ucp.free},
+        {"ucp_request_free", (void **)&ucp.free},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
         if ((*wanted[i].place = dlsym(library, wanted[i].name)) == NULL)

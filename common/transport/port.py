@@ -1,8 +1,8 @@
-"""Tag messages of one UCX worker: post, poll, and a call when an operation has ended.
+"""Messages of one UCX worker: post, poll, and a call when an operation has ended.
 
 A port has two forms of one interface: compiled (`port.c`), and over UCXX's Python API, which needs no compiler and
 takes 9 us more for a send and as much for its receive (DECISIONS.md). Memory is given by address, and must stay until
-the operation has ended.
+the operation has ended. Only the compiled one carries rows in device memory (`RowsPort`).
 """
 
 import ctypes
@@ -29,6 +29,7 @@ Foreign = Any  # an object of UCXX, or a number that the compiled port understan
 
 Ended = Callable[[int], object]  # is told the status
 Arrived = Callable[[int, int, Foreign], object]  # tag, bytes, the message for `receive`
+Announced = Callable[[int, bytes, int, int], object]  # tag, head, bytes of rows, for `receive_rows`
 
 
 class Port(Protocol):
@@ -39,27 +40,15 @@ class Port(Protocol):
         """Operations that have not ended."""
         ...
 
-    def send(
-        self, to: Foreign, address: int, nbytes: int, on_device: bool, tag: int, ended: Ended, /
-    ) -> int:
-        """Post a send to an endpoint's `to`; returns a status."""
+    def send(self, to: Foreign, address: int, nbytes: int, tag: int, ended: Ended, /) -> int:
+        """Post a send from host memory to an endpoint's `to`; returns a status."""
         ...
 
     def receive(self, message: Foreign, address: int, nbytes: int, ended: Ended, /) -> int:
         """Receive a message that `poll` told of, all its `nbytes`, into host memory; returns a status."""
         ...
 
-    def expect(
-        self, tag: int, address: int, nbytes: int, on_device: bool, ended: Ended, /
-    ) -> tuple[int, Foreign]:
-        """Post a receive of exactly `nbytes`; returns a status and what `cancel` wants. Only the tag says of whom."""
-        ...
-
-    def cancel(self, operation: Foreign, /) -> None:
-        """End an `expect` that is under way: `ended` is called soon, with an error unless it was too late."""
-        ...
-
-    def poll(self, arrived: Arrived, /) -> bool:
+    def poll(self, arrived: Arrived, announced: Announced, /) -> bool:
         """Progress, tell of what arrived and call what ended; True when there was anything."""
         ...
 
@@ -69,6 +58,29 @@ class Port(Protocol):
 
     def settle(self) -> None:
         """The worker is gone: call what it ended."""
+        ...
+
+
+class RowsPort(Port, Protocol):
+    """A port that also moves rows, which may lie in device memory. UCX announces them with up to `max_head` bytes."""
+
+    max_head: int
+
+    def send_rows(
+        self, to: Foreign, tag: int, head: int, head_nbytes: int,
+        address: int, nbytes: int, on_device: bool, ended: Ended, /,
+    ) -> int:  # fmt: skip
+        """Post rows and the `head_nbytes` at address `head`, which may be written to again; returns a status."""
+        ...
+
+    def receive_rows(
+        self, data: int, address: int, nbytes: int, on_device: bool, ended: Ended, /
+    ) -> int:
+        """Receive rows that `poll` told of, all their `nbytes`; returns a status."""
+        ...
+
+    def discard_rows(self, data: int, /) -> None:
+        """The same rows are not wanted."""
         ...
 
 
@@ -109,47 +121,30 @@ class UcxxPort:
     def num_open(self) -> int:
         return len(self._open) + len(self._ended)
 
-    def send(
-        self, to: Foreign, address: int, nbytes: int, on_device: bool, tag: int, ended: Ended, /
-    ) -> int:
-        array = self._view(address, nbytes, on_device)
+    def send(self, to: Foreign, address: int, nbytes: int, tag: int, ended: Ended, /) -> int:
+        array = self._view(address, nbytes)
         try:
             request = to.tag_send(array, self._tag(tag))
         except Exception as exc:  # the endpoint has failed, which its callback says too
             log.debug("a send failed: %s", exc)
             return CANCELED
-        return self._posted(request, array, ended)[0]
-
-    def receive(self, message: Foreign, address: int, nbytes: int, ended: Ended, /) -> int:
-        array = self._view(address, nbytes, False)
-        return self._posted(self._worker.tag_recv_with_handle(array, message), array, ended)[0]
-
-    def expect(
-        self, tag: int, address: int, nbytes: int, on_device: bool, ended: Ended, /
-    ) -> tuple[int, Foreign]:
-        array = self._view(address, nbytes, on_device)
-        request = self._worker.tag_recv(array, self._tag(tag), self._mask(_EVERY_BIT))
         return self._posted(request, array, ended)
 
-    def _posted(self, request: Foreign, array: Foreign, ended: Ended) -> tuple[int, Foreign]:
+    def receive(self, message: Foreign, address: int, nbytes: int, ended: Ended, /) -> int:
+        array = self._view(address, nbytes)
+        return self._posted(self._worker.tag_recv_with_handle(array, message), array, ended)
+
+    def _posted(self, request: Foreign, array: Foreign, ended: Ended) -> int:
         status: int = request.status
         if status == IN_PROGRESS:
             self._open.append((request, array, ended))
-        return status, request
+        return status
 
-    def _view(self, address: int, nbytes: int, on_device: bool) -> Foreign:
-        if on_device:
-            return self._array(_DeviceMemory(address, nbytes))
+    def _view(self, address: int, nbytes: int) -> Foreign:
         return self._array((ctypes.c_char * nbytes).from_address(address))
 
-    def cancel(self, operation: Foreign, /) -> None:
-        for index, (request, _, ended) in enumerate(self._open):
-            if request is operation:
-                del self._open[index]
-                self._ended.append((CANCELED, ended))
-                return
-
-    def poll(self, arrived: Arrived, /) -> bool:
+    def poll(self, arrived: Arrived, announced: Announced, /) -> bool:
+        del announced
         self._worker.progress()
         num = 0
         while num < _MAX_ARRIVALS and (probed := self._probe()).matched:
@@ -182,12 +177,3 @@ class UcxxPort:
         self._ended += [(CANCELED, ended) for _, _, ended in self._open]
         self._open.clear()
         self._call_ended()
-
-
-class _DeviceMemory:
-    """Memory of a GPU as UCXX takes it."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3,
-        }  # fmt: skip

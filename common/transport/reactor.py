@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from common.errors import LinkClosed
 from common.transport.carriers import carriers_of
-from common.transport.port import Arrived, open_port, peer_of
+from common.transport.port import Announced, Arrived, open_port, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +37,29 @@ class Reactor:
     def __init__(
         self,
         arrived: Arrived,
+        announced: Announced,
         sweep: Callable[[], bool],
         is_busy: Callable[[], bool],
         *,
         spin_us: int = 0,
     ) -> None:
-        """`arrived` takes messages, not rows. `is_busy`: something is under way that wakes nobody, so poll. `spin_us`:
-        how long to poll after the last event before sleeping; only for a process with its own core.
+        """`arrived` takes messages, `announced` rows. `is_busy`: something is under way that wakes nobody, so poll.
+
+        `spin_us`: how long to poll after the last event before sleeping; only for a process with its own core.
         """
         # loaded here: whoever only talks to gateways or runs `inproc` needs no UCX
         from ucxx._lib import libucxx
 
         self._lib = libucxx
-        self._arrived = arrived
+        self._arrived, self._announced = arrived, announced
         self._sweep = sweep
         self._is_busy = is_busy
         self._spin_ns = spin_us * 1000
         self._last_event_ns = 0
         self._pumping = False
         self._kicked = False
-        context = libucxx.UCXContext({}, (libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
+        features = libucxx.Feature.TAG, libucxx.Feature.AM, libucxx.Feature.WAKEUP
+        context = libucxx.UCXContext({}, features)
         self._worker: Any = libucxx.UCXWorker(context)
         self._worker.init_blocking_progress_mode()
         self.port = open_port(libucxx, self._worker, KIND_MESSAGE << KIND_SHIFT, 0xFF << KIND_SHIFT)
@@ -108,13 +111,14 @@ class Reactor:
         if self._worker is None or self._pumping:
             return
         self._pumping = True
-        poll, sweep, arrived = self.port.poll, self._sweep, self._arrived
+        poll, sweep = self.port.poll, self._sweep
+        arrived, announced = self._arrived, self._announced
         has_worked = False
         try:
             for _ in range(_MAX_ROUNDS):
                 if self._worker is None:  # closed by somebody who was called
                     return
-                worked = poll(arrived)
+                worked = poll(arrived, announced)
                 if sweep() or worked:
                     has_worked = True
                     continue
@@ -144,7 +148,7 @@ class Reactor:
         self._loop.remove_reader(self._fd)
         deadline = time.monotonic() + timeout_s
         while self.port.num_open and time.monotonic() < deadline:
-            self.port.poll(self._arrived)
+            self.port.poll(self._arrived, self._announced)
         done = not self.port.num_open
         self._worker = None
         self.port.settle()

@@ -2,23 +2,23 @@
 
 A tag is ``kind u8 | sender u24 | sequence u32``. `sender` is given out by the *receiver* at the handshake and never
 reused while the process lives (16 million links), so a message still under way from a dead predecessor finds no link.
-`sequence` counts per link and direction; anything but the next number closes the link.
+`sequence` counts what was posted per link and direction, and messages are delivered in its order; a number that is in
+already, or far off, closes the link.
 
 Receiving costs by arrival, not by peer: one wildcard probe takes the oldest message with its exact size, checked
 against the limit before memory is taken from the pool. Small messages are complete at once; large ones (rendezvous)
 complete later, and what came behind them on the same link waits its turn.
 
-Rows in device memory have tags of their own, of kind 2 with the sequence of their message, or of kind 3 with the number
-under which the asker posted the receive when it asked. Their message is delivered when both are in.
+Rows in device memory take their message along: UCX announces them with it (kind 2), so that the receiver knows at once
+where they go. A message that is too long for that goes ahead as any other (kind 1), and its rows have its number (kind
+3). It is delivered when both are in.
 """
 
 import asyncio
 import base64
 import binascii
 import logging
-import struct
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,9 @@ from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer
 from common.transport.control import Channel
 from common.transport.link import BaseLink, LinkState
-from common.transport.port import CANCELED, IN_PROGRESS, Ended
+from common.transport.port import CANCELED, IN_PROGRESS
 from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
-from common.wire.header import ANSWER_OFFSET, ANSWERS, HEADER_NBYTES, Header
+from common.wire.header import HEADER_NBYTES, Header
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
@@ -38,23 +38,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_KIND_ROWS, _KIND_ANSWER_ROWS = 2, 3  # KIND_MESSAGE (1): header and payload, or header and tables
+_KIND_WITH_ROWS, _KIND_ROWS = 2, 3  # KIND_MESSAGE (1): header and payload, or header and tables
 SENDER_SHIFT = 32
 SENDER_MASK, _SEQUENCE_MASK = (1 << 24) - 1, (1 << 32) - 1
+_MAX_AHEAD = 1 << 16  # of the next message to deliver; credits allow far fewer
 _FIRST_FRAME_S = 5.0  # how long an authenticated dialler may take to say what it needs
 
-_KIND_OFFSET = 3  # of a header's `kind`
-_read_answer = struct.Struct("<I").unpack_from
-
-
-@dataclass(slots=True, eq=False)
-class _RowsIn:
-    """A posted receive of rows, with a reference to their memory until UCX has ended it."""
-
-    rows: "DeviceRows"
-    status: int = IN_PROGRESS
-    operation: Any = None  # what cancels it
-    arrival: "_Arrival | None" = None  # the message that they belong to, when that is in
+_Announced = tuple[int, int]  # rows that UCX has announced: its name of them, bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -62,14 +52,9 @@ class _Arrival:
     """A message on its way in: first itself, then (with a header) its rows if they come apart."""
 
     buffer: Buffer
-    sequence: int
     status: int = IN_PROGRESS
     header: Header | None = None
-    rows: _RowsIn | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        return self.header is not None and (self.rows is None or self.rows.status == 0)
+    rows_status: int = IN_PROGRESS
 
 
 class UcxLink(BaseLink):
@@ -93,12 +78,12 @@ class UcxLink(BaseLink):
         self._deadline: asyncio.TimerHandle | None = None  # the listener's, until the first frame
         self._endpoint: Endpoint | None = None
         self._to: Any = None  # the port's name of the endpoint
-        self._port = plane.reactor.port
-        self._tag_base = 0
+        self._port = plane.port
+        self._tag_base = 0  # without the kind
         self._num_sent = 0
-        self._num_received = 0
-        self._receives: deque[_Arrival] = deque()  # in the order of their sequence
-        self._expected: dict[int, _RowsIn] = {}  # the rows of answers, by answer number
+        self._next = 0  # the message to deliver next
+        self._arrivals: dict[int, _Arrival] = {}  # by sequence
+        self._announced: dict[int, _Announced] = {}  # rows whose receive is not posted
 
     # -- control
 
@@ -147,7 +132,7 @@ class UcxLink(BaseLink):
                 sender, worker = init["sender"], base64.b64decode(init["worker"], validate=True)
                 if type(sender) is not int or not 0 < sender <= SENDER_MASK or not worker:
                     raise ValueError("sender or worker")
-                self._tag_base = KIND_MESSAGE << KIND_SHIFT | sender << SENDER_SHIFT
+                self._tag_base = sender << SENDER_SHIFT
                 self._endpoint, self._to = self._reactor.endpoint(worker, self._endpoint_failed)
             if not isinstance(facts, dict):
                 raise TypeError("facts")
@@ -181,41 +166,54 @@ class UcxLink(BaseLink):
     # -- sending
 
     def _transmit(self, buffer: Buffer) -> None:
-        sequence, self._num_sent = self._num_sent, (self._num_sent + 1) & _SEQUENCE_MASK
-        rows, tag = buffer.rows, 0
-        if rows is not None:  # read now: the buffer may be gone when its own message is out
-            (answer,) = _read_answer(buffer.view, ANSWER_OFFSET)
-            answer = answer if buffer.view[_KIND_OFFSET] in ANSWERS else 0
-            tag = self._rows_tag(sequence, answer)
-            rows.retain()
-        nbytes = HEADER_NBYTES + buffer.nbytes
-        ended = partial(self._sent, buffer)
-        self._send_memory(buffer.address, nbytes, False, self._tag_base | sequence, ended)
+        rows = buffer.rows
+        number, self._num_sent = self._num_sent, (self._num_sent + 1) & _SEQUENCE_MASK
+        tag = self._tag_base | number
         if rows is None:
+            self._send_message(buffer, tag)
             return
-        if rows.fence is None or rows.fence.passed:
-            self._send_rows(rows, tag)
+        if HEADER_NBYTES + buffer.nbytes <= self._port.max_head:
+            send = partial(self._send_with_rows, buffer, tag)
         else:
-            rows.fence.then(partial(self._send_rows, rows, tag))
+            send = partial(self._send_rows, rows.retain(), _KIND_ROWS << KIND_SHIFT | tag, 0, 0)
+            self._send_message(buffer, tag)
+        if rows.fence is None or rows.fence.passed:
+            send()
+        else:
+            rows.fence.then(send)
 
-    def _send_rows(self, rows: "DeviceRows", tag: int) -> None:
-        """The device has written the rows: send them, taking over a reference."""
-        ended = partial(self._rows_sent, rows)
-        self._send_memory(rows.address, rows.nbytes, rows.on_device, tag, ended)
-
-    def _rows_tag(self, sequence: int, answer: int) -> int:
-        sender = self._tag_base & SENDER_MASK << SENDER_SHIFT
-        kind, number = (_KIND_ANSWER_ROWS, answer) if answer else (_KIND_ROWS, sequence)
-        return kind << KIND_SHIFT | sender | number
-
-    def _send_memory(
-        self, address: int, nbytes: int, on_device: bool, tag: int, ended: Ended
-    ) -> None:
-        """`ended` is called once, now or later. Nothing is raised: a closed link says what is lost by itself."""
+    def _send_message(self, buffer: Buffer, tag: int) -> None:
+        """Nothing is raised: a closed link says what is lost by itself."""
+        ended = partial(self._sent, buffer)
+        nbytes = HEADER_NBYTES + buffer.nbytes
         self._plane.num_moving += 1
         status = CANCELED
         if self._endpoint is not None:  # the link may have closed within `post`
-            status = self._port.send(self._to, address, nbytes, on_device, tag, ended)
+            tag |= KIND_MESSAGE << KIND_SHIFT
+            status = self._port.send(self._to, buffer.address, nbytes, tag, ended)
+        if status == IN_PROGRESS:
+            self._reactor.kick()
+        else:
+            ended(status)
+
+    def _send_with_rows(self, buffer: Buffer, tag: int) -> None:
+        """The device has written the rows of this message."""
+        rows = buffer.rows
+        assert rows is not None, "a message without rows apart"
+        tag |= _KIND_WITH_ROWS << KIND_SHIFT
+        self._send_rows(rows.retain(), tag, buffer.address, HEADER_NBYTES + buffer.nbytes)
+        buffer.headroom_busy = False  # UCX has a copy
+        buffer.release()
+
+    def _send_rows(self, rows: "DeviceRows", tag: int, head: int, head_nbytes: int) -> None:
+        """Takes over a reference."""
+        ended = partial(self._rows_sent, rows)
+        self._plane.num_moving += 1
+        status = CANCELED
+        if self._endpoint is not None:
+            status = self._port.send_rows(
+                self._to, tag, head, head_nbytes, rows.address, rows.nbytes, rows.on_device, ended
+            )
         if status == IN_PROGRESS:
             self._reactor.kick()
         else:
@@ -237,69 +235,69 @@ class UcxLink(BaseLink):
 
     # -- receiving
 
-    def _expect(self, answer: int, rows: "DeviceRows") -> None:
-        self._expected[answer] = self._post_rows(rows, _KIND_ANSWER_ROWS, answer)
-
-    def _unexpect(self, answer: int) -> None:
-        posted = self._expected.pop(answer, None)
-        if posted is not None and posted.status == IN_PROGRESS:
-            self._port.cancel(posted.operation)
-
-    def _post_rows(self, rows: "DeviceRows", kind: int, number: int) -> _RowsIn:
-        """Post the receive of rows."""
-        posted = _RowsIn(rows.retain())
-        tag = kind << KIND_SHIFT | self._sender << SENDER_SHIFT | number
-        ended = partial(self._rows_in, posted)
-        status, posted.operation = self._port.expect(
-            tag, rows.address, rows.nbytes, rows.on_device, ended
-        )
-        if status != IN_PROGRESS:
-            ended(status)
-        return posted
-
-    def _rows_in(self, posted: _RowsIn, status: int) -> None:
-        posted.status = status
-        posted.operation = None
-        posted.rows.release()
-        if posted.arrival is not None:
-            self._has_moved("receive", status)
-            self._deliver_whole()
-
     def arrive(self, tag: int, nbytes: int, message: Any) -> None:  # noqa: ANN401  -- the port's
         """A message of this link was probed: receive it, or close the link when it must not be received."""
-        sequence = tag & _SEQUENCE_MASK
-        if (
-            sequence != self._num_received
-            or tag >> KIND_SHIFT != KIND_MESSAGE
-            or not HEADER_NBYTES <= nbytes <= self._max_message_nbytes
-        ):
-            self._fail(
-                WireError(
-                    f"message {sequence} of {nbytes} bytes from {self._peer.process}, expected "
-                    f"number {self._num_received} and at most {self._max_message_nbytes} bytes"
-                )
-            )
+        arrival = self._arrival(tag, KIND_MESSAGE, nbytes)
+        if arrival is None:
             return
-        self._num_received = (sequence + 1) & _SEQUENCE_MASK
-        buffer = self._pool.acquire(nbytes - HEADER_NBYTES)
-        arrival = _Arrival(buffer, sequence)
-        self._receives.append(arrival)
         self._plane.num_moving += 1
-        ended = partial(self._message_in, arrival)
-        status = self._port.receive(message, buffer.address, nbytes, ended)
+        ended = partial(self._message_in, tag & _SEQUENCE_MASK, arrival)
+        status = self._port.receive(message, arrival.buffer.address, nbytes, ended)
         if status != IN_PROGRESS:
             ended(status)
 
-    def _message_in(self, arrival: _Arrival, status: int) -> None:
+    def announced(self, tag: int, head: bytes, nbytes: int, data: int) -> None:
+        """UCX announces rows, with their message unless that goes apart."""
+        number = tag & _SEQUENCE_MASK
+        if tag >> KIND_SHIFT == _KIND_ROWS and self._is_expected(number, self._announced):
+            self._announced[number] = data, nbytes
+            arrival = self._arrivals.get(number)
+            if arrival is not None and arrival.header is not None:
+                self._receive_rows(number, arrival)
+            return
+        arrival = self._arrival(tag, _KIND_WITH_ROWS, len(head))
+        if arrival is None:
+            self._port.discard_rows(data)
+            return
+        self._announced[number] = data, nbytes
+        arrival.buffer.view[: len(head)] = head
+        arrival.status = 0
+        if self.state is LinkState.OPEN:  # else it overtook the control socket
+            self._open_arrival(number, arrival)
+            self._deliver_whole()
+
+    def _arrival(self, tag: int, kind: int, nbytes: int) -> _Arrival | None:
+        """A place for the message, or None: a correct peer would not send it, and the link is closed."""
+        number = tag & _SEQUENCE_MASK
+        if (
+            tag >> KIND_SHIFT == kind
+            and HEADER_NBYTES <= nbytes <= self._max_message_nbytes
+            and self._is_expected(number, self._arrivals)
+        ):
+            arrival = _Arrival(self._pool.acquire(nbytes - HEADER_NBYTES))
+            self._arrivals[number] = arrival
+            return arrival
+        self._fail(
+            WireError(
+                f"message {number} of kind {tag >> KIND_SHIFT} and {nbytes} bytes from {self._peer.process}, "
+                f"expected number {self._next} and at most {self._max_message_nbytes} bytes"
+            )
+        )
+        return None
+
+    def _is_expected(self, number: int, known: Container[int]) -> bool:
+        return (number - self._next) & _SEQUENCE_MASK < _MAX_AHEAD and number not in known
+
+    def _message_in(self, number: int, arrival: _Arrival, status: int) -> None:
         arrival.status = status
         if self.state is LinkState.CLOSED:
             arrival.buffer.release()
         self._has_moved("receive", status)
         if self.state is LinkState.OPEN:  # else it overtook the control socket
-            self._open_arrival(arrival)
+            self._open_arrival(number, arrival)
             self._deliver_whole()
 
-    def _open_arrival(self, arrival: _Arrival) -> None:
+    def _open_arrival(self, number: int, arrival: _Arrival) -> None:
         """The message is in: read its header and see to its rows. A malformed one closes the link."""
         buffer = arrival.buffer
         header = self._read_header(buffer.retain())
@@ -307,35 +305,51 @@ class UcxLink(BaseLink):
             return
         buffer.release()
         arrival.header = header
-        if buffer.rows is None:
+        if buffer.rows is not None:
+            self._receive_rows(number, arrival)
+        elif number in self._announced:
+            self._fail(WireError(f"rows {number} of {self._peer.process} are not in their header"))
+        else:
+            arrival.rows_status = 0
+
+    def _receive_rows(self, number: int, arrival: _Arrival) -> None:
+        """Post the receive of rows, if they are announced."""
+        rows = arrival.buffer.rows
+        if rows is None or number not in self._announced:
             return
-        posted = None
-        if header.kind in ANSWERS:
-            posted = self._expected.pop(header.answer, None)
-        if posted is None:
-            posted = self._post_rows(buffer.rows, _KIND_ROWS, arrival.sequence)
-        arrival.rows = posted
-        if posted.status == IN_PROGRESS:
-            posted.arrival = arrival
-            self._plane.num_moving += 1
-        elif posted.status < 0:
-            self._close(
-                LinkClosed(f"{self._peer.process} is gone: receive failed ({posted.status})")
-            )
+        data, nbytes = self._announced.pop(number)
+        if nbytes != rows.nbytes:
+            self._port.discard_rows(data)
+            error = f"{nbytes} bytes of rows, the header says {rows.nbytes}"
+            self._fail(WireError(f"{self._peer.process}: {error}"))
+            return
+        self._plane.num_moving += 1
+        ended = partial(self._rows_in, arrival, rows.retain())
+        status = self._port.receive_rows(data, rows.address, nbytes, rows.on_device, ended)
+        if status != IN_PROGRESS:
+            ended(status)
+
+    def _rows_in(self, arrival: _Arrival, rows: "DeviceRows", status: int) -> None:
+        arrival.rows_status = status
+        rows.release()
+        self._has_moved("receive", status)
+        self._deliver_whole()
 
     def deliver_early(self) -> None:
         """The link is open: what overtook the control socket may be read."""
-        for arrival in list(self._receives):
+        for number, arrival in list(self._arrivals.items()):
             if arrival.status == 0 and self.state is LinkState.OPEN:
-                self._open_arrival(arrival)
+                self._open_arrival(number, arrival)
         self._deliver_whole()
 
     def _deliver_whole(self) -> None:
         """Deliver what is complete, in order."""
-        receives = self._receives
-        while receives and receives[0].is_whole and self.state is LinkState.OPEN:
-            arrival = receives.popleft()
-            assert arrival.header is not None
+        while self.state is LinkState.OPEN:
+            arrival = self._arrivals.get(self._next)
+            if arrival is None or arrival.header is None or arrival.rows_status != 0:
+                return
+            del self._arrivals[self._next]
+            self._next = (self._next + 1) & _SEQUENCE_MASK
             self._deliver(arrival.header, arrival.buffer)
 
     # -- closing
@@ -346,24 +360,22 @@ class UcxLink(BaseLink):
     def _detach(self, error: LinkClosed) -> None:
         if self._opening is not None and not self._opening.done():
             self._opening.set_exception(error)
+        self._drop_receives()
         endpoint, self._endpoint, self._to = self._endpoint, None, None
         if endpoint is not None:
             self._reactor.close_endpoint(endpoint)
         if self._deadline is not None:
             self._deadline.cancel()
         self._plane.forget(self._sender)
-        self._drop_receives()
         if self._channel is not None:
             self._channel.close(error)
 
     def _drop_receives(self) -> None:
         """What is in goes back to its pool now, the rest when UCX has ended it."""
-        posted = [*self._expected.values(), *(a.rows for a in self._receives if a.rows is not None)]
-        self._expected.clear()
-        for rows in posted:
-            if rows.status == IN_PROGRESS:
-                self._port.cancel(rows.operation)
-        arrivals, self._receives = self._receives, deque()
-        for arrival in arrivals:
+        announced, self._announced = self._announced, {}
+        for data, _ in announced.values():
+            self._port.discard_rows(data)
+        arrivals, self._arrivals = self._arrivals, {}
+        for arrival in arrivals.values():
             if arrival.status != IN_PROGRESS:
                 arrival.buffer.release()

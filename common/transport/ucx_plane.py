@@ -9,13 +9,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from common.errors import LinkClosed
+from common.errors import ConfigError, LinkClosed
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.link import LinkLimits
-from common.transport.port import IN_PROGRESS
+from common.transport.port import IN_PROGRESS, RowsPort, is_compiled
 from common.transport.reactor import Reactor
 from common.transport.seam import Seam
 from common.transport.ucx_link import SENDER_MASK, SENDER_SHIFT, UcxLink
@@ -38,13 +38,25 @@ class DataPlane:
         spin_us: int,
         report: Callable[[UcxLink], None],
     ) -> None:
-        """Starts UCX on the running loop. `report` is told of every open link."""
+        """Starts UCX on the running loop. `report` is told of every open link.
+
+        Raises ConfigError where rows lie apart and nothing can carry them.
+        """
+        if pool.apart and not is_compiled():
+            raise ConfigError(
+                "rows in device memory need the compiled port, for which there must be a C compiler"
+            )
         self._report = report
         self.pool = pool
         self.limits = limits
         self.seam = seam
         self.loop = asyncio.get_running_loop()
-        self.reactor = Reactor(self._arrived, self._sweep, self._is_busy, spin_us=spin_us)
+        self.reactor = Reactor(
+            self._arrived, self._announced, self._sweep, self._is_busy, spin_us=spin_us
+        )
+        self.port = cast(
+            RowsPort, self.reactor.port
+        )  # rows are sent and taken by `pool.apart` only
         seam.on_open = self.reactor.kick
         self.num_moving = 0  # sends, and receives of what a peer has sent, that UCX has not ended
         self.failed: list[UcxLink] = []
@@ -52,7 +64,7 @@ class DataPlane:
         self._next_sender = 1
 
     def __repr__(self) -> str:
-        return f"<DataPlane [{len(self.links)} links | {self.reactor.port.num_open} under way]>"
+        return f"<DataPlane [{len(self.links)} links | {self.port.num_open} under way]>"
 
     def new_link(
         self, mine: Hello, peer: Hello, handler: Handler, opening: asyncio.Future[Link] | None
@@ -81,6 +93,13 @@ class DataPlane:
         else:
             link.arrive(tag, nbytes, message)
 
+    def _announced(self, tag: int, head: bytes, nbytes: int, data: int) -> None:
+        link = self.links.get(tag >> SENDER_SHIFT & SENDER_MASK)
+        if link is None:
+            self.port.discard_rows(data)
+        else:
+            link.announced(tag, head, nbytes, data)
+
     def _sweep(self) -> bool:
         """What UCX does not tell of; True when there was anything to do."""
         worked = self.seam.is_open and self.seam.poll()
@@ -93,7 +112,7 @@ class DataPlane:
         if nbytes <= HEADER_NBYTES + self.limits.max_payload_nbytes:
             buffer = self.pool.acquire(max(0, nbytes - HEADER_NBYTES))
             ended = partial(_discarded, buffer)
-            if self.reactor.port.receive(message, buffer.address, nbytes, ended) != IN_PROGRESS:
+            if self.port.receive(message, buffer.address, nbytes, ended) != IN_PROGRESS:
                 buffer.release()
 
     def forget(self, sender: int) -> None:

@@ -70,8 +70,8 @@ class Header:
     `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
     in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is a worker index
     (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits`, `rows_nbytes` and `answer` are
-    filled by the link: how many leading bytes of the payload travel apart (device memory), and the number under which
-    the asker has already posted its receive for the rows of the answer (0: it has not).
+    filled by the link: how many leading bytes of the payload travel apart (device memory), and the number of the place
+    where the asker wants the rows of the answer (0: anywhere).
     """
 
     kind: Kind

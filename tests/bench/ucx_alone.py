@@ -33,11 +33,14 @@ async def _bounce(pipe: Connection, trips: int, *, leads: bool) -> dict[str, flo
         reactor.port.receive(message, into, nbytes, ignore)
         arrivals.append(time.perf_counter_ns())
         if not leads or len(arrivals) < trips:
-            reactor.port.send(to, out, NBYTES, False, TAG, ignore)
+            reactor.port.send(to, out, NBYTES, TAG, ignore)
         if len(arrivals) == trips:
             done.set_result(None)
 
-    reactor = Reactor(arrived, lambda: False, lambda: False)
+    def announced(tag: int, head: bytes, nbytes: int, data: int) -> None:
+        raise AssertionError("rows, which nobody sends")
+
+    reactor = Reactor(arrived, announced, lambda: False, lambda: False)
     memory = np.zeros((2, NBYTES), np.uint8)
     out, into = memory[0].ctypes.data, memory[1].ctypes.data
     pipe.send_bytes(reactor.address)
@@ -46,7 +49,7 @@ async def _bounce(pipe: Connection, trips: int, *, leads: bool) -> dict[str, flo
     pipe.recv()
     cpu_started = time.process_time()
     if leads:
-        reactor.port.send(to, out, NBYTES, False, TAG, ignore)
+        reactor.port.send(to, out, NBYTES, TAG, ignore)
         reactor.kick()
     async with asyncio.timeout(60):
         await done

@@ -5,11 +5,11 @@ The device is the CPU unless ATOLL_TEST_DEVICE names another: the form on the wi
 
 import asyncio
 import os
-from functools import partial
 
 import pytest
 import torch
 
+from common.errors import ConfigError
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, open_seam, synchronise
 from common.transport.seam import Seam
@@ -36,9 +36,20 @@ class DeviceInprocNet(InprocNet):
         return made
 
 
-@pytest.fixture
-def net(form, tmp_path):
-    return (DeviceInprocNet if form == "inproc" else DeviceUcxNet)(tmp_path)
+@pytest.fixture(params=[DeviceInprocNet, DeviceUcxNet], ids=["inproc", "ucx"])
+def net(request, tmp_path):
+    return request.param(tmp_path)
+
+
+def test_without_a_compiler_rows_apart_are_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.transport.port._compiled", None)
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        with pytest.raises(ConfigError, match="need the compiled port"):
+            await net.transport().listen(net.address(), ROUTER, RowsPeer())
+
+    run(net, main)
 
 
 class RowsPeer(Peer):
@@ -232,25 +243,53 @@ def test_rows_to_a_process_without_device_buffers_close_the_link(net):
     run(net, main, leak_free=False)
 
 
-def test_rows_shorter_than_their_header_says_close_the_link(tmp_path):
-    """Only the compiled port is told how long a message was."""
+@pytest.mark.parametrize("num_tables", [16, 70_000], ids=["together", "apart"])
+def test_rows_shorter_than_their_header_says_close_the_link(tmp_path, num_tables):
     net = DeviceUcxNet(tmp_path)
 
     async def main():
         here, there = RowsPeer(), RowsPeer()
         link, dialler, _ = await linked(net, here, there)
+        send = link._send_rows
 
-        def cut(rows, tag):
-            ended = partial(link._rows_sent, rows)
-            link._send_memory(rows.address, rows.nbytes - 1, rows.on_device, tag, ended)
+        def cut(rows, tag, head, head_nbytes):
+            send(rows.block.rows(0, rows.nbytes - 1), tag, head, head_nbytes)
+            rows.release()
 
         link._send_rows = cut
-        buffer = payload_of(dialler.pool, b"r" * 100_000, b"t" * 16)
+        buffer = payload_of(dialler.pool, b"r" * 100_000, b"t" * num_tables)
         link.post(Header(Kind.EXPERT_IN, num_rows=1), buffer)
         buffer.release()
         await there.until(lambda: bool(there.closed))
-        assert "receive failed (-9)" in str(there.closed[0][1])  # UCS_ERR_MESSAGE_TRUNCATED
+        assert "99999 bytes of rows, the header says 100000" in str(there.closed[0][1])
         assert not there.got
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "sentence"),
+    [
+        (2, 1 << 20, "message 1048576 of kind 2"),
+        (3, 1 << 20, "message 1048576 of kind 3"),
+        (4, 0, "message 0 of kind 4"),
+    ],
+    ids=["far ahead", "rows far ahead", "unknown"],
+)
+def test_rows_that_no_correct_peer_announces_close_the_link(tmp_path, kind, number, sentence):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        link, dialler, _ = await linked(net, here, there)
+        rows = dialler.pool.acquire_rows(100_000)
+        head = dialler.pool.acquire(0)
+        tag = kind << 56 | link._tag_base | number
+        link._send_rows(rows, tag, head.address, 128)
+        await there.until(lambda: bool(there.closed))
+        assert sentence in str(there.closed[0][1])
+        head.release()
 
     run(net, main)
     check_no_block_leaked(net)
