@@ -192,6 +192,8 @@ class InprocLink(BaseLink):
             copy = self.other._pool.acquire(buffer.nbytes)
             copy.message[:] = buffer.message
             header = self.other._read_header(copy)
+            if header is None:
+                copy.release()
         if header is not None and buffer.rows is not None:
             assert copy is not None
             assert copy.rows is not None

@@ -217,7 +217,7 @@ class BaseLink(Link, ABC):
     def _read_header(self, buffer: Buffer) -> Header | None:
         """The header of a whole message in `buffer`, checked, and a place for the rows that follow it (`buffer.rows`).
 
-        None when a correct peer would not send it: then the reference is dropped and the link closed.
+        None when a correct peer would not send it: then the link is closed.
         """
         try:
             header = Header.unpack_from(
@@ -246,7 +246,6 @@ class BaseLink(Link, ABC):
                 buffer.rows = None
                 landing.release()
         except WireError as exc:
-            buffer.release()
             self._fail(WireError(f"{self._peer.process}: {exc}"))
             return None
         return header

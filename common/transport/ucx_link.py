@@ -186,7 +186,6 @@ class UcxLink(BaseLink):
         """Nothing is raised: a closed link says what is lost by itself."""
         ended = partial(self._sent, buffer)
         nbytes = HEADER_NBYTES + buffer.nbytes
-        self._plane.num_moving += 1
         status = CANCELED
         if self._endpoint is not None:  # the link may have closed within `post`
             tag |= KIND_MESSAGE << KIND_SHIFT
@@ -208,7 +207,6 @@ class UcxLink(BaseLink):
     def _send_rows(self, rows: "DeviceRows", tag: int, head: int, head_nbytes: int) -> None:
         """Takes over a reference."""
         ended = partial(self._rows_sent, rows)
-        self._plane.num_moving += 1
         status = CANCELED
         if self._endpoint is not None:
             status = self._port.send_rows(
@@ -222,16 +220,16 @@ class UcxLink(BaseLink):
     def _sent(self, buffer: Buffer, status: int) -> None:
         buffer.headroom_busy = False
         buffer.release()
-        self._has_moved("send", status)
+        if status < 0:
+            self._lost("send", status)
 
     def _rows_sent(self, rows: "DeviceRows", status: int) -> None:
         rows.release()
-        self._has_moved("send", status)
-
-    def _has_moved(self, what: str, status: int) -> None:
-        self._plane.num_moving -= 1
         if status < 0:
-            self._close(LinkClosed(f"{self._peer.process} is gone: {what} failed ({status})"))
+            self._lost("send", status)
+
+    def _lost(self, what: str, status: int) -> None:
+        self._close(LinkClosed(f"{self._peer.process} is gone: {what} failed ({status})"))
 
     # -- receiving
 
@@ -240,7 +238,6 @@ class UcxLink(BaseLink):
         arrival = self._arrival(tag, KIND_MESSAGE, nbytes)
         if arrival is None:
             return
-        self._plane.num_moving += 1
         ended = partial(self._message_in, tag & _SEQUENCE_MASK, arrival)
         status = self._port.receive(message, arrival.buffer.address, nbytes, ended)
         if status != IN_PROGRESS:
@@ -292,7 +289,8 @@ class UcxLink(BaseLink):
         arrival.status = status
         if self.state is LinkState.CLOSED:
             arrival.buffer.release()
-        self._has_moved("receive", status)
+        if status < 0:
+            self._lost("receive", status)
         if self.state is LinkState.OPEN:  # else it overtook the control socket
             self._open_arrival(number, arrival)
             self._deliver_whole()
@@ -300,10 +298,9 @@ class UcxLink(BaseLink):
     def _open_arrival(self, number: int, arrival: _Arrival) -> None:
         """The message is in: read its header and see to its rows. A malformed one closes the link."""
         buffer = arrival.buffer
-        header = self._read_header(buffer.retain())
+        header = self._read_header(buffer)
         if header is None:
             return
-        buffer.release()
         arrival.header = header
         if buffer.rows is not None:
             self._receive_rows(number, arrival)
@@ -323,7 +320,6 @@ class UcxLink(BaseLink):
             error = f"{nbytes} bytes of rows, the header says {rows.nbytes}"
             self._fail(WireError(f"{self._peer.process}: {error}"))
             return
-        self._plane.num_moving += 1
         ended = partial(self._rows_in, arrival, rows.retain())
         status = self._port.receive_rows(data, rows.address, nbytes, rows.on_device, ended)
         if status != IN_PROGRESS:
@@ -332,7 +328,8 @@ class UcxLink(BaseLink):
     def _rows_in(self, arrival: _Arrival, rows: "DeviceRows", status: int) -> None:
         arrival.rows_status = status
         rows.release()
-        self._has_moved("receive", status)
+        if status < 0:
+            self._lost("receive", status)
         self._deliver_whole()
 
     def deliver_early(self) -> None:

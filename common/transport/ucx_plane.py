@@ -58,7 +58,6 @@ class DataPlane:
             RowsPort, self.reactor.port
         )  # rows are sent and taken by `pool.apart` only
         seam.on_open = self.reactor.kick
-        self.num_moving = 0  # sends, and receives of what a peer has sent, that UCX has not ended
         self.failed: list[UcxLink] = []
         self.links: dict[int, UcxLink] = {}  # by the sender id in their tags
         self._next_sender = 1
@@ -84,7 +83,7 @@ class DataPlane:
 
     def _is_busy(self) -> bool:
         """True while the device works on something that no file descriptor will report."""
-        return self.seam.is_open or (self.pool.polled and self.num_moving > 0)
+        return self.seam.is_open or (self.pool.polled and self.port.num_open > 0)
 
     def _arrived(self, tag: int, nbytes: int, message: Any) -> None:  # noqa: ANN401  -- the port's
         link = self.links.get(tag >> SENDER_SHIFT & SENDER_MASK)

@@ -138,7 +138,7 @@ class Dataflow:
             header, payload, self.num_experts, self.slices
         )
         table = routes.senders(header.layer, experts, self.calls.fleet)
-        shares = self.split(experts, weights, routes.node_of_worker[table[experts]])
+        shares = self.split(experts, weights, routes.node_of_worker.take(table.take(experts)))
         self.counters.blocks += 1
         if self.rail == 0:
             self.load.add(header.layer, experts, self.clock_ns())
@@ -186,11 +186,11 @@ class Dataflow:
         """Fan a node's share out to its workers; its rows index the segment."""
         calls = self.calls
         table = routes.workers(request.layer, share.experts, calls.fleet)
-        workers = table[share.experts]
+        workers = table.take(share.experts)
         plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
         pieces = expert_pieces(plan.shares, request.width, request.wire)
         buffers, outputs = self._rows.fan_out(
-            payload, segment, share.rows[plan.rows], pieces, plan, EXPERT_OUT_ROWS[request.wire]
+            payload, segment, share.rows.take(plan.rows), pieces, plan, EXPERT_OUT_ROWS[request.wire]
         )
         work = NodeWork(key, request, link, routes, len(share.rows), outputs)
         self._works[key] = work

@@ -1,4 +1,5 @@
-"""How a block is divided: by node at its source, by expert worker at its node. Pure index arithmetic (numpy).
+"""How a block is divided: by node at its source, by expert worker at its node. Pure index arithmetic, in numpy; what
+every pair passes is in C as well (`plan.c`).
 
 A *pair* is (row, expert, gate weight). Pairs are always sorted by row, then by ascending expert id: that order is the
 order of the weighted sum, so the result does not depend on who answers first.
@@ -6,18 +7,22 @@ order of the weighted sum, so the result does not depend on who answers first.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from common.compiled import compiled
 from common.errors import WireError
+
+_compiled = compiled(Path(__file__).with_name("plan.c"))  # None: numpy alone
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NodeShare:
     """What one node does for a block. `rows` are ascending indices into the block's rows; `pair_rows` index `rows`."""
 
@@ -64,6 +69,12 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
     `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
     """
     rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
+    if _compiled is not None:
+        *tables, first, last = _compiled.sort_pairs(experts, weights, nodes, experts.shape[1])
+        ids, sorted_weights = np.frombuffer(tables[0], np.int32), np.frombuffer(tables[1], np.float32)
+        if first == last >= 0:  # all for one node, and every row has pairs
+            return [NodeShare(first, rows, pair_rows, ids, sorted_weights)]
+        return split_pairs(rows, pair_rows, ids, sorted_weights, np.frombuffer(tables[2], np.int32))
     order = (experts.argsort(axis=1, kind="stable") + firsts).ravel()
     return split_pairs(rows, pair_rows, experts.take(order), weights.take(order), nodes.take(order))
 
@@ -143,6 +154,8 @@ def fan_out(
     """
     if int(workers.min()) < 0:
         raise WireError("a RELAY for experts that this node does not hold")
+    if _compiled is not None:
+        return _fan_out_compiled(pair_rows, experts, weights, num_rows, workers)
     order = _radix_order(workers, experts)  # rows stay ascending within an expert
     hit, ids = workers.take(order), experts.take(order)
     is_first = np.empty(len(order), np.bool_)
@@ -157,6 +170,24 @@ def fan_out(
     slots, slot_weights = _slot_table(pair_rows, weights, order, num_rows)
     shares = _worker_shares(hit.take(starts), starts, len(order), table)
     return FanOut(pair_rows.take(order), shares, slots, slot_weights)
+
+
+def _fan_out_compiled(
+    pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, workers: Int32s
+) -> FanOut:
+    rows, cuts, table, most, slots, slot_weights = _compiled.fan_out(
+        pair_rows, experts, weights, workers, num_rows
+    )
+    segments = np.frombuffer(table, np.int32).reshape(-1, 2)
+    shares = [
+        WorkerShare(worker, start, stop, segments[first:end])
+        for worker, start, stop, first, end in cuts
+    ]
+    shape = (num_rows, most)
+    return FanOut(
+        np.frombuffer(rows, np.int32), shares, np.frombuffer(slots, np.int32).reshape(shape),
+        np.frombuffer(slot_weights, np.float32).reshape(shape),
+    )  # fmt: skip
 
 
 def _radix_order(major: Int32s, minor: Int32s) -> Ints:

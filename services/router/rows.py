@@ -37,7 +37,7 @@ _MOST_WARMED = 8  # pairs of a row, as top-k is in most models
 _ALIGN = 256  # of pieces in device memory, so that copies are as wide as they can be
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """One message: the rows of places `start` to `stop`, laid out as `segment`, in a payload of `nbytes`."""
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import WireError
+from services.router import plan
 from services.router.plan import (
     WorkerShare,
     check_experts,
@@ -16,6 +17,16 @@ from services.router.plan import (
     split_share,
     split_unicast,
 )
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "numpy"])
+def form(request):
+    """Both forms of the arithmetic; here there is a compiler."""
+    assert plan._compiled is not None
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(plan, "_compiled", None)
+        yield
 
 
 @st.composite
