@@ -14,18 +14,16 @@ from common.errors import WireError
 
 HEADER_NBYTES = 128
 MAGIC = 0xA701
-VERSION = 2
+VERSION = 3
 
-# magic version kind | wire flags layer | epoch width | block | trace | num_rows num_pairs | target attempt
-# microbatch reserved | payload | credits source reserved | sent_ns | queue compute combine transit (us, u32)
-# rows | answer reserved
-_FIELDS = "<HBB BBH II Q Q II HHHH Q IHH Q IIII Q II"
+# magic version kind | wire layer | epoch width | block | trace | num_rows num_pairs | target attempt microbatch
+# | payload | credits | queue compute combine (us, u32) | rows | answer
+_FIELDS = "<HBB BxH II Q Q II HHHxx Q I4x 8x III4x Q I4x"
 _LAYOUT = struct.Struct(
     f"{_FIELDS} {HEADER_NBYTES - struct.calcsize(_FIELDS)}x"
 )  # padded with zeros
-ANSWER_OFFSET = struct.calcsize(_FIELDS) - 8
 CREDITS_OFFSET = struct.calcsize(
-    "<HBB BBH II Q Q II HHHH Q"
+    "<HBB BxH II Q Q II HHHxx Q"
 )  # a link fills `credits` in at the last moment
 
 
@@ -65,7 +63,7 @@ _WIRES = {int(wire): wire for wire in Wire}
 
 @dataclass(slots=True)
 class Header:
-    """One data message's header. Sizes are counts of rows or bytes, times are microseconds unless named `_ns`.
+    """One data message's header. Sizes are counts of rows or bytes, times are microseconds.
 
     `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
     in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is a worker index
@@ -76,7 +74,6 @@ class Header:
 
     kind: Kind
     wire: Wire = Wire.FP8
-    flags: int = 0
     layer: int = 0
     epoch: int = 0
     width: int = 0
@@ -89,12 +86,9 @@ class Header:
     microbatch: int = 0
     payload_nbytes: int = 0
     credits: int = 0
-    source: int = 0
-    sent_ns: int = 0
     queue_us: int = 0
     compute_us: int = 0
     combine_us: int = 0
-    transit_us: int = 0
     rows_nbytes: int = 0
     answer: int = 0
 
@@ -103,7 +97,7 @@ class Header:
     ) -> "Header":
         """A header about the same block: the next hop of a request, or the answer to it."""
         return Header(
-            kind, self.wire, 0, self.layer, self.epoch, self.width, self.block, self.trace,
+            kind, self.wire, self.layer, self.epoch, self.width, self.block, self.trace,
             num_rows, num_pairs, target, self.attempt, self.microbatch, payload_nbytes,
             answer=self.answer,
         )  # fmt: skip
@@ -112,12 +106,10 @@ class Header:
         """Write the 128 bytes at `offset`. Raises WireError when a value does not fit its field."""
         try:
             _LAYOUT.pack_into(
-                buffer, offset, MAGIC, VERSION, self.kind, self.wire, self.flags, self.layer,
-                self.epoch, self.width, self.block, self.trace, self.num_rows, self.num_pairs,
-                self.target, self.attempt, self.microbatch, 0, self.payload_nbytes,
-                self.credits, self.source, 0, self.sent_ns,
-                self.queue_us, self.compute_us, self.combine_us, self.transit_us,
-                self.rows_nbytes, self.answer, 0,
+                buffer, offset, MAGIC, VERSION, self.kind, self.wire, self.layer, self.epoch,
+                self.width, self.block, self.trace, self.num_rows, self.num_pairs, self.target,
+                self.attempt, self.microbatch, self.payload_nbytes, self.credits,
+                self.queue_us, self.compute_us, self.combine_us, self.rows_nbytes, self.answer,
             )  # fmt: skip
         except struct.error as exc:
             raise WireError(f"header field out of range in {self}: {exc}") from exc
@@ -131,10 +123,9 @@ class Header:
             raise WireError(
                 f"message of {len(buffer) - offset} bytes, a header has {HEADER_NBYTES}"
             )
-        (magic, version, kind, wire, flags, layer, epoch, width, block, trace, num_rows, num_pairs,
-         target, attempt, microbatch, _, payload_nbytes, credits, source, _, sent_ns,
-         queue_us, compute_us, combine_us, transit_us, rows_nbytes, answer,
-         _) = _LAYOUT.unpack_from(buffer, offset)  # fmt: skip
+        (magic, version, kind, wire, layer, epoch, width, block, trace, num_rows, num_pairs,
+         target, attempt, microbatch, payload_nbytes, credits, queue_us, compute_us, combine_us,
+         rows_nbytes, answer) = _LAYOUT.unpack_from(buffer, offset)  # fmt: skip
         if magic != MAGIC:
             raise WireError(f"magic {magic:#06x}, expected {MAGIC:#06x}")
         if version != VERSION:
@@ -151,6 +142,6 @@ class Header:
             raise WireError(f"kind {kind} is not one of {[int(k) for k in Kind]}")
         if known_wire is None:
             raise WireError(f"wire {wire} is not one of {[int(w) for w in Wire]}")
-        return cls(known_kind, known_wire, flags, layer, epoch, width, block, trace, num_rows,
-                   num_pairs, target, attempt, microbatch, payload_nbytes, credits, source,
-                   sent_ns, queue_us, compute_us, combine_us, transit_us, rows_nbytes, answer)  # fmt: skip
+        return cls(known_kind, known_wire, layer, epoch, width, block, trace, num_rows, num_pairs,
+                   target, attempt, microbatch, payload_nbytes, credits,
+                   queue_us, compute_us, combine_us, rows_nbytes, answer)  # fmt: skip

@@ -165,7 +165,7 @@ class MoeClient:
         block = self._next_block
         self._next_block += 1
         header = Header(
-            Kind.DISPATCH, self.wire, 0, layer, self.epoch, self.width, block, block,
+            Kind.DISPATCH, self.wire, layer, self.epoch, self.width, block, block,
             num_rows, count, microbatch=microbatch, payload_nbytes=layout.nbytes,
         )  # fmt: skip
         now_ns = self.clock_ns()

@@ -190,7 +190,12 @@ class Dataflow:
         plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
         pieces = expert_pieces(plan.shares, request.width, request.wire)
         buffers, outputs = self._rows.fan_out(
-            payload, segment, share.rows.take(plan.rows), pieces, plan, EXPERT_OUT_ROWS[request.wire]
+            payload,
+            segment,
+            share.rows.take(plan.rows),
+            pieces,
+            plan,
+            EXPERT_OUT_ROWS[request.wire],
         )
         work = NodeWork(key, request, link, routes, len(share.rows), outputs)
         self._works[key] = work

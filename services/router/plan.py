@@ -71,7 +71,10 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
     rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
     if _compiled is not None:
         *tables, first, last = _compiled.sort_pairs(experts, weights, nodes, experts.shape[1])
-        ids, sorted_weights = np.frombuffer(tables[0], np.int32), np.frombuffer(tables[1], np.float32)
+        ids, sorted_weights = (
+            np.frombuffer(tables[0], np.int32),
+            np.frombuffer(tables[1], np.float32),
+        )
         if first == last >= 0:  # all for one node, and every row has pairs
             return [NodeShare(first, rows, pair_rows, ids, sorted_weights)]
         return split_pairs(rows, pair_rows, ids, sorted_weights, np.frombuffer(tables[2], np.int32))
@@ -175,6 +178,7 @@ def fan_out(
 def _fan_out_compiled(
     pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, workers: Int32s
 ) -> FanOut:
+    assert _compiled is not None, "no compiler"
     rows, cuts, table, most, slots, slot_weights = _compiled.fan_out(
         pair_rows, experts, weights, workers, num_rows
     )

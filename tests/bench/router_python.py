@@ -85,7 +85,7 @@ def block(pool: DevicePool, rows: int, experts: int, number: int) -> Buffer:
     tables[layout.experts - layout.rows.end :][: ids.nbytes] = ids.reshape(-1).view(np.uint8)
     weights = np.full(ids.shape, 0.125, np.float32)
     tables[layout.weights - layout.rows.end :][: ids.nbytes] = weights.reshape(-1).view(np.uint8)
-    header = Header(Kind.DISPATCH, Wire.FP8, 0, LAYER, 1, WIDTH, number, number, rows, rows * 8,
+    header = Header(Kind.DISPATCH, Wire.FP8, LAYER, 1, WIDTH, number, number, rows, rows * 8,
                     payload_nbytes=layout.nbytes, rows_nbytes=layout.rows.end)  # fmt: skip
     header.pack_into(buffer.view)
     return buffer

@@ -60,7 +60,7 @@ class Atoll:
         def on_message(self, link, header, payload):
             if self.echo:
                 link.post(header, payload)
-            elif header.flags:
+            elif header.target:
                 link.post(header)
             payload.release()
 
@@ -97,7 +97,7 @@ class Atoll:
 
     def _post(self, nbytes, flags=0):
         payload = self._transport.pool.acquire(nbytes)
-        self._link.post(Header(Kind.EXPERT_IN, flags=flags), payload)
+        self._link.post(Header(Kind.EXPERT_IN, target=flags), payload)
         payload.release()
 
     async def round_trip(self, nbytes):

@@ -70,7 +70,7 @@ class Side:
 
 
 def message(layer: int) -> Header:
-    return Header(Kind.EXPERT_IN, Wire.FP8, 0, layer, 1, 7168, 1, 1, 1, 1)
+    return Header(Kind.EXPERT_IN, Wire.FP8, layer, 1, 7168, 1, 1, 1, 1)
 
 
 def hello(index: int) -> Hello:
