@@ -59,7 +59,7 @@ class Link(Protocol):
     ) -> None:
         """Send a data message: never waits. Takes its own reference to `payload` and drops it when the bytes are out.
 
-        Rows in device memory go once their fence is passed, the rest at once. `landing`: where the rows of the answer
+        A message whose rows lie in device memory goes once their fence is passed. `landing`: where the rows of the answer
         (of exactly that size) go; the answer's payload then has them as its `rows`.
 
         Fills in `payload_nbytes` and `credits` of `header`, which may be reused at once. Without credit the message

@@ -135,9 +135,11 @@ class BaseLink(Link, ABC):
             raise self._error or LinkClosed(f"the link to {self._peer.process} is not open yet")
         if not self.has_data:
             raise LinkClosed(f"the link to {self._peer.process} carries control frames only")
-        header.rows_nbytes = 0 if payload is None else payload.rows_nbytes
-        header.payload_nbytes = header.rows_nbytes + (0 if payload is None else payload.nbytes)
-        header.credits = 0
+        header.rows_nbytes = header.payload_nbytes = header.credits = 0
+        if payload is not None:
+            if payload.rows is not None:
+                header.rows_nbytes = payload.rows.nbytes
+            header.payload_nbytes = header.rows_nbytes + payload.nbytes
         if header.kind not in ANSWERS:  # an answer brings back the number of its request
             header.answer = 0 if landing is None else self._land(landing)
         if self._queue or self._credits.available == 0:

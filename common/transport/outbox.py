@@ -58,9 +58,9 @@ class Outbox:
 
         Raises Overloaded when the link's queue is full; the message is then not kept.
         """
-        self._calls[header.block] = Call(header, payload, now_ns, landing)
+        call = self._calls[header.block] = Call(header, payload, now_ns, landing)
         try:
-            self._post(self._calls[header.block])
+            self._post(call)
         except BaseException:
             self.drop(header.block)
             raise

@@ -166,8 +166,8 @@ class UcxLink(BaseLink):
     # -- sending
 
     def _transmit(self, buffer: Buffer) -> None:
-        rows = buffer.rows
-        number, self._num_sent = self._num_sent, (self._num_sent + 1) & _SEQUENCE_MASK
+        rows, number = buffer.rows, self._num_sent
+        self._num_sent = (number + 1) & _SEQUENCE_MASK
         tag = self._tag_base | number
         if rows is None:
             self._send_message(buffer, tag)
@@ -177,7 +177,7 @@ class UcxLink(BaseLink):
         else:
             send = partial(self._send_rows, rows.retain(), _KIND_ROWS << KIND_SHIFT | tag, 0, 0)
             self._send_message(buffer, tag)
-        if rows.fence is None or rows.fence.passed:
+        if rows.fence is None:
             send()
         else:
             rows.fence.then(send)

@@ -380,6 +380,7 @@ class Dataflow:
     ) -> None:
         landings = self._rows.landings(work.outputs, shares)
         left = list(zip(shares, pieces, buffers, landings, strict=True))[::-1]
+        now_ns = self.clock_ns()
         try:
             while left:
                 share, piece, buffer, landing = left.pop()
@@ -387,7 +388,7 @@ class Dataflow:
                 call = self.calls.number()
                 work.waiting[call] = share
                 self.counters.posted(header)
-                self.calls.ask_expert(call, work, header, buffer, self.clock_ns(), landing)
+                self.calls.ask_expert(call, work, header, buffer, now_ns, landing)
         finally:  # a full queue fails the block
             for _, _, buffer, landing in left:
                 buffer.release()
