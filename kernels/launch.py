@@ -30,7 +30,7 @@ def launch(
         kernel[grid](*pointers, *numbers, *constants, **options)
         return
     addresses = [pointer.data_ptr() for pointer in pointers]
-    device = driver.active.get_current_device()
+    device = pointers[0].get_device()
     key = (
         id(kernel), device, constants, *options.values(),
         *[(pointer.dtype, address & 15 == 0) for pointer, address in zip(pointers, addresses, strict=True)],

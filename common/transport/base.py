@@ -59,8 +59,8 @@ class Link(Protocol):
     ) -> None:
         """Send a data message: never waits. Takes its own reference to `payload` and drops it when the bytes are out.
 
-        A message whose rows lie in device memory goes once their fence is passed. `landing`: where the rows of the answer
-        (of exactly that size) go; the answer's payload then has them as its `rows`.
+        A message whose rows lie in device memory goes once their fence is passed. `landing`: where the rows of the
+        answer (of exactly that size) go; the answer's payload then has them as its `rows`.
 
         Fills in `payload_nbytes` and `credits` of `header`, which may be reused at once. Without credit the message
         waits in the link's bounded queue. Raises LinkClosed after the link closed, Overloaded when the queue is full,

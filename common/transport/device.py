@@ -22,6 +22,7 @@ from common.transport.seam import Fence, Seam
 from common.wire.header import HEADER_NBYTES
 
 _MIN_NBYTES = 1 << 16
+_MOST_VIEWS = 32  # of a block, which the next payload of the same shape finds again
 
 
 class DeviceBlock:
@@ -30,7 +31,7 @@ class DeviceBlock:
     __slots__ = (
         "_count",
         "_give_back",
-        "_typed",
+        "_views",
         "address",
         "capacity",
         "on_host",
@@ -42,7 +43,7 @@ class DeviceBlock:
         self.address = tensor.data_ptr()
         self.capacity = tensor.numel()
         self.on_host = not tensor.is_cuda
-        self._typed = {torch.uint8: tensor}
+        self._views: dict[tuple[torch.dtype, int, int, int], torch.Tensor] = {}
         self._count = 1
         self._give_back = give_back
 
@@ -56,13 +57,16 @@ class DeviceBlock:
         return DeviceRows(self, offset, nbytes)
 
     def matrix(self, dtype: torch.dtype, offset: int, num_rows: int, width: int) -> torch.Tensor:
-        """[num_rows, width] from byte `offset` (a multiple of the element's size) on, a view: one call of torch."""
-        typed = self._typed.get(dtype)
-        if typed is None:
-            typed = self._typed[dtype] = self.tensor.view(dtype)
-        start = offset // dtype.itemsize
-        assert start + num_rows * width <= typed.numel(), "rows outside their block"
-        return typed.as_strided((num_rows, width), (width, 1), start)
+        """[num_rows, width] from byte `offset` (a multiple of the element's size) on, a view."""
+        key = dtype, offset, num_rows, width
+        view = self._views.get(key)
+        if view is None:
+            typed, start = self.tensor.view(dtype), offset // dtype.itemsize
+            assert start + num_rows * width <= typed.numel(), "rows outside their block"
+            if len(self._views) == _MOST_VIEWS:
+                self._views.clear()
+            view = self._views[key] = typed.as_strided((num_rows, width), (width, 1), start)
+        return view
 
     def release(self) -> None:
         """Drop a reference; the last one gives the block back to its pool."""

@@ -36,11 +36,15 @@ _LOCAL = {
     "UCX_TCP_RX_SEG_SIZE": "256k",
 }
 # One host with GPUs: rows go by cuda_ipc (cuda_copy where a process has no GPU), the rest as above. Tables of a
-# block of 128 tokens are 8 KiB and should go at once; a rendezvous for them costs a round trip.
+# block of 128 tokens are 8 KiB and should go at once: a rendezvous for them costs a round trip. What UCX can take along
+# with an announcement of rows (64 KiB here, tables of 1,000 tokens) is what each of its transports can, `self` too.
 _LOCAL_CUDA = {
     "UCX_TLS": "tcp,self,cuda_copy,cuda_ipc",
     "UCX_NET_DEVICES": "lo",
     "UCX_RNDV_THRESH": "16k",
+    "UCX_TCP_TX_SEG_SIZE": "64k",
+    "UCX_TCP_RX_SEG_SIZE": "64k",
+    "UCX_SELF_SEG_SIZE": "64k",
 }
 # Across hosts UCX chooses (rc, cuda_ipc, tcp ...), but never that shared queue.
 _REMOTE = {"UCX_TLS": "^sm"}

@@ -17,7 +17,7 @@
 #define MAX_ARRIVALS 256 /* per poll, so that a flood cannot keep completions and timers waiting */
 #define MAX_PROGRESS 64
 #define ROWS_ID 16        /* of active messages; UCXX takes the first few numbers */
-#define MAX_HEAD 4096     /* bytes of a message that travel with rows; UCX may have less room */
+#define MAX_HEAD 65536    /* bytes of a message that travel with rows; UCX may have less room */
 
 static struct {
     __typeof__(&ucp_tag_send_nbx) tag_send;
