@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -77,7 +78,7 @@ class GpuCluster:
         self._without = without
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> "GpuCluster":
+    def __enter__(self) -> Self:
         run_dir = self.config.cluster.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         secret = self.config.secret_path
@@ -86,14 +87,14 @@ class GpuCluster:
         file = run_dir / "cluster.toml"
         file.write_text(self.config.to_toml())
         for name, role, module, arguments in self.launches():
-            log = (run_dir / f"{name}.log").open("wb")
             environ = os.environ | {"OMP_NUM_THREADS": "1"}
             if role is not Role.GATEWAY:
                 environ["CUDA_VISIBLE_DEVICES"] = str(card_of(role))
             command = [sys.executable, "-m", *_profiled(name), module, "--cluster", str(file)]
-            self._processes[name] = subprocess.Popen(
-                [*command, *arguments], env=environ, stdout=log, stderr=log
-            )
+            with (run_dir / f"{name}.log").open("wb") as log:
+                self._processes[name] = subprocess.Popen(
+                    [*command, *arguments], env=environ, stdout=log, stderr=log
+                )
         if self._without is None:
             try:
                 self._wait_ready()

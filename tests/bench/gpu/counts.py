@@ -84,10 +84,8 @@ class Statuses:
         await self._transport.close()
 
 
-def per_block(
-    before: Entries, after: Entries, own: dict[str, int], blocks: int, tokens: int
-) -> dict[str, Any]:
-    """Differences of two statuses per block of `tokens` rows; `own` is what the attention worker counted meanwhile.
+def per_block(before: Entries, after: Entries, own: dict[str, int], blocks: int) -> dict[str, Any]:
+    """Differences of two statuses per block; `own` is what the attention worker counted meanwhile.
 
     Raises AssertionError where a message was lost, late or sent again: such a run counts something else.
     """

@@ -10,7 +10,6 @@ found something, with all that is called from there. A process that polls has no
 import argparse
 import asyncio
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +114,7 @@ def main() -> None:
         reactor._MAX_ROUNDS = _ROUNDS
     role: Role = Role(args.role)
     if role is Role.ROUTER and ports.is_compiled():  # the other form is told apart by its class
-        reactor.open_port = lambda *given: TimedPort(ports.open_port(*given))
+        setattr(reactor, "open_port", lambda *given: TimedPort(ports.open_port(*given)))  # noqa: B010
     build = TimedRouter if role is Role.ROUTER else ExpertWorker
     with torch.inference_mode():
         host = Host([build(config, index) for index in range(first, last + 1)])
@@ -125,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
