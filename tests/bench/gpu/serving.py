@@ -203,7 +203,7 @@ def main() -> None:
         if args.model is None:
             layout |= {"model": args.preset, "layers": args.layers, "distinct": args.distinct}
         else:
-            layout |= {"model": model.name}
+            layout |= {"model": args.model.absolute().name}
         args.out.write_text(json.dumps(gpu_facts() | layout | {"rows": rows}, indent=1) + "\n")
 
 
