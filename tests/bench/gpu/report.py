@@ -114,7 +114,8 @@ def ep256() -> str:
     facts = read("ep256")
     lines = [
         "| nodes | tokens | blocks in flight | round trip, us | us per block | experts asked "
-        "| rows between nodes: counted, planner's, unicast's | MB between nodes: out, back, planner's busiest link "
+        "| rows between nodes: counted, planner's, unicast's "
+        "| MB between nodes: out, back, planner's busiest link (us) "
         "| messages of a block: node 0's router, another's, experts | node 0's router at work, us (per message) "
         "| another router, us (per message) |",
         "|---" * 11 + "|",
@@ -126,7 +127,7 @@ def ep256() -> str:
                 layout["nodes"], r["tokens"], r["in_flight"], r["latency_us"], r["per_block_us"], experts["asked"],
                 f"{crossing['rows']}, {said['rows_between_nodes']}, {said['unicast_rows_between_nodes']}",
                 ", ".join(f"{crossing[key] / 1e6:.2f}" for key in ("bytes_out", "bytes_in"))
-                + f", {said['busiest_link_bytes'] / 1e6:.2f}",
+                + f", {said['busiest_link_bytes'] / 1e6:.2f} ({said['busiest_link_us']:.0f})",
                 f"{messages(r['source_router'])}, {messages(r['other_routers'])}, {experts['messages']}",
                 work(r["source_router"]), work(r["other_routers"]),
             ]  # fmt: skip
@@ -139,7 +140,9 @@ def ep256() -> str:
             f"({facts['skew']}), FP8 out and BF16 back. Real services; {facts['expert_hosts']} processes host all "
             f"experts on one card, {facts['router_hosts']} the routers of all nodes but node 0 on the other, so that "
             "latencies are of two cards that play all; counts are the services' own. At work: polls of the transport "
-            f"that found something, and all that is called from there. {where(facts)}.",
+            "that found something, and all that is called from there. The planner's link is a NIC of 400 Gb/s. A "
+            f"few rows against weights of the same device: off by {max(x['error'] for x in facts['layouts']):.3f} "
+            f"(root mean square). {where(facts)}.",
         ]
     )  # fmt: skip
 
@@ -179,6 +182,7 @@ def skewed_serving() -> str:
             f"{facts['workers']} expert workers, {facts['routers']} routers that divide {facts['divide']}, "
             f"{facts['rows'][0]['microbatches']} micro-batches. none: random gates as they are; measured: as uneven as "
             "the demo model's on its held-out text; imitated: as a synthetic V3 gate off its training mix (busiest "
-            f"expert 3.5 times the mean). Overload is what the routers counted. {where(facts)}.",
+            "expert 3.5 times the mean). Biases are fitted on white noise, which hidden rows of a random model are not: "
+            f"what its gates chose is in the table, as the routers counted it. {where(facts)}.",
         ]
     )  # fmt: skip
