@@ -182,7 +182,7 @@ def skewed_serving() -> str:
             f"{facts['workers']} expert workers, {facts['routers']} routers that divide {facts['divide']}, "
             f"{facts['rows'][0]['microbatches']} micro-batches. none: random gates as they are; measured: as uneven as "
             "the demo model's on its held-out text; imitated: as a synthetic V3 gate off its training mix (busiest "
-            "expert 3.5 times the mean). Biases are fitted on white noise, which hidden rows of a random model are not: "
+            "expert 3.5 times the mean). Biases are fitted on white noise, which rows of a random model are not: "
             f"what its gates chose is in the table, as the routers counted it. {where(facts)}.",
         ]
     )  # fmt: skip
