@@ -50,12 +50,10 @@ def preset_config(name: str, *, layers: int = 0) -> dict[str, Any]:
 
 def write_random_source(
     directory: Path, config: dict[str, Any], *, seed: int = 0, distinct_experts: int = 8,
-    gate_bias_std: float = 0.02,
+    given: dict[str, list[float]] | None = None,
 ) -> Path:  # fmt: skip
     """Write config.json and random.json into `directory` (made if needed); returns it."""
-    settings = {
-        "seed": seed, "distinct_experts": distinct_experts, "gate_bias_std": gate_bias_std,
-    }  # fmt: skip
+    settings = {"seed": seed, "distinct_experts": distinct_experts, "given": given or {}}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RANDOM_FILE).write_text(json.dumps(settings) + "\n")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -2,11 +2,11 @@
 
 For measuring models at their real width on machines that hold neither the files nor all of the experts. random.json:
 
-    {"seed": 0, "distinct_experts": 8, "gate_bias_std": 0.02}
+    {"seed": 0, "distinct_experts": 8, "given": {}}
 
-Expert e of a layer has the weights of expert e % distinct_experts; whoever holds both holds them once. Tensors follow
-from seed and name alone, on each kind of device with its own generator. Projections are e4m3 in 128x128 blocks, the
-rest bf16 (gates and their biases fp32), with the standard deviations of `common.model.writer`.
+Expert e of a layer has the weights of expert e % distinct_experts, held once. Biases of gates may be `given` by name;
+else tensors follow from seed and name alone, on each kind of device with its own generator. Projections are e4m3 in
+128x128 blocks, the rest bf16 (gates and their biases fp32), with the standard deviations of `common.model.writer`.
 """
 
 import hashlib
@@ -46,12 +46,15 @@ class RandomWeights(Closing):
         try:
             self._seed = int(settings["seed"])
             self.distinct_experts = int(settings["distinct_experts"])
-            gate_bias_std = float(settings["gate_bias_std"])
-        except (KeyError, TypeError, ValueError) as exc:
+            self._given = {name: torch.tensor(v).float() for name, v in settings["given"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise ModelError(f"{directory / RANDOM_FILE}: {exc!r}") from exc
         if self.distinct_experts < 1:
             raise ModelError(f"{directory / RANDOM_FILE}: distinct_experts must be at least 1")
-        self._tensors = _tensors(load_config(directory), gate_bias_std)
+        self._tensors = _tensors(load_config(directory))
+        for name, values in self._given.items():
+            if not name.endswith(names.GATE_BIAS) or self._tensor(name).entry.shape != values.shape:
+                raise ModelError(f"{directory / RANDOM_FILE}: {name} is no such bias of a gate")
 
     def __repr__(self) -> str:
         return f"<RandomWeights {self.directory.name} [{len(self._tensors)} tensors]>"
@@ -85,6 +88,8 @@ class RandomWeights(Closing):
     def read(self, name: str, device: str = "cpu") -> torch.Tensor:
         """Make a tensor on a device. Raises ModelError."""
         tensor = self._tensor(name)
+        if name in self._given:
+            return self._given[name].to(device)
         digest = hashlib.blake2b(self.content(name), digest_size=8).digest()
         generator = torch.Generator(device)
         generator.manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -105,13 +110,11 @@ class RandomWeights(Closing):
         return tensor
 
 
-def _tensors(config: ModelConfig, gate_bias_std: float) -> dict[str, _Tensor]:
+def _tensors(config: ModelConfig) -> dict[str, _Tensor]:
     found: dict[str, _Tensor] = {}
     for name, shape, std, mean in tensor_shapes(config):
         is_matrix = "_proj" in name and name.endswith(".weight")
         is_gate = name.endswith((names.GATE, names.GATE_BIAS))
-        if name.endswith(names.GATE_BIAS):
-            std = gate_bias_std
         dtype = "F8_E4M3" if is_matrix else "F32" if is_gate else "BF16"
         nbytes = math.prod(shape) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype]
         found[name] = _Tensor(TensorEntry(dtype, shape, 0, nbytes), std, mean)

@@ -1,10 +1,11 @@
 """What a router's Python costs per block: kernels, copies and the wire left out.
 
-    python -m tests.bench.router_python [--rows 128] [--experts 8] [--profile]
+    python -m tests.bench.router_python [--rows 128] [--experts 8] [--nodes 1] [--profile]
 
-One block of rows in device form, each to 8 experts on as many workers of one node, through the real dataflow, links,
-credits and pools of one process; a link hands its messages to nobody, answers are put in by hand. Microseconds, the
-median of many, by step.
+One block of rows in device form, each to 8 experts, an expert per worker, the workers spread over the nodes (`--experts
+256 --nodes 32`: the source's router of EP256), through the real dataflow, links, credits and pools of one process; a
+link hands its messages to nobody, answers are put in by hand. Microseconds, the median of many, by step: the block as
+it comes in, the answers to all it sent but the last, and the last, which sums.
 """
 
 import argparse
@@ -36,9 +37,11 @@ WIDTH, LAYER = 7168, 3
 class SilentLink(BaseLink):
     """Takes messages and sends none."""
 
-    def __init__(self, role: Role, index: int, handler: Dataflow, pool: DevicePool) -> None:
+    def __init__(
+        self, role: Role, index: int, handler: Dataflow, pool: DevicePool, node: int = 0
+    ) -> None:
         mine = Hello(ProcessId(Role.ROUTER, 0), 0, 1, "m", 1, "fp8")
-        peer = Hello(ProcessId(role, index), 0, 1, "m", 1, "fp8")
+        peer = Hello(ProcessId(role, index), node, 1, "m", 1, "fp8")
         super().__init__(mine, peer, handler, pool, LinkLimits(window=1 << 16))
         self.posted: list[Header] = []
         self._opened(peer)
@@ -92,10 +95,10 @@ def block(pool: DevicePool, rows: int, experts: int, number: int) -> Buffer:
 
 
 def answer(pool: DevicePool, request: Header) -> Buffer:
-    """An EXPERT_OUT as it comes in: its rows are where they were wanted."""
+    """An EXPERT_OUT or PARTIAL as it comes in: its rows are where they were wanted."""
     segment = row_segment(request.num_rows, WIDTH, RowType.BF16)
     header = request.derive(
-        Kind.EXPERT_OUT,
+        Kind.PARTIAL if request.kind is Kind.RELAY else Kind.EXPERT_OUT,
         target=request.target,
         num_rows=request.num_rows,
         payload_nbytes=segment.end,
@@ -112,20 +115,26 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=400)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    ops.gather_pieces = ops.combine = lambda *_, **__: None  # kernels are left out
+    torch.set_num_threads(1)
+    # kernels are left out
+    ops.gather_pieces = ops.combine = ops.sum_partials = lambda *_, **__: None
     pool = DevicePool("cpu")
-    plan = Plan(1, {LAYER: tuple((w,) for w in range(args.experts))}, (0,) * args.experts)
+    homes = tuple(w * args.nodes // args.experts for w in range(args.experts))
+    plan = Plan(1, {LAYER: tuple((w,) for w in range(args.experts))}, homes)
     handler = Handler()
-    experts = {w: Outbox(f"expert-{w}") for w in range(args.experts)}
+    experts = {w: Outbox(f"expert-{w}") for w, node in enumerate(homes) if node == 0}
+    routers = {node: Outbox(f"router-{node}") for node in range(1, args.nodes)}
     flow = handler.flow = Dataflow(
-        0, plan, args.experts, pool, experts, {}, answer_rows=RowType.BF16
+        0, plan, args.experts, pool, experts, routers, answer_rows=RowType.BF16
     )
-    links = {w: SilentLink(Role.EXPERT, w, handler, pool) for w in experts}
-    for w, outbox in experts.items():
-        outbox.opened(links[w])
+    links = [SilentLink(Role.EXPERT, w, handler, pool) for w in experts]
+    links += [SilentLink(Role.ROUTER, node, handler, pool, node) for node in routers]
+    for outbox, link in zip([*experts.values(), *routers.values()], links, strict=True):
+        outbox.opened(link)
     flow.calls.look()
     origin = SilentLink(Role.ATTENTION, 0, handler, pool)
     times: dict[str, list[float]] = defaultdict(list)
@@ -138,7 +147,7 @@ def main() -> None:
             started = time.perf_counter()
             origin.take(message)
             split = time.perf_counter()
-            requests = [(link, link.posted.pop()) for link in links.values()]
+            requests = [(link, link.posted.pop()) for link in links if link.posted]
             answers = [(link, answer(pool, request)) for link, request in requests]
             ready = time.perf_counter()
             for link, buffer in answers[:-1]:

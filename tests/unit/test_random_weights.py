@@ -83,11 +83,35 @@ def test_activations_stay_finite(source):
     assert 0.5 < float(out.std()) < 3.0  # gain 1.5
 
 
-@pytest.mark.parametrize("settings", [{}, {"seed": "x"}, {"distinct_experts": 0}])
+def test_biases_of_gates_may_be_given(tmp_path, source):
+    name, other = (f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2))
+    given = torch.linspace(-1, 1, 16).tolist()
+    with open_checkpoint(source) as random:
+        theirs = random.read(other)
+    write_random_source(source, small_config() | FP8, distinct_experts=3, given={name: given})
+    with open_checkpoint(source) as checkpoint:
+        assert checkpoint.read(name).tolist() == pytest.approx(given)
+        assert checkpoint.read(name).dtype == torch.float32
+        assert torch.equal(checkpoint.read(other), theirs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"seed": "x"},
+        {"distinct_experts": 0},
+        {"given": [1.0]},
+        {"given": {"model.layers.1.mlp.gate.e_score_correction_bias": [0.0] * 15}},
+        {"given": {"model.layers.1.mlp.gate.e_score_correction_bias": 0.0}},
+        {"given": {"model.layers.0.mlp.gate.e_score_correction_bias": [0.0] * 16}},  # dense
+        {"given": {"model.norm.weight": [1.0] * 128}},
+    ],
+)
 def test_bad_settings_are_one_sentence(source, settings):
     good = json.loads((source / RANDOM_FILE).read_text())
     (source / RANDOM_FILE).write_text(json.dumps((good | settings) if settings else {}))
-    with pytest.raises(ModelError, match=RANDOM_FILE):
+    with pytest.raises(ModelError, match=str(source)):
         open_checkpoint(source)
 
 

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -27,12 +28,12 @@ from common.config import (
     ModelSection,
     Node,
     PlacementSection,
-    ProcessSpec,
 )
 from common.ids import Role
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # to try the benchmarks without a GPU
 _READY_S = 240.0
+Launch = tuple[str, Role, str, list[str]]  # of a process: name, role, module, arguments
 
 
 def gpu_config(
@@ -60,9 +61,9 @@ def gpu_config(
     )  # fmt: skip
 
 
-def card_of(spec: ProcessSpec) -> int:
+def card_of(role: Role) -> int:
     """Experts on the second card, where there is one."""
-    return int(spec.id.role is Role.EXPERT and torch.cuda.device_count() > 1)
+    return int(role is Role.EXPERT and torch.cuda.device_count() > 1)
 
 
 class GpuCluster:
@@ -77,7 +78,7 @@ class GpuCluster:
         self._without = without
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> "GpuCluster":
+    def __enter__(self) -> Self:
         run_dir = self.config.cluster.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         secret = self.config.secret_path
@@ -85,20 +86,15 @@ class GpuCluster:
         secret.chmod(0o600)
         file = run_dir / "cluster.toml"
         file.write_text(self.config.to_toml())
-        for spec in self.config.processes():
-            if spec.id.role is self._without or (
-                self._without is not None and spec.id.role is Role.GATEWAY
-            ):
-                continue
-            log = (run_dir / f"{spec.id}.log").open("wb")
+        for name, role, module, arguments in self.launches():
             environ = os.environ | {"OMP_NUM_THREADS": "1"}
-            if spec.id.role is not Role.GATEWAY:
-                environ["CUDA_VISIBLE_DEVICES"] = str(card_of(spec))
-            command = [sys.executable, "-m", *_profiled(spec), f"services.{spec.id.role}"]
-            command += ["--cluster", str(file)]
-            self._processes[str(spec.id)] = subprocess.Popen(
-                [*command, "--index", str(spec.id.index)], env=environ, stdout=log, stderr=log
-            )
+            if role is not Role.GATEWAY:
+                environ["CUDA_VISIBLE_DEVICES"] = str(card_of(role))
+            command = [sys.executable, "-m", *_profiled(name), module, "--cluster", str(file)]
+            with (run_dir / f"{name}.log").open("wb") as log:
+                self._processes[name] = subprocess.Popen(
+                    [*command, *arguments], env=environ, stdout=log, stderr=log
+                )
         if self._without is None:
             try:
                 self._wait_ready()
@@ -106,6 +102,13 @@ class GpuCluster:
                 self.stop()
                 raise
         return self
+
+    def launches(self) -> Iterator[Launch]:
+        """What to start."""
+        for spec in self.config.processes():
+            role = spec.id.role
+            if role is not self._without and (role is not Role.GATEWAY or self._without is None):
+                yield str(spec.id), role, f"services.{role}", ["--index", str(spec.id.index)]
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -157,11 +160,11 @@ class GpuCluster:
         self._processes.clear()
 
 
-def _profiled(spec: ProcessSpec) -> list[str]:
+def _profiled(name: str) -> list[str]:
     """A sampling profiler for the processes that ATOLL_PROFILE names, into the directory ATOLL_PROFILE_OUT."""
-    if str(spec.id) not in os.environ.get("ATOLL_PROFILE", "").split(","):
+    if name not in os.environ.get("ATOLL_PROFILE", "").split(","):
         return []
-    out = Path(os.environ["ATOLL_PROFILE_OUT"]) / f"{spec.id}.txt"
+    out = Path(os.environ["ATOLL_PROFILE_OUT"]) / f"{name}.txt"
     return ["tests.bench.sample", str(out)]
 
 

@@ -13,7 +13,10 @@ def gpu_facts() -> dict[str, Any]:
     """Cards, driver, versions, commit, date."""
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+    driver = [""]
+    if cards:
+        asked = subprocess.run(query, capture_output=True, text=True, check=False)
+        driver = asked.stdout.split("\n")
     commit = os.environ.get("ATOLL_COMMIT", "")
     if not commit:
         asked = subprocess.run(

@@ -23,8 +23,8 @@ def where(facts: dict[str, Any]) -> str:
 
 
 def gpu() -> str:
-    """Hop, round trip beside NCCL, and the reference width."""
-    return "\n\n".join([hop(), round_trip(), serving()])
+    """Hop, round trip beside NCCL, EP256's messages, the reference width, and uneven gates."""
+    return "\n\n".join([hop(), round_trip(), ep256(), serving(), skewed_serving()])
 
 
 def hop() -> str:
@@ -105,5 +105,84 @@ def serving() -> str:
             *lines, "",
             f"`python -m tests.bench.gpu.serving`, full width. {'; '.join(dict.fromkeys(notes))}; demo model: 16 "
             f"expert workers. {where(read('serving_m3'))}; demo model at {read('serving_demo')['commit'][:7]}.",
+        ]
+    )  # fmt: skip
+
+
+def ep256() -> str:
+    """Messages and bytes of an expert per worker on many nodes, and what they cost."""
+    facts = read("ep256")
+    lines = [
+        "| nodes | tokens | blocks in flight | round trip, us | us per block | experts asked "
+        "| rows between nodes: counted, planner's, unicast's "
+        "| MB between nodes: out, back, planner's busiest link (us) "
+        "| messages of a block: node 0's router, another's, experts | node 0's router at work, us (per message) "
+        "| another router, us (per message) |",
+        "|---" * 11 + "|",
+    ]
+    for layout in facts["layouts"]:
+        for r in layout["rows"]:
+            crossing, said, experts = r["between_nodes"], r["planner"], r["experts"]
+            cells = [
+                layout["nodes"], r["tokens"], r["in_flight"], r["latency_us"], r["per_block_us"], experts["asked"],
+                f"{crossing['rows']}, {said['rows_between_nodes']}, {said['unicast_rows_between_nodes']}",
+                ", ".join(f"{crossing[key] / 1e6:.2f}" for key in ("bytes_out", "bytes_in"))
+                + f", {said['busiest_link_bytes'] / 1e6:.2f} ({said['busiest_link_us']:.0f})",
+                f"{messages(r['source_router'])}, {messages(r['other_routers'])}, {experts['messages']}",
+                work(r["source_router"]), work(r["other_routers"]),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(
+        [
+            *lines, "",
+            f"`python -m tests.bench.gpu.ep256`: {facts['experts']} expert workers with an expert each (hidden "
+            f"{facts['hidden']}, weights of its own), one attention worker, V3's gate as uneven as the demo model's "
+            f"({facts['skew']}), FP8 out and BF16 back. Real services; {facts['expert_hosts']} processes host all "
+            f"experts on one card, {facts['router_hosts']} the routers of all nodes but node 0 on the other, so that "
+            "latencies are of two cards that play all; counts are the services' own. At work: polls of the transport "
+            "that found something, and all that is called from there. The planner's link is a NIC of 400 Gb/s. A "
+            f"few rows against weights of the same device: off by {max(x['error'] for x in facts['layouts']):.3f} "
+            f"(root mean square). {where(facts)}.",
+        ]
+    )  # fmt: skip
+
+
+def messages(router: dict[str, float]) -> float | str:
+    """In and out."""
+    if "messages_in" not in router:
+        return "-"
+    return round(router["messages_in"] + router["messages_out"], 1)
+
+
+def work(router: dict[str, float]) -> str:
+    """Microseconds for a block, and for each of its messages."""
+    count = messages(router)
+    if isinstance(count, str) or "busy_us" not in router:
+        return "-"
+    return f"{router['busy_us']:.0f} ({router['busy_us'] / count:.1f})"
+
+
+def skewed_serving() -> str:
+    """The same model with gates of several unevennesses."""
+    facts = read("serving_skew")
+    lines = [
+        "| gates | busiest expert, worker over the mean | concurrency | tokens/s | tokens/s while decoding "
+        "| time per output token, ms | attention: Python per layer, us |",
+        "|---" * 7 + "|",
+    ]
+    lines += [
+        f"| {r['skew']} | {r['routed']['busiest_expert']}, {r['routed']['busiest_worker']} | {r['concurrency']} "
+        f"| {r['tokens_per_s']:.0f} | {r['decode_tokens_per_s']:.0f} | {r['tpot_ms']} | {r['python_us_per_layer']} |"
+        for r in facts["rows"]
+    ]
+    return "\n".join(
+        [
+            *lines, "",
+            f"`python -m tests.bench.gpu.serving --skew ...`: {facts['model']}, {facts['layers']} layers, "
+            f"{facts['workers']} expert workers, {facts['routers']} routers that divide {facts['divide']}, "
+            f"{facts['rows'][0]['microbatches']} micro-batches. none: random gates as they are; measured: as uneven as "
+            "the demo model's on its held-out text; imitated: as a synthetic V3 gate off its training mix (busiest "
+            "expert 3.5 times the mean). Biases are fitted on white noise, which rows of a random model are not: "
+            f"what its gates chose is in the table, as the routers counted it. {where(facts)}.",
         ]
     )  # fmt: skip

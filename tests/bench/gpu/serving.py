@@ -1,12 +1,13 @@
 """A model at its full width on the cards of this machine: tokens per second over HTTP, and where a layer's time goes.
 
     python -m tests.bench.gpu.serving [--preset deepseek-v3 | --model DIR] [--layers 8] [--workers 8]
-        [--concurrency 32,128,512] [--microbatches 1,2,3] [--trace] [--out FILE]
+        [--concurrency 32,128,512] [--microbatches 1,2,3] [--skew none,measured] [--trace] [--out FILE]
 
 One attention worker on GPU 0, expert workers on GPU 1; with a preset, weights are random and `--distinct` experts of
 a layer play all of them. Every request has a prompt of 16 tokens and is decoded greedily to its full length. With
 --trace the last run of each setting is recorded: medians per layer, exposed communication in percent of the step,
-the same steps on a wire that costs nothing.
+the same steps on a wire that costs nothing. --skew says how uneven the random gates are (tests.bench.gpu.skew); what
+they chose in fact is in the result as `routed`, as the routers counted it: means over layers.
 """
 
 import argparse
@@ -16,12 +17,13 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import aiohttp
+import numpy as np
 
-from common.model.presets import preset_config, write_random_source
+from common.model.presets import preset_config
 from common.obs.trace import DIRECTORY
 from deploy.trace.blocks import blocks
 from deploy.trace.chrome import chrome_trace
@@ -29,6 +31,7 @@ from deploy.trace.report import make_report
 from deploy.trace.spans import read
 from tests.bench.gpu.cluster import GpuCluster, gpu_config, mps
 from tests.bench.gpu.environment import gpu_facts
+from tests.bench.gpu.skew import SKEWS, summary, write_skewed_source
 
 PROMPT_TOKENS = 16
 _REQUEST_S = 300.0
@@ -60,12 +63,27 @@ async def generate(url: str, concurrency: int, tokens: int) -> float:
         return time.perf_counter() - started
 
 
-def attention_counters(url: str) -> dict[str, int]:
-    """Of the attention worker: layers, and microseconds of its loop in what it launches and posts for them."""
+def counters_of(url: str, role: str) -> list[dict[str, Any]]:
+    """Of every process of a role."""
     with urllib.request.urlopen(f"{url}/cluster", timeout=20) as response:
         processes = json.load(response)["processes"]
-    (counters,) = [p["counters"] for p in processes if p["role"] == "attention"]
+    return [p["counters"] for p in processes if p["role"] == role]
+
+
+def attention_counters(url: str) -> dict[str, int]:
+    """Of the attention worker: layers, and microseconds of its loop in what it launches and posts for them."""
+    (counters,) = counters_of(url, "attention")
     return {name: int(counters[name]) for name in ("layers", "attention_us", "shared_us")}
+
+
+def routed(url: str, experts_per_worker: int) -> dict[str, float]:
+    """How uneven the gates' choices of the last minutes were, mean over layers."""
+    by_layer: dict[str, Any] = {}
+    for counters in counters_of(url, "router"):
+        for layer, rates in counters["expert_load"].items():
+            by_layer[layer] = by_layer.get(layer, 0.0) + np.asarray(rates)
+    found = [summary(load, experts_per_worker) for load in by_layer.values()]
+    return {key: round(mean(one[key] for one in found), 3) for key in found[0]}
 
 
 def measure(cluster: GpuCluster, concurrency: int, tokens: int, repeats: int) -> dict[str, Any]:
@@ -105,6 +123,43 @@ def trace_report(run_dir: Path, steps: int, out: Path | None) -> dict[str, Any]:
     return found
 
 
+def source(directory: Path, skew: str, args: argparse.Namespace) -> Path:
+    """The random model."""
+    shape = preset_config(args.preset, layers=args.layers)
+    return write_skewed_source(directory / args.preset, shape, skew, distinct_experts=args.distinct)
+
+
+def one_setting(
+    model: Path, run_dir: Path, microbatches: int, sizes: list[int], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A cluster of its own, at every concurrency."""
+    experts = json.loads((model / "config.json").read_text())["n_routed_experts"]
+    per_worker = -(-experts // args.workers)
+    config = gpu_config(
+        model, run_dir, experts=args.workers, nodes=args.nodes, experts_per_gpu=per_worker,
+        routers=args.routers, divide=args.divide, microbatches=microbatches, max_requests=max(sizes),
+        trace_events=(1 << 16) * int(args.trace),
+    )  # fmt: skip
+    rows = []
+    started = time.perf_counter()
+    with GpuCluster(config) as cluster:
+        ready_s = time.perf_counter() - started
+        for size in sizes:
+            row: dict[str, Any] = {"microbatches": microbatches, "ready_s": round(ready_s, 1)}
+            try:
+                row |= measure(cluster, size, args.tokens, args.repeats)
+                if experts % args.workers == 0:
+                    row["routed"] = routed(cluster.url, per_worker)
+            except Exception:
+                print(cluster.logs(), flush=True)
+                raise
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if args.trace:
+        rows[-1]["trace"] = trace_report(run_dir, 16 * microbatches, args.trace_file)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -121,42 +176,23 @@ def main() -> None:
     parser.add_argument("--microbatches", default="1,2,3")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="medians of so many runs")
+    parser.add_argument("--skew", default="none", help=f"some of {', '.join(SKEWS)}")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--trace-file", type=Path, help="Chrome trace of the last setting")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     sizes, lanes = ([int(n) for n in v.split(",")] for v in (args.concurrency, args.microbatches))
-    rows = []
+    skews = ["its own"] if args.model else args.skew.split(",")
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch, mps():
-        model = args.model and args.model.absolute()
-        if model is None:
-            shape = preset_config(args.preset, layers=args.layers)
-            model = write_random_source(
-                Path(scratch) / args.preset, shape, distinct_experts=args.distinct
+        for skew in skews:
+            model = (
+                args.model.absolute() if args.model else source(Path(scratch) / skew, skew, args)
             )
-        experts = json.loads((model / "config.json").read_text())["n_routed_experts"]
-        for number, m in enumerate(lanes):
-            config = gpu_config(
-                model, Path(scratch) / f"run-{number}", experts=args.workers, nodes=args.nodes,
-                experts_per_gpu=-(-experts // args.workers), routers=args.routers, divide=args.divide,
-                microbatches=m, max_requests=max(sizes),
-                trace_events=(1 << 16) * int(args.trace),
-            )  # fmt: skip
-            started = time.perf_counter()
-            with GpuCluster(config) as cluster:
-                ready_s = time.perf_counter() - started
-                for size in sizes:
-                    row = {"microbatches": m, "ready_s": round(ready_s, 1)}
-                    try:
-                        row |= measure(cluster, size, args.tokens, args.repeats)
-                    except Exception:
-                        print(cluster.logs(), flush=True)
-                        raise
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                run_dir = cluster.config.cluster.run_dir
-            if args.trace:
-                rows[-1]["trace"] = trace_report(run_dir, 16 * m, args.trace_file)
+            for m in lanes:
+                run_dir = Path(scratch) / f"run-{len(rows)}"
+                found = one_setting(model, run_dir, m, sizes, args)
+                rows += [row | {"skew": skew} for row in found]
     if args.out:
         layout = {
             "workers": args.workers,
@@ -167,7 +203,7 @@ def main() -> None:
         if args.model is None:
             layout |= {"model": args.preset, "layers": args.layers, "distinct": args.distinct}
         else:
-            layout |= {"model": model.name}
+            layout |= {"model": args.model.absolute().name}
         args.out.write_text(json.dumps(gpu_facts() | layout | {"rows": rows}, indent=1) + "\n")
 
 
