@@ -46,9 +46,9 @@ class TimedPort:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._port, name)
 
-    def poll(self, arrived: Callable[..., object]) -> bool:
+    def poll(self, arrived: Callable[..., object], announced: Callable[..., object]) -> bool:
         started = time.perf_counter_ns()
-        worked: bool = self._port.poll(arrived)
+        worked: bool = self._port.poll(arrived, announced)
         if worked:
             self.busy_ns += time.perf_counter_ns() - started
         return worked
@@ -58,7 +58,7 @@ class TimedRouter(RouterWorker):
     """A router that tells how long it was at work."""
 
     def __init__(self, config: ClusterConfig, index: int) -> None:
-        super().__init__(config, index, open_transport(config))
+        super().__init__(config, index, open_transport(config, gathers=True))
         self._fences_ns = 0
         poll = self.transport.seam.poll
 
