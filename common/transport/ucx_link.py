@@ -84,6 +84,7 @@ class UcxLink(BaseLink):
         self._next = 0  # the message to deliver next
         self._arrivals: dict[int, _Arrival] = {}  # by sequence
         self._announced: dict[int, _Announced] = {}  # rows whose receive is not posted
+        self._writes_here = False  # the peer, into our device memory, without our having a say
 
     # -- control
 
@@ -121,6 +122,7 @@ class UcxLink(BaseLink):
         self._opened(replace(self._peer, facts=facts))
         if self._opening is not None and not self._opening.done():
             self._opening.set_result(self)
+        self._writes_here = any(name.startswith("cuda_ipc") for name in self.carriers())
         self._plane.opened(self)  # data may have overtaken the control socket
 
     def _read_init(self, frame: dict[str, Any]) -> dict[str, Any]:
@@ -327,7 +329,10 @@ class UcxLink(BaseLink):
 
     def _rows_in(self, arrival: _Arrival, rows: "DeviceRows", status: int) -> None:
         arrival.rows_status = status
-        rows.release()
+        if status < 0 and self._writes_here:
+            self._plane.retire(rows, self._peer.pid)
+        else:
+            rows.release()
         if status < 0:
             self._lost("receive", status)
         self._deliver_whole()

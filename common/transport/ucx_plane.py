@@ -1,15 +1,17 @@
 """What all links of one process share over UCX: arrivals, completions, and what outlives a link.
 
-When a link dies its endpoint is forced closed, which ends its sends, and its receives are cancelled. Memory goes back
-to the pool when UCX has ended the operation and not before: a peer that is alive, when only the link was closed, or an
-RDMA engine may still touch it.
+When a link dies its endpoint is forced closed, which ends its operations. Memory goes back to the pool when UCX has
+ended the operation and not before: a peer that is alive, when only the link was closed, or an RDMA engine may still
+touch it. What a process of this host was about to write into waits until that process is gone: stopped for a while, it
+would go on where it was, and no queue pair that we destroy would keep it from our memory.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import ConfigError, LinkClosed
 from common.transport.base import Handler, Hello, Link
@@ -21,9 +23,13 @@ from common.transport.seam import Seam
 from common.transport.ucx_link import SENDER_MASK, SENDER_SHIFT, UcxLink
 from common.wire.header import HEADER_NBYTES
 
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
+
 log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 0.05  # what is under way may take when the transport closes
+_LOOK_S = 1.0  # between two looks whether a process is gone; what it had begun ends within that
 
 
 class DataPlane:
@@ -54,13 +60,14 @@ class DataPlane:
         self.reactor = Reactor(
             self._arrived, self._announced, self._sweep, self._is_busy, spin_us=spin_us
         )
-        self.port = cast(
-            RowsPort, self.reactor.port
-        )  # rows are sent and taken by `pool.apart` only
+        # only a pool of device memory has rows to send and to take
+        self.port = cast(RowsPort, self.reactor.port)
         seam.on_open = self.reactor.kick
         self.failed: list[UcxLink] = []
         self.links: dict[int, UcxLink] = {}  # by the sender id in their tags
         self._next_sender = 1
+        self._retired: list[tuple[DeviceRows, int]] = []  # until the process is gone
+        self._retired_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         return f"<DataPlane [{len(self.links)} links | {self.port.num_open} under way]>"
@@ -118,10 +125,31 @@ class DataPlane:
         """A link is closed and its endpoint too."""
         self.links.pop(sender, None)
 
+    def retire(self, rows: "DeviceRows", pid: int) -> None:
+        """Release rows when a process of this host, which may still write to them, is gone."""
+        self._retired.append((rows, pid))
+        if self._retired_timer is None:
+            self._retired_timer = self.loop.call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        retired, self._retired = self._retired, []
+        for rows, pid in retired:
+            if Path(f"/proc/{pid}").exists():
+                self._retired.append((rows, pid))
+            else:
+                rows.release()
+        again = self.loop.call_later(_LOOK_S, self._look) if self._retired else None
+        self._retired_timer = again
+
     def close(self) -> None:
         """Stop UCX; every link must be closed. Gives all memory back."""
         if not self.reactor.close(timeout_s=_LAST_WORDS_S):
             log.warning("UCX has not ended all operations; their worker is destroyed")
+        if self._retired_timer is not None:
+            self._retired_timer.cancel()
+        for rows, _ in self._retired:
+            rows.release()
+        self._retired.clear()
 
 
 def _discarded(buffer: Buffer, status: int) -> None:

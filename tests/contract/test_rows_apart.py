@@ -5,15 +5,18 @@ The device is the CPU unless ATOLL_TEST_DEVICE names another: the form on the wi
 
 import asyncio
 import os
+import subprocess
 
 import pytest
 import torch
 
 from common.errors import ConfigError
+from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, open_seam, synchronise
 from common.transport.seam import Seam
 from common.transport.ucx import UcxTransport
+from common.transport.ucx_link import UcxLink, _Arrival
 from common.waiting import poll_until
 from common.wire.header import Header, Kind
 from tests.contract.harness import LIMITS, ROUTER, InprocNet, Peer, UcxNet, hello, run
@@ -311,6 +314,31 @@ def test_a_link_that_closes_gives_all_memory_back(net):
 
     run(net, main)
     check_no_block_leaked(net)
+
+
+def test_memory_that_a_living_process_may_write_to_is_not_used_again(tmp_path, monkeypatch):
+    """As over CUDA IPC: the peer has been told where to write, and only its end is a promise not to."""
+    net = DeviceUcxNet(tmp_path)
+    monkeypatch.setattr(UcxLink, "carriers", lambda link: ("cuda_ipc/cuda",))
+    monkeypatch.setattr(ucx_plane, "_LOOK_S", 0.02)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        _, _, listener = await linked(net, here, there)
+        (far,) = there.links
+        lost = listener.pool.acquire_rows(100_000)
+        far._rows_in(_Arrival(listener.pool.acquire(0)), lost, -16)  # UCS_ERR_CANCELED
+        await here.until(lambda: bool(here.closed))
+        await asyncio.sleep(0.1)
+        assert listener.pool.rows_outstanding == 1, "this process lives, and is the peer"
+        plane = listener._plane
+        plane._retired = [(rows, gone.pid) for rows, _ in plane._retired]
+        await poll_until(lambda: not listener.pool.rows_outstanding)
+        assert plane._retired_timer is None
+
+    run(net, main, leak_free=False)
 
 
 class ManualEvent:
