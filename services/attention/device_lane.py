@@ -84,6 +84,9 @@ class DeviceLane:
         self.times.layers += 1
         self.times.attention_us += (t1 - t0) // 1000
         self.times.shared_us += (t2 - t1) // 1000
+        if state.graph_key is not None:
+            self.times.replayed_layers += 1
+            self.times.replayed_us += (t2 - t0) // 1000
         await answer  # so the device has written the ids
         if self.balance is not None:
             self.balance.count(layer, state.experts[:n].numpy())

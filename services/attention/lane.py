@@ -23,13 +23,18 @@ Tensor = torch.Tensor
 
 @dataclass(slots=True)
 class StepTimes:
-    """Sums since the start: steps, tokens, and microseconds of this lane's own computing."""
+    """Sums since the start: steps, tokens, and microseconds of this lane's own computing.
+
+    On a GPU that is launching; `replayed`: of layers that are two graphs, all rows being generated tokens.
+    """
 
     steps: int = 0
     tokens: int = 0
     layers: int = 0
     attention_us: int = 0
     shared_us: int = 0
+    replayed_layers: int = 0
+    replayed_us: int = 0
     step_us: int = 0
 
 

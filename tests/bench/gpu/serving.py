@@ -71,9 +71,9 @@ def counters_of(url: str, role: str) -> list[dict[str, Any]]:
 
 
 def attention_counters(url: str) -> dict[str, int]:
-    """Of the attention worker: layers, and microseconds of its loop in what it launches and posts for them."""
+    """Of the attention worker: layers of generated tokens, and microseconds of its loop in what it launches for them."""
     (counters,) = counters_of(url, "attention")
-    return {name: int(counters[name]) for name in ("layers", "attention_us", "shared_us")}
+    return {name: int(counters[name]) for name in ("replayed_layers", "replayed_us")}
 
 
 def routed(url: str, experts_per_worker: int) -> dict[str, float]:
@@ -99,14 +99,11 @@ def measure(cluster: GpuCluster, concurrency: int, tokens: int, repeats: int) ->
     brief, whole = (median(seconds[length][1:]) for length in lengths)
     decode_s = (whole - brief) / (tokens - lengths[0])
     after = attention_counters(cluster.url)
-    layers, python_us = (
-        sum(after[name] - before[name] for name in names)
-        for names in (["layers"], ["attention_us", "shared_us"])
-    )
+    layers, python_us = (after[name] - before[name] for name in before)
     return {
         "concurrency": concurrency, "tokens_per_s": round(concurrency * tokens / whole, 1),
         "decode_tokens_per_s": round(concurrency / decode_s, 1), "tpot_ms": round(decode_s * 1e3, 2),
-        "python_us_per_layer": round(python_us / layers, 1),
+        "python_us_per_layer": round(python_us / max(layers, 1), 1),
         "runs_s": {length: [round(t, 3) for t in runs] for length, runs in seconds.items()},
     }  # fmt: skip
 
