@@ -71,7 +71,7 @@ def counters_of(url: str, role: str) -> list[dict[str, Any]]:
 
 
 def attention_counters(url: str) -> dict[str, int]:
-    """Of the attention worker: layers of generated tokens, and microseconds of its loop in what it launches for them."""
+    """Of the attention worker: layers of generated tokens, and its loop's microseconds for what it launches."""
     (counters,) = counters_of(url, "attention")
     return {name: int(counters[name]) for name in ("replayed_layers", "replayed_us")}
 
