@@ -378,9 +378,8 @@ class Dataflow:
     def _ask_experts(
         self, work: NodeWork, shares: list[WorkerShare], pieces: list[Piece], buffers: list[Buffer]
     ) -> None:
-        landings = self._rows.landings(work.outputs, shares)
+        landings, now_ns = self._rows.landings(work.outputs, shares), self.clock_ns()
         left = list(zip(shares, pieces, buffers, landings, strict=True))[::-1]
-        now_ns = self.clock_ns()
         try:
             while left:
                 share, piece, buffer, landing = left.pop()
