@@ -184,18 +184,13 @@ class Dataflow:
         payload: Buffer, segment: RowSegment,
     ) -> None:  # fmt: skip
         """Fan a node's share out to its workers; its rows index the segment."""
-        calls = self.calls
-        table = routes.workers(request.layer, share.experts, calls.fleet)
+        table = routes.workers(request.layer, share.experts, self.calls.fleet)
         workers = table.take(share.experts)
         plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
         pieces = expert_pieces(plan.shares, request.width, request.wire)
+        rows = share.rows.take(plan.rows)
         buffers, outputs = self._rows.fan_out(
-            payload,
-            segment,
-            share.rows.take(plan.rows),
-            pieces,
-            plan,
-            EXPERT_OUT_ROWS[request.wire],
+            payload, segment, rows, pieces, plan, EXPERT_OUT_ROWS[request.wire]
         )
         work = NodeWork(key, request, link, routes, len(share.rows), outputs)
         self._works[key] = work
