@@ -12,7 +12,6 @@
 #include <Python.h>
 #include <dlfcn.h>
 #include <structmember.h>
-#include <time.h>
 #include <ucp/api/ucp.h>
 
 #define MAX_ARRIVALS 256 /* per poll, so that a flood cannot keep completions and timers waiting */
@@ -388,49 +387,17 @@ static int tell_of_rows(Port *self, PyObject *announced)
     return num;
 }
 
-static long long now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
-/* About a microsecond in which the core's other thread has it for itself. */
-static void rest(void)
-{
-    for (int i = 0; i < 16; i++)
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        __asm__ volatile("yield");
-#else
-        ;
-#endif
-}
-
-/* poll(arrived, announced, wait_ns) -> bool */
+/* poll(arrived, announced) -> bool */
 static PyObject *port_poll(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
-    if (!check_arguments(num_args, 3))
+    if (!check_arguments(num_args, 2))
         return NULL;
-    long long wait_ns = PyLong_AsLongLong(args[2]);
-    if (PyErr_Occurred())
-        return NULL;
-    long long until = wait_ns > 0 ? now_ns() + wait_ns : 0;
-    for (;;) {
-        for (int i = 0; i < MAX_PROGRESS && ucp.progress(self->worker); i++)
-            ;
-        int messages = tell_of_messages(self, args[0]);
-        int rows = messages < 0 ? -1 : tell_of_rows(self, args[1]);
-        int ended = rows < 0 ? -1 : call_ended(self);
-        if (ended < 0)
-            return NULL;
-        if (messages + rows + ended > 0)
-            Py_RETURN_TRUE;
-        if (until == 0 || now_ns() >= until)
-            Py_RETURN_FALSE;
-        rest();
-    }
+    for (int i = 0; i < MAX_PROGRESS && ucp.progress(self->worker); i++)
+        ;
+    int messages = tell_of_messages(self, args[0]);
+    int rows = messages < 0 ? -1 : tell_of_rows(self, args[1]);
+    int ended = rows < 0 ? -1 : call_ended(self);
+    return ended < 0 ? NULL : PyBool_FromLong(messages + rows + ended);
 }
 
 /* arm() -> bool */

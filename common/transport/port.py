@@ -48,11 +48,8 @@ class Port(Protocol):
         """Receive a message that `poll` told of, all its `nbytes`, into host memory; returns a status."""
         ...
 
-    def poll(self, arrived: Arrived, announced: Announced, wait_ns: int, /) -> bool:
-        """Progress, tell of what arrived and call what ended; True when there was anything.
-
-        Up to `wait_ns` nanoseconds may be spent on waiting for it.
-        """
+    def poll(self, arrived: Arrived, announced: Announced, /) -> bool:
+        """Progress, tell of what arrived and call what ended; True when there was anything."""
         ...
 
     def arm(self) -> bool:
@@ -146,8 +143,8 @@ class UcxxPort:
     def _view(self, address: int, nbytes: int) -> Foreign:
         return self._array((ctypes.c_char * nbytes).from_address(address))
 
-    def poll(self, arrived: Arrived, announced: Announced, wait_ns: int, /) -> bool:
-        del announced, wait_ns
+    def poll(self, arrived: Arrived, announced: Announced, /) -> bool:
+        del announced
         self._worker.progress()
         num = 0
         while num < _MAX_ARRIVALS and (probed := self._probe()).matched:

@@ -19,9 +19,6 @@ log = logging.getLogger(__name__)
 
 KIND_MESSAGE, KIND_SHIFT = 1, 56  # of a tag whose message is found by probing
 _MAX_ROUNDS = 32  # rounds of progress before other callbacks of the loop get their turn
-# that a process with a core of its own waits within `poll`: a loop in Python takes longer to see what comes, and takes
-# from the core's other thread what a pause leaves it
-_WAIT_NS = 50_000
 
 
 class Endpoint(Protocol):
@@ -43,14 +40,12 @@ class Reactor:
         announced: Announced,
         sweep: Callable[[], bool],
         is_busy: Callable[[], bool],
-        has_fences: Callable[[], bool] = lambda: False,
         *,
         spin_us: int = 0,
     ) -> None:
         """`arrived` takes messages, `announced` rows. `is_busy`: something is under way that wakes nobody, so poll.
 
-        `has_fences`: UCX knows nothing of some of it, so `sweep` often. `spin_us`: how long to poll after the last event
-        before sleeping; only for a process with its own core.
+        `spin_us`: how long to poll after the last event before sleeping; only for a process with its own core.
         """
         # loaded here: whoever only talks to gateways or runs `inproc` needs no UCX
         from ucxx._lib import libucxx
@@ -59,9 +54,7 @@ class Reactor:
         self._arrived, self._announced = arrived, announced
         self._sweep = sweep
         self._is_busy = is_busy
-        self._has_fences = has_fences
         self._spin_ns = spin_us * 1000
-        self._wait_ns = min(self._spin_ns, _WAIT_NS)
         self._last_event_ns = 0
         self._pumping = False
         self._kicked = False
@@ -125,8 +118,7 @@ class Reactor:
             for _ in range(_MAX_ROUNDS):
                 if self._worker is None:  # closed by somebody who was called
                     return
-                wait_ns = 0 if has_worked or self._has_fences() else self._wait_ns
-                worked = poll(arrived, announced, wait_ns)
+                worked = poll(arrived, announced)
                 if sweep() or worked:
                     has_worked = True
                     continue
@@ -135,8 +127,6 @@ class Reactor:
                     break
                 if not self._is_busy() and not self._spinning() and self.port.arm():
                     return
-                if wait_ns:
-                    break
         except Exception:
             self._pumping = False
             self.kick()  # nothing would wake us for what is left
@@ -158,7 +148,7 @@ class Reactor:
         self._loop.remove_reader(self._fd)
         deadline = time.monotonic() + timeout_s
         while self.port.num_open and time.monotonic() < deadline:
-            self.port.poll(self._arrived, self._announced, 0)
+            self.port.poll(self._arrived, self._announced)
         done = not self.port.num_open
         self._worker = None
         self.port.settle()

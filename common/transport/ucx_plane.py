@@ -58,8 +58,8 @@ class DataPlane:
         self.seam = seam
         self.loop = asyncio.get_running_loop()
         self.reactor = Reactor(
-            self._arrived, self._announced, self._sweep, self._is_busy, lambda: seam.is_open, spin_us=spin_us
-        )  # fmt: skip
+            self._arrived, self._announced, self._sweep, self._is_busy, spin_us=spin_us
+        )
         # only a pool of device memory has rows to send and to take
         self.port = cast(RowsPort, self.reactor.port)
         seam.on_open = self.reactor.kick

@@ -241,7 +241,7 @@ def test_a_poll_that_raises_is_not_the_last(ucx):
     class Broken:
         num_open = polls = 0
 
-        def poll(self, arrived, announced, wait_ns):
+        def poll(self, arrived, announced):
             self.polls += 1
             if self.polls == 1:
                 raise RuntimeError("broken")
