@@ -8,6 +8,7 @@ slot, look at one entry of the null page, and nobody reads what they compute.
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -107,23 +108,11 @@ class LaneState:
         place = bisect.bisect_left(self.buckets, self.num_rows)
         self.bucket = self.num_rows if has_prompt else self.buckets[place]
         a = self._arrays
-        first = 0
-        self.last_rows = []
-        longest = 1
-        for span in spans:
-            count = len(span.token_ids)
-            rows = slice(first, first + count)
-            end = span.start + count
-            positions = np.arange(span.start, end)
-            pages = np.asarray(span.pages[: -(-end // self.page_tokens)], np.int32)
-            a["token_ids"][rows] = span.token_ids
-            a["positions"][rows] = positions
-            a["slots"][rows] = _slots(pages, positions, self.page_tokens)
-            a["context"][rows] = positions + 1
-            a["table"][rows, : len(pages)] = pages
-            first += count
-            longest = max(longest, end)
-            self.last_rows.append(first - 1)
+        if self.num_rows == len(spans):
+            self._lay_out_rows(spans)
+        else:
+            self._lay_out(spans)
+        longest = int(a["context"][: self.num_rows].max())
         idle = slice(self.num_rows, self.bucket)
         for name, value in (
             ("token_ids", 0),
@@ -137,6 +126,41 @@ class LaneState:
         for name, host in self._host.items():
             self._inputs[name][: self.bucket].copy_(host[: self.bucket], non_blocking=True)
         self.prompt, self.decode_rows = self._parts(spans) if has_prompt else (None, None)
+
+    def _lay_out(self, spans: Sequence[Span]) -> None:
+        a, first = self._arrays, 0
+        self.last_rows = []
+        for span in spans:
+            count = len(span.token_ids)
+            rows = slice(first, first + count)
+            end = span.start + count
+            positions = np.arange(span.start, end)
+            pages = np.asarray(span.pages[: -(-end // self.page_tokens)], np.int32)
+            a["token_ids"][rows] = span.token_ids
+            a["positions"][rows] = positions
+            a["slots"][rows] = _slots(pages, positions, self.page_tokens)
+            a["context"][rows] = positions + 1
+            a["table"][rows, : len(pages)] = pages
+            first += count
+            self.last_rows.append(first - 1)
+
+    def _lay_out_rows(self, spans: Sequence[Span]) -> None:
+        """The same for spans of one token each, as most steps have hundreds of."""
+        a, n, size = self._arrays, len(spans), self.page_tokens
+        positions = np.fromiter((span.start for span in spans), np.int64, n)
+        num_pages = positions // size + 1
+        used = zip(spans, num_pages.tolist(), strict=True)
+        pages = np.fromiter(
+            chain.from_iterable(span.pages[:num] for span, num in used), np.int32, num_pages.sum()
+        )
+        ends = num_pages.cumsum()
+        columns = np.arange(len(pages)) - (ends - num_pages).repeat(num_pages)
+        a["token_ids"][:n] = [span.token_ids[0] for span in spans]
+        a["positions"][:n] = positions
+        a["slots"][:n] = pages[ends - 1].astype(np.int64) * size + positions % size
+        a["context"][:n] = positions + 1
+        a["table"][np.arange(n).repeat(num_pages), columns] = pages
+        self.last_rows = list(range(n))
 
     def _parts(self, spans: Sequence[Span]) -> tuple[PromptPart, Tensor | None]:
         prompt_rows: list[int] = []

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import ModelError
 from common.model.small import small_config
 from common.model.writer import write_random
 from services.attention.batch import Span
+from services.attention.device_batch import LaneState
 from tests.device_model import LocalDeviceModel
 from tests.oracle.local_model import LocalModel
 
@@ -66,6 +69,23 @@ def test_idle_rows_change_nothing(pair):
     states.buckets = [8]
     assert same(device.logits([span([7], 3, 3, 6)], state=states), one)
     assert states.bucket == 8
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 63)), min_size=1, max_size=8))
+def test_a_step_of_single_tokens_is_laid_out_like_any_other(generated):
+    shape = {"width": 8, "top_k": 2, "rope": 2, "page_tokens": 16, "null_page": 77}
+    shape |= {"device": torch.device("cpu"), "dtype": torch.float32}
+    one, other = (LaneState(max_rows=8, max_pages=4, **shape) for _ in range(2))
+    spans = [
+        Span([token], start, 0, tuple(range(9 * i, 9 * i + 4)))
+        for i, (token, start) in enumerate(generated)
+    ]
+    one.fill(spans)
+    other._lay_out_rows = other._lay_out
+    other.fill(spans)
+    for name in ("token_ids", "positions", "slots", "context", "table"):
+        assert torch.equal(one.input(name), other.input(name)), name
+    assert (one.last_rows, one.max_context) == (other.last_rows, other.max_context)
 
 
 def test_steps_that_do_not_fit_are_refused(pair):
