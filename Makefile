@@ -25,11 +25,11 @@ check: setup
 test: setup
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# the compiled port under AddressSanitizer, through the contract of the transport
+# what is written in C under AddressSanitizer: the port through the contract of the transport, the router's plan
 test-sanitized: setup
 	CACHE_DIRECTORY=$$(mktemp -d) CFLAGS="-fsanitize=address -g" LD_PRELOAD=$$(cc -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	$(BIN)/python -m pytest tests/contract -k "ucx or death or handshake"
+	$(BIN)/python -m pytest tests/contract tests/unit/test_router_plan.py -k "ucx or death or handshake or compiled"
 
 test-oracle: setup
 	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e -m oracle --timeout 3600
