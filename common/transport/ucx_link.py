@@ -1,9 +1,9 @@
 """One link over UCX: what is sent, what arrives, and when it is whole.
 
-A tag, of a message or of the announcement of rows, is ``kind u8 | sender u24 | sequence u32``. `sender` is given out by the *receiver* at the handshake and never
-reused while the process lives (16 million links), so a message still under way from a dead predecessor finds no link.
-`sequence` counts what was posted per link and direction, and messages are delivered in its order; a number that is in
-already, or far off, closes the link.
+A tag, of a message or of an announcement of rows, is ``kind u8 | sender u24 | sequence u32``. `sender` is given out by
+the *receiver* at the handshake and never reused while the process lives (16 million links), so a message still under
+way from a dead predecessor finds no link. `sequence` counts what was posted per link and direction, and messages are
+delivered in its order; a number that is in already, or far off, closes the link.
 
 Receiving costs by arrival, not by peer: one wildcard probe takes the oldest message with its exact size, checked
 against the limit before memory is taken from the pool. Small messages are complete at once; large ones (rendezvous)
