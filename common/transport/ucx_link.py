@@ -262,8 +262,7 @@ class UcxLink(BaseLink):
         arrival.buffer.view[: len(head)] = head
         arrival.status = 0
         if self.state is LinkState.OPEN:  # else it overtook the control socket
-            self._open_arrival(number, arrival)
-            self._deliver_whole()
+            self._open_arrival(number, arrival)  # and it is delivered when its rows are in
 
     def _arrival(self, tag: int, kind: int, nbytes: int) -> _Arrival | None:
         """A place for the message, or None: a correct peer would not send it, and the link is closed."""
