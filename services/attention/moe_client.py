@@ -19,7 +19,7 @@ import torch
 
 from common.errors import AtollError, DeadlineExceeded, Retryable, WireError
 from common.obs.trace import Recorder
-from common.tensors import TORCH_DTYPES, check_rows, numbers, row_bytes, rows_of
+from common.tensors import TORCH_DTYPES, check_rows, numbers, put_bytes, row_bytes, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DevicePool, DeviceRows
@@ -206,17 +206,18 @@ class MoeClient:
         try:
             if header.block in self._pending:  # else its deadline is over
                 layout, experts, weights = tables
-                count = header.num_pairs
-                numbers(buffer, layout.experts, count, np.int32)[:] = experts.numpy().reshape(-1)
-                numbers(buffer, layout.weights, count, np.float32)[:] = weights.numpy().reshape(-1)
+                put_bytes(buffer, layout.experts, experts.numpy())
+                put_bytes(buffer, layout.weights, weights.numpy())
                 if self.trace is not None:
                     self.trace.span(
                         self.packing, header.block, header.layer, header.microbatch, since,
                         self.clock_ns(), header.num_rows,
                     )  # fmt: skip
-                for outbox in self._asked():
+                asked = self._asked()
+                for outbox in asked:  # each keeps a header of its own
+                    mine = header if len(asked) == 1 else replace(header)
                     place = None if landing is None else landing.retain()
-                    outbox.send(replace(header), buffer.retain(), now_ns, landing=place)
+                    outbox.send(mine, buffer.retain(), now_ns, landing=place)
         except AtollError as exc:
             self._fail(header.block, exc)  # all routers or none
         finally:
