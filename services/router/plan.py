@@ -5,6 +5,7 @@ A *pair* is (row, expert, gate weight). Pairs are always sorted by row, then by 
 order of the weighted sum, so the result does not depend on who answers first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -212,6 +213,24 @@ def _worker_shares(workers: Int32s, starts: Ints, end: int, table: Int32s) -> li
         WorkerShare(worker, bounds[i], bounds[i + 1], table[cuts[i] : ends[i]])
         for i, worker in enumerate(workers.take(cuts).tolist())
     ]
+
+
+def sum_table(rows: Sequence[Ints], starts: Sequence[int], num_rows: int) -> Int32s:
+    """Where each row's partials lie, in the order of the sum: int32 [num_rows, k], -1 beyond a row's last.
+
+    Share j has the partials of rows[j], from place starts[j] on; shares are in the order of the sum. k is a power of
+    two, so that few kernels are compiled.
+    """
+    counts = [len(part) for part in rows]
+    every = np.concatenate(rows)
+    ends = np.cumsum(counts)
+    places = np.repeat(np.array(starts) - ends + counts, counts) + np.arange(len(every))
+    order = every.astype(np.uint16 if num_rows < 1 << 16 else np.int64).argsort(kind="stable")
+    per_row = np.bincount(every, minlength=num_rows)
+    rank = np.arange(len(every)) - np.repeat(per_row.cumsum() - per_row, per_row)
+    slots = np.full((num_rows, 1 << (int(per_row.max()) - 1).bit_length()), -1, np.int32)
+    slots[every.take(order), rank] = places.take(order)
+    return slots
 
 
 def divide_share(share: WorkerShare, workers: Int32s) -> list[WorkerShare]:
