@@ -56,9 +56,7 @@ class Answers:
         started = self.clock_ns()
         request, row_type = source.request, self.answer_rows
         num_rows, num_ids = request.num_rows, 0
-        if (
-            self.num_rails > 1
-        ):  # no row where no pair was this rail's; the attention worker rounds once
+        if self.num_rails > 1:  # the rows that this rail has pairs of; the attention worker rounds
             num_rows = num_ids = len(source.ids)
             row_type = RowType.FP64 if request.wire is Wire.FP32 else row_type
         layout = answer_layout(num_rows, request.width, row_type, num_ids)

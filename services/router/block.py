@@ -112,11 +112,8 @@ class SourceWork:
             self.starts[call] = own if share.node == home else start
             start += len(share.rows) if share.node != home else 0
         order = sorted(self.shares, key=lambda call: (self.shares[call].node, call))
-        slots = sum_table(
-            [self.shares[call].rows for call in order],
-            [self.starts[call] for call in order],
-            self.request.num_rows,
-        )
+        rows, starts = zip(*((self.shares[c].rows, self.starts[c]) for c in order), strict=True)
+        slots = sum_table(rows, starts, self.request.num_rows)
         if some:
             self.ids = (slots[:, 0] >= 0).nonzero()[0].astype(np.int32)
             slots = slots[self.ids]

@@ -150,9 +150,9 @@ class HostRows:
         # torch views nothing as another dtype
         memory = np.empty(max(1, len(index)) * segment.width * int(row_type), np.uint8)
         rows = torch.from_numpy(memory).view(TORCH_DTYPES[row_type]).view(-1, segment.width)
-        slots, weights = (None if t is None else torch.from_numpy(t) for t in tables)
-        assert slots is not None
-        outputs = Outputs(rows[: len(index)], slots, weights, bytes=memory.data)
+        slots, weights = torch.from_numpy(tables[0]), tables[1]
+        factors = None if weights is None else torch.from_numpy(weights)
+        outputs = Outputs(rows[: len(index)], slots, factors, bytes=memory.data)
         return self.gather(payload, segment, index, pieces), outputs
 
     def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
@@ -195,11 +195,9 @@ class RowsApart:
         num_places = len(index)
         block = self._pool.take(num_places * segment.width * int(row_type))
         rows = block.matrix(TORCH_DTYPES[row_type], 0, num_places, segment.width)
-        slots, *weights = (
-            copy.matrix(dtype, at, *array.shape)
-            for dtype, at, array in zip((torch.int32, torch.float32), ats[2:], given, strict=False)
-        )
-        return buffers, Outputs(rows, slots, weights[0] if weights else None, [block, copy])
+        slots = copy.matrix(torch.int32, ats[2], *given[0].shape)
+        weights = copy.matrix(torch.float32, ats[3], *given[1].shape) if given[1:] else None
+        return buffers, Outputs(rows, slots, weights, [block, copy])
 
     def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
         nbytes = outputs.rows.shape[1] * outputs.rows.itemsize
