@@ -1,4 +1,4 @@
-"""What a router has asked of its node's experts and of other nodes' routers, and who of them can be asked.
+"""What a router asks of its node's experts and of other nodes' routers, what they owe, and who of them can be asked.
 
 Every question has a number of its own (the header's `block` on that hop), so that one block may be asked of the same
 peer twice, as happens when a share is asked anew after a worker died. Decides nothing: whom to ask is
