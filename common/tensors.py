@@ -93,14 +93,6 @@ def scales_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     return rows.block.matrix(torch.float32, start, segment.num_rows, count)
 
 
-def read_rows(
-    payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
-) -> torch.Tensor:
-    """A payload that is one row segment and nothing else, a view. Raises WireError when its size is another."""
-    payload, segment = check_rows(payload, num_rows, width, row_type, what)
-    return rows_of(payload, segment)
-
-
 def check_rows(
     payload: Buffer | None, num_rows: int, width: int, row_type: RowType, what: str
 ) -> tuple[Buffer, RowSegment]:

@@ -13,108 +13,67 @@ from torch import Tensor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.launch import launch
-from kernels.quant import quantise_blocks
-from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
+from kernels.reference.combine import OTHER
 
 _COLUMNS = 1024
 _SPLIT_ROWS = 512  # below, programs of more threads fill the card
-
-
-@triton.jit
-def _weighted_sum(
-    SOURCE, SLOTS, WEIGHTS, row, column, inside, width, K: tl.constexpr,
-    WEIGHTED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Sum of K rows over columns [C], ascending k, in WIDE."""
-    acc = tl.zeros((C,), WIDE)
-    for k in tl.static_range(K):
-        slot = tl.load(SLOTS + row * K + k)
-        # An absent row is read as zeros: adding +0 changes no bit of an accumulator that is never -0.
-        here = inside & (tl.zeros((C,), tl.int32) + slot >= 0)
-        at = SOURCE + slot.to(tl.int64) * width + column
-        term = tl.load(at, mask=here, other=0.0).to(WIDE)
-        if WEIGHTED:
-            weight = tl.load(WEIGHTS + row * K + k).to(WIDE)
-            term = tl.where(here, term * weight, 0.0)
-        acc += term
-    return acc
+_OTHER = tl.constexpr(OTHER)
 
 
 @triton.jit
 def _combine(
-    SOURCE, SLOTS, WEIGHTS, OUT, width, K: tl.constexpr,
-    WEIGHTED: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
+    SOURCE, SLOTS, WEIGHTS, MORE, OUT, width, K: tl.constexpr,
+    WEIGHTED: tl.constexpr, TWO: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     after_predecessor()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < width
-    acc = _weighted_sum(SOURCE, SLOTS, WEIGHTS, row, column, inside, width, K, WEIGHTED, WIDE, C)
+    acc = tl.zeros((C,), WIDE)
+    for k in tl.static_range(K):
+        slot = tl.load(SLOTS + row * K + k)
+        # An absent row is read as zeros: adding +0 changes no bit of an accumulator that is never -0.
+        slots = tl.zeros((C,), tl.int32) + slot
+        here = inside & (slots >= 0)
+        if TWO:
+            more = inside & (slots >= _OTHER)
+            here = here & (slots < _OTHER)
+        at = SOURCE + slot.to(tl.int64) * width + column
+        term = tl.load(at, mask=here, other=0.0).to(WIDE)
+        if TWO:
+            at = MORE + (slot - _OTHER).to(tl.int64) * width + column
+            term += tl.load(at, mask=more, other=0.0).to(WIDE)  # one of the two is zero
+        if WEIGHTED:
+            weight = tl.load(WEIGHTS + row * K + k).to(WIDE)
+            term = tl.where(here, term * weight, 0.0)
+        acc += term
     tl.store(OUT + row * width + column, acc, mask=inside)
-
-
-@triton.jit
-def _combine_fp8(
-    SOURCE, SLOTS, WEIGHTS, ROWS, SCALES, width, per_row, K: tl.constexpr,
-    WEIGHTED: tl.constexpr, C: tl.constexpr, MIN: tl.constexpr,
-):  # fmt: skip
-    after_predecessor()
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * C
-    column = first + tl.arange(0, C)
-    inside = column < width
-    acc = _weighted_sum(
-        SOURCE, SLOTS, WEIGHTS, row, column, inside, width, K, WEIGHTED, tl.float32, C
-    )
-    q, scale = quantise_blocks(tl.reshape(acc, (C // 128, 128)), MIN)
-    tl.store(ROWS + row * width + column, tl.reshape(q, (C,)), mask=inside)
-    block = first // 128 + tl.arange(0, C // 128)
-    tl.store(SCALES + row * per_row + block, scale, mask=block < per_row)
 
 
 def _warps(num_rows: int) -> int:
     return 4 if num_rows >= _SPLIT_ROWS else 8
 
 
-def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) -> None:
+def combine(
+    source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor, more: Tensor | None = None
+) -> None:
     """out[i] = sum over j, ascending, of weights[i, j] * source[slots[i, j]], skipping slots of -1.
 
     source [m, width] bf16, fp32 or float64; slots [n, k] int32; weights [n, k] fp32, or None for a plain sum;
-    out [n, width] bf16, fp32 or float64. A row without pairs becomes zero. All contiguous.
+    out [n, width] bf16, fp32 or float64. A row without pairs becomes zero. All contiguous. In a plain sum a slot of
+    OTHER + i is row i of `more`, whose dtype may be another.
     """
+    assert more is None or weights is None, "two sources are for plain sums"
     n, depth = slots.shape
     width = source.shape[1]
     if n == 0:
         return
-    exact = torch.float64 in (out.dtype, source.dtype)
+    exact = any(t is not None and t.dtype is torch.float64 for t in (out, source, more))
     launch(
         _combine, (n, triton.cdiv(width, _COLUMNS), 1),
-        (source, slots, slots if weights is None else weights, out), (width,),
-        (depth, weights is not None, tl.float64 if exact else tl.float32, _COLUMNS),
+        (source, slots, slots if weights is None else weights, source if more is None else more, out), (width,),
+        (depth, weights is not None, more is not None, tl.float64 if exact else tl.float32, _COLUMNS),
         num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
-    )  # fmt: skip
-
-
-def combine_fp8(
-    source: Tensor,
-    slots: Tensor,
-    weights: Tensor | None,
-    payload: Tensor,
-    *,
-    rows_offset: int,
-    scales_offset: int,
-) -> None:
-    """`combine` with FP8 rows and scales written into `payload` (uint8), as `quantise_rows` lays them out."""
-    n, depth = slots.shape
-    width = source.shape[1]
-    per_row = -(-width // BLOCK)
-    rows = rows_view(payload, rows_offset, n, width, torch.float8_e4m3fn)
-    scales = rows_view(payload, scales_offset, n, per_row, torch.float32)
-    if n == 0:
-        return
-    _combine_fp8[(n, triton.cdiv(width, _COLUMNS))](
-        source, slots, weights, rows, scales, width, per_row, depth, weights is not None,
-        _COLUMNS, SCALE_MIN, num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
     )  # fmt: skip
 
 
@@ -135,8 +94,8 @@ def sum_partials(partials: Sequence[Tensor], rows: Sequence[Tensor | None], out:
     """Add node partials into `out` [n, width] in the order given (ascending node), starting from zero.
 
     partials[j] [n_j, width] holds the rows rows[j] [n_j] (distinct; None: all n rows in order). float64 partials are
-    summed in float64 and rounded once to `out`; others are summed in fp32. Where all partials lie in one arena,
-    `combine` with weights None does the same in one launch.
+    summed in float64 and rounded once to `out`; others are summed in fp32. `combine` with weights None does the same in
+    one launch where partials lie side by side.
     """
     exact = any(p.dtype is torch.float64 for p in partials)
     wide = torch.float64 if exact else torch.float32

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.reference.quant import quantise_rows
-
+OTHER = 1 << 30  # slots from here on are rows of a second source
 _CHUNK_ELEMENTS = 1 << 22  # bounds the gathered products to 32 MiB
 
 
@@ -35,22 +34,28 @@ def slot_table(
     return slots, weights
 
 
-def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) -> None:
+def combine(
+    source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor, more: Tensor | None = None
+) -> None:
     """out[i] = sum over j, ascending, of weights[i, j] * source[slots[i, j]], skipping slots of -1.
 
     source [m, width] bf16, fp32 or float64; slots [n, k] int32; weights [n, k] fp32, or None for a plain sum;
-    out [n, width] bf16, fp32 or float64. A row without pairs becomes zero.
+    out [n, width] bf16, fp32 or float64. A row without pairs becomes zero. In a plain sum a slot of OTHER + i is row i
+    of `more`, whose dtype may be another.
     """
+    if more is not None and more.shape[0]:  # wider than both: no bit is lost
+        slots = torch.where(slots >= OTHER, slots + (source.shape[0] - OTHER), slots)
+        source = torch.cat([source, more])
     num_rows, depth = slots.shape
     if source.shape[0] == 0 or depth == 0:
         out.zero_()
         return
     step = max(1, _CHUNK_ELEMENTS // max(1, depth * source.shape[1]))
-    is_exact = source.dtype is torch.float32 and out.dtype is torch.float64
-    if weights is not None and is_exact and source.device.type == "cpu":
+    is_exact = torch.float64 in (out.dtype, source.dtype)
+    if is_exact and torch.bfloat16 not in (out.dtype, source.dtype) and source.device.type == "cpu":
         _combine_on_host(source, slots, weights, out, step)
         return
-    wide = torch.float64 if torch.float64 in (out.dtype, source.dtype) else torch.float32
+    wide = torch.float64 if is_exact else torch.float32
     for start in range(0, num_rows, step):
         part = slice(start, start + step)
         chosen = slots[part]
@@ -68,37 +73,23 @@ def combine(source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor) 
 
 
 def _combine_on_host(
-    source: Tensor, slots: Tensor, weights: Tensor, out: Tensor, step: int
+    source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor, step: int
 ) -> None:
     """The exact wire's sum in numpy: the same bits, a call costs a third of torch's."""
-    rows, table, factors, sums = (t.numpy() for t in (source, slots, weights, out))
+    rows, table, sums = (t.numpy() for t in (source, slots, out))
     absent = table < 0
     is_ragged = bool(absent.any())
     for start in range(0, len(table), step):
         part = slice(start, start + step)
-        terms = rows.take(table[part], axis=0, mode="clip").astype("f8")
-        terms *= factors[part, :, None]
+        terms = rows.take(table[part], axis=0, mode="clip").astype("f8", copy=False)
+        if weights is not None:
+            terms *= weights.numpy()[part, :, None]
         if is_ragged:
             terms[absent[part]] = 0.0
         acc = terms[:, 0] + 0.0  # zero plus the first
         for j in range(1, table.shape[1]):
             acc += terms[:, j]
         sums[part] = acc
-
-
-def combine_fp8(
-    source: Tensor,
-    slots: Tensor,
-    weights: Tensor | None,
-    payload: Tensor,
-    *,
-    rows_offset: int,
-    scales_offset: int,
-) -> None:
-    """`combine` with FP8 rows and scales written into `payload` (uint8), as `quantise_rows` lays them out."""
-    out = torch.empty(slots.shape[0], source.shape[1], device=source.device)
-    combine(source, slots, weights, out)
-    quantise_rows(out, payload, rows_offset=rows_offset, scales_offset=scales_offset)
 
 
 def sum_partials(partials: Sequence[Tensor], rows: Sequence[Tensor | None], out: Tensor) -> None:

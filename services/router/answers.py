@@ -6,13 +6,11 @@ Of one rail the sum is the answer; of several each answers the rows that it know
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from common.tensors import numbers, rows_of, write_rows
+from common.tensors import put_bytes, rows_of, write_rows
 from common.transport.buffers import Buffer, BufferPool
 from common.wire.blocks import PARTIAL_ROWS, RowType, answer_layout
 from common.wire.header import Header, Kind, Wire
-from services.router.block import Int32s, NodeWork, SourceWork, Tensor, Work
+from services.router.block import NodeWork, SourceWork, Work
 from services.router.counters import Counters
 from services.router.rows import Rows
 
@@ -46,34 +44,30 @@ class Answers:
         """COMBINED: the only share of a block, rounded once."""
         return self._node_sum(source, work, Kind.COMBINED, self.answer_rows)
 
-    def share(self, work: NodeWork) -> Tensor:
-        """The sum of our own share of a block, which is added to those of other nodes."""
+    def share(self, source: SourceWork, work: NodeWork) -> None:
+        """Sum our own share of a block, which is added to those of other nodes."""
         started = self.clock_ns()
-        partial = work.partial(exact=work.request.wire is Wire.FP32)
+        work.sum_into(source.own[work.key])
         self.memory.release(work.outputs)
         self._spent(work, started)
-        return partial
 
     def combined(self, source: SourceWork) -> Answer:
         """COMBINED: the sum over nodes."""
         started = self.clock_ns()
-        ids: Int32s | None = None
-        if self.num_rails == 1:
-            rows, row_type = source.combined(self.memory), self.answer_rows
-        else:
-            exact = source.request.wire is Wire.FP32
-            row_type = RowType.FP64 if exact else self.answer_rows
-            rows, ids = source.partial(self.memory, exact=exact)
-        num_ids = 0 if ids is None else len(ids)
-        layout = answer_layout(len(rows), source.request.width, row_type, num_ids)
+        request, row_type = source.request, self.answer_rows
+        num_rows, num_ids = request.num_rows, 0
+        if self.num_rails > 1:  # the rows that this rail has pairs of; the attention worker rounds
+            num_rows = num_ids = len(source.ids)
+            row_type = RowType.FP64 if request.wire is Wire.FP32 else row_type
+        layout = answer_layout(num_rows, request.width, row_type, num_ids)
         buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
-        if len(rows):
-            write_rows(buffer, layout.rows, rows)
-            self.memory.written(buffer)
-        if ids is not None:
-            numbers(buffer, layout.ids, num_ids, np.int32)[:] = ids
+        if num_rows:
+            source.sum_into(rows_of(buffer, layout.rows))
+            self.memory.written(buffer, *source.outputs)
+        if num_ids:
+            put_bytes(buffer, layout.ids, source.ids)
         self._spent(source, started)
-        return self._header(source, Kind.COMBINED, buffer, len(rows), num_ids), buffer
+        return self._header(source, Kind.COMBINED, buffer, num_rows, num_ids), buffer
 
     def _node_sum(self, item: Work, work: NodeWork, kind: Kind, row_type: RowType) -> Answer:
         """A node's sum goes straight into its message."""
@@ -81,7 +75,7 @@ class Answers:
         layout = answer_layout(work.num_rows, work.request.width, row_type)
         buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
         if work.request.wire is Wire.FP32 and row_type is not RowType.FP64:
-            write_rows(buffer, layout.rows, work.partial(exact=True))  # rounded once
+            write_rows(buffer, layout.rows, work.exact())  # rounded once
         else:
             work.sum_into(rows_of(buffer, layout.rows))
         self.memory.written(buffer, work.outputs)

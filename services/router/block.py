@@ -1,7 +1,7 @@
 """The two state machines of a router: a node's share of a block, and a block at its source.
 
     NodeWork    pairs of this node -> EXPERT_IN to each worker hit -> outputs gathered -> weighted sum per row
-    SourceWork  one partial per node -> summed in ascending node order -> COMBINED
+    SourceWork  one partial per node, side by side -> summed in ascending node order -> COMBINED
 
 Neither sends anything nor looks at a clock: `services.router.dataflow` moves the messages.
 """
@@ -17,13 +17,13 @@ from common.transport.buffers import Buffer
 from common.wire.blocks import RowSegment
 from common.wire.header import Header
 from kernels import ops
-from services.router.plan import NodeShare, WorkerShare
+from kernels.reference.combine import OTHER
+from services.router.plan import NodeShare, WorkerShare, sum_table
 from services.router.routes import Routes
-from services.router.rows import Outputs, Rows
+from services.router.rows import Outputs, sum_dtype
 
 Tensor = torch.Tensor
 Int32s = npt.NDArray[np.int32]
-NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -57,13 +57,13 @@ class NodeWork:
     waiting: dict[int, WorkerShare] = field(default_factory=dict)  # by question
     timing: Timing = field(default_factory=Timing)
 
-    def arrived(
-        self, call: int, header: Header, payload: Buffer | None, segment: RowSegment
-    ) -> bool:
-        """Take the answer to a question, the rows of `segment`, None: they are in place. True when it was the last."""
-        share = self.waiting.pop(call)
-        if payload is not None:
-            self.outputs.put(share.start, payload, segment)
+    def put(self, call: int, payload: Buffer, segment: RowSegment) -> None:
+        """Copy an answer to its places."""
+        self.outputs.put(self.waiting[call].start, payload, segment)
+
+    def arrived(self, call: int, header: Header) -> bool:
+        """An answer is in its places. True when it was the last."""
+        del self.waiting[call]
         self.timing.include(header)
         return not self.waiting
 
@@ -71,14 +71,9 @@ class NodeWork:
         """The weighted sum per row, [num_rows, width]: products and sums in float64 when `out` is, else in fp32."""
         ops.combine(self.outputs.rows, self.outputs.slots, self.outputs.weights, out)
 
-    def partial(self, *, exact: bool) -> Tensor:
-        """The weighted sum per row: float64 [num_rows, width] when exact, else fp32."""
-        rows = self.outputs.rows
-        out = torch.empty(
-            (self.num_rows, rows.shape[1]),
-            dtype=torch.float64 if exact else torch.float32,
-            device=rows.device,
-        )
+    def exact(self) -> Tensor:
+        """The weighted sum per row, float64 [num_rows, width]."""
+        out = self.outputs.rows.new_empty((self.num_rows, self.request.width), dtype=torch.float64)
         self.sum_into(out)
         return out
 
@@ -87,8 +82,10 @@ class NodeWork:
 class SourceWork:
     """A block at the router of its attention worker: which nodes still owe their partial.
 
-    `shares` and `partials` are by question (a node may be asked twice). `payload` is kept where a share may have to be
-    asked of others, else None.
+    `shares`, `starts` and `own` are by question (a node may be asked twice). `payload` is kept where a share may have
+    to be asked of others, else None. Partials of other nodes are in `outputs`, one behind the other (several where
+    shares were asked anew: no place is given to a second answer), and the last says how all are summed; our own are in
+    `own`, not rounded. `starts` are places of the sum, those from OTHER on in `own`.
     """
 
     request: Header
@@ -97,41 +94,60 @@ class SourceWork:
     rows: RowSegment  # where the rows lie in the payload
     payload: Buffer | None = None
     shares: dict[int, NodeShare] = field(default_factory=dict)
-    partials: dict[int, Tensor] = field(default_factory=dict)
+    starts: dict[int, int] = field(default_factory=dict)
+    waiting: set[int] = field(default_factory=set)
+    outputs: list[Outputs] = field(default_factory=list)
+    own: dict[int, Tensor] = field(default_factory=dict)
+    ids: Int32s = field(default_factory=lambda: np.empty(0, np.int32))  # rows that a partial has
     timing: Timing = field(default_factory=Timing)
 
-    def arrived(self, call: int, partial: Tensor) -> bool:
-        """Take one partial. True when it was the last one missing."""
-        self.partials[call] = partial
-        return len(self.partials) == len(self.shares)
+    def place(self, calls: dict[int, NodeShare], home: int, *, some: bool) -> Int32s:
+        """Give places to the partials of these shares; the table of the sum over all [num_rows, k].
 
-    def combined(self, memory: Rows) -> Tensor:
-        """Sum of the node partials in ascending node order: fp32 [num_rows, width], rounded once when exact."""
-        calls = self._in_order()
-        partials = [self.partials[call] for call in calls]
-        out = torch.empty((self.request.num_rows, self.request.width), device=partials[0].device)
-        rows = [memory.upload(self.shares[call].rows) for call in calls]
-        ops.sum_partials(partials, rows, out)
-        return out
-
-    def partial(self, memory: Rows, *, exact: bool) -> tuple[Tensor, Int32s]:
-        """What this rail knows of the block: sums of its nodes' partials, ascending, and the ids of their rows.
-
-        float64 when exact, so that the attention worker rounds once; no row where no pair was this rail's.
+        `home` is our node. With `some` the table is of the rows alone that any share has.
         """
-        calls = self._in_order()
-        ids = np.unique(np.concatenate([NO_ROWS, *(self.shares[call].rows for call in calls)]))
-        out = torch.empty(
-            (len(ids), self.request.width),
-            dtype=torch.float64 if exact else torch.float32,
-            device=self.partials[calls[0]].device if calls else None,
-        )
-        rows = [memory.upload(ids.searchsorted(self.shares[call].rows)) for call in calls]
-        ops.sum_partials([self.partials[call] for call in calls], rows, out)
-        return out, ids.astype(np.int32)
+        start = sum(len(outputs.rows) for outputs in self.outputs)
+        own = OTHER + sum(len(rows) for rows in self.own.values())
+        for call, share in calls.items():
+            self.starts[call] = own if share.node == home else start
+            start += len(share.rows) if share.node != home else 0
+        order = sorted(self.shares, key=lambda call: (self.shares[call].node, call))
+        rows, starts = zip(*((self.shares[c].rows, self.starts[c]) for c in order), strict=True)
+        slots = sum_table(rows, starts, self.request.num_rows)
+        if some:
+            self.ids = (slots[:, 0] >= 0).nonzero()[0].astype(np.int32)
+            slots = slots[self.ids]
+        return slots
 
-    def _in_order(self) -> list[int]:
-        return sorted(self.partials, key=lambda call: (self.shares[call].node, call))
+    def add(self, outputs: Outputs, calls: dict[int, NodeShare], home: int) -> None:
+        """Room for the partials of shares that have places; one of `home`, if there is one, is the last."""
+        self.outputs.append(outputs)
+        *_, (last, share) = calls.items()
+        shape = len(share.rows) if share.node == home else 0, self.request.width
+        self.own[last] = outputs.rows.new_empty(shape, dtype=sum_dtype(self.request.wire))
+
+    def put(self, call: int, payload: Buffer, segment: RowSegment) -> None:
+        """Copy a partial to its place."""
+        start = self.starts[call]
+        for outputs in self.outputs:
+            if start < len(outputs.rows):
+                outputs.put(start, payload, segment)
+                return
+            start -= len(outputs.rows)
+
+    def arrived(self, call: int) -> bool:
+        """A partial is in its place. True when it was the last one missing."""
+        self.waiting.discard(call)
+        return not self.waiting
+
+    def sum_into(self, out: Tensor) -> None:
+        """The partials' sum in ascending node order, rounded once, float64 partials summed in float64."""
+        rows, own = [outputs.rows for outputs in self.outputs], list(self.own.values())
+        ops.combine(_joined(rows), self.outputs[-1].slots, None, out, _joined(own))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 Work = NodeWork | SourceWork

@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.errors import AtollError, DeadlineExceeded, LinkClosed, WireError
+from common.errors import AtollError, LinkClosed, WireError
 from common.obs.trace import Recorder
 from common.placement.plan import Plan
-from common.tensors import check_rows, read_rows
+from common.tensors import check_rows
 from common.transport.base import Link, tell
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import release_behind
-from common.transport.outbox import Outbox
+from common.transport.outbox import Call, Outbox
 from common.transport.seam import Seam
-from common.wire.blocks import EXPERT_OUT_ROWS, PARTIAL_ROWS, RowSegment, RowType, row_segment
+from common.wire.blocks import EXPERT_OUT_ROWS, PARTIAL_ROWS, RowSegment, RowType
 from common.wire.header import Header, Kind, Wire
 from services.router import payloads
 from services.router.answers import Answers
-from services.router.block import Int32s, NodeWork, SourceWork, Tensor, Work
+from services.router.block import Int32s, NodeWork, SourceWork, Work
 from services.router.calls import Calls
 from services.router.counters import Counters
 from services.router.epochs import Epochs
@@ -34,8 +34,7 @@ from services.router.plan import NodeShare, WorkerShare, fan_out, split_by_node
 from services.router.routes import Routes
 from services.router.rows import Piece, Rows, expert_pieces, open_rows
 
-# More for another router, which watches its own experts and knows better who owes what.
-_PATIENCE_S = 0.5
+_NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -73,7 +72,7 @@ class Dataflow:
         self._answers = Answers(
             self.node, self.num_rails, self.pool, self._rows, self.answer_rows, self.counters, self.clock_ns
         )  # fmt: skip
-        self.calls = Calls(self.index, self.plan.nodes, self.experts, self.routers)
+        self.calls = Calls(self.index, self.plan.nodes, self.experts, self.routers, self.counters)
 
     def __repr__(self) -> str:
         owed = sum(len(outbox) for outbox in self.experts.values())
@@ -84,7 +83,7 @@ class Dataflow:
 
     def warm_up(self, width: int, wire: Wire, depth: int) -> None:
         """See `services.router.rows.Rows.warm_up`."""
-        self._rows.warm_up(width, wire, depth)
+        self._rows.warm_up(width, wire, depth, self.answer_rows)
 
     @property
     def num_in_flight(self) -> int:
@@ -155,24 +154,33 @@ class Dataflow:
         self, source: SourceWork, shares: list[NodeShare], payload: Buffer, table: Int32s
     ) -> None:
         """Ask nodes for their shares; `table` [num_experts] is the choice of workers that led to them."""
-        request = source.request
-        load = None
-        for share in sorted(shares, key=lambda share: share.node == self.node):  # ours: last
-            call = self.calls.number()
-            source.shares[call] = share
-            self.calls.sources[call] = source
-            if share.node == self.node:
-                self._start_work(call, source.origin, request, source.routes, share, payload, source.rows)  # fmt: skip
-                continue
-            header, buffer = payloads.relay(self._rows, request, share, payload, source.rows)
-            if source.payload is not None:
-                load = np.bincount(table[share.experts], minlength=len(self.calls.nodes))
-            num_pairs = len(share.pair_rows)
-            self.counters.crossed(share.node, header, num_pairs, inward=False)
-            self.counters.posted(header)
-            answer = row_segment(len(share.rows), request.width, PARTIAL_ROWS[request.wire])
-            landing = self.pool.acquire_landing(answer.end)
-            self.calls.ask_router(call, header, buffer, self.clock_ns(), landing, load)
+        calls = {self.calls.number(): share for share in sorted(shares, key=self._is_ours)}
+        source.shares |= calls
+        source.waiting |= calls.keys()
+        self.calls.sources |= dict.fromkeys(calls, source)
+        *_, (last, share) = calls.items()
+        if not (self._is_ours(share) and self._answers.is_whole(source)):
+            self._ask_routers(source, calls, payload, table)
+        if self._is_ours(share):
+            origin, routes = source.origin, source.routes
+            self._start_work(last, origin, source.request, routes, share, payload, source.rows)
+
+    def _is_ours(self, share: NodeShare) -> bool:
+        return share.node == self.node
+
+    def _ask_routers(
+        self, source: SourceWork, calls: dict[int, NodeShare], payload: Buffer, table: Int32s
+    ) -> None:
+        """RELAYs for the shares of other nodes, and places for the partials of all."""
+        request, row_type = source.request, PARTIAL_ROWS[source.request.wire]
+        tables = source.place(calls, self.node, some=self.num_rails > 1), None
+        relays = {call: share for call, share in calls.items() if not self._is_ours(share)}
+        pieces = payloads.relay_pieces(request, list(relays.values()))
+        index = np.concatenate([_NO_ROWS, *(share.rows for share in relays.values())])
+        buffers, outputs = self._rows.fan_out(payload, source.rows, index, pieces, tables, row_type)
+        source.add(outputs, calls, self.node)
+        landings = self._rows.landings(outputs, pieces)
+        self.calls.ask_routers(source, relays, table, buffers, landings, self.clock_ns())
 
     def _on_relay(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
         rows, share = payloads.read_relay(header, payload, self.node, self.num_experts)
@@ -184,14 +192,14 @@ class Dataflow:
         payload: Buffer, segment: RowSegment,
     ) -> None:  # fmt: skip
         """Fan a node's share out to its workers; its rows index the segment."""
-        table = routes.workers(request.layer, share.experts, self.calls.fleet)
+        calls = self.calls
+        table = routes.workers(request.layer, share.experts, calls.fleet)
         workers = table.take(share.experts)
         plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
         pieces = expert_pieces(plan.shares, request.width, request.wire)
-        rows = share.rows.take(plan.rows)
-        buffers, outputs = self._rows.fan_out(
-            payload, segment, rows, pieces, plan, EXPERT_OUT_ROWS[request.wire]
-        )
+        index, tables = share.rows.take(plan.rows), (plan.slots, plan.weights)
+        row_type = EXPERT_OUT_ROWS[request.wire]
+        buffers, outputs = self._rows.fan_out(payload, segment, index, pieces, tables, row_type)
         work = NodeWork(key, request, link, routes, len(share.rows), outputs)
         self._works[key] = work
         self._ask_experts(work, plan.shares, pieces, buffers)
@@ -208,9 +216,9 @@ class Dataflow:
         row_type = EXPERT_OUT_ROWS[work.request.wire]
         num_rows, width = owed.header.num_rows, work.request.width
         payload, segment = check_rows(payload, num_rows, width, row_type, "EXPERT_OUT")
-        in_place = payload.rows is not None and payload.rows is owed.landing
+        self._put(work, owed, payload, segment)
         self.calls.settle_expert(worker, call)
-        if work.arrived(call, header, None if in_place else payload, segment):
+        if work.arrived(call, header):
             del self._works[work.key]
             self._finish_work(work)
 
@@ -221,10 +229,17 @@ class Dataflow:
             return
         source.timing.include(work.timing)
         if self._answers.is_whole(source):
-            self._close(source.request.block)
-            self._post(source.origin, *self._answers.whole(source, work))
+            self._finish_source(source, *self._answers.whole(source, work))
         else:
-            self._take_partial(source, work.key, self._answers.share(work))
+            self._answers.share(source, work)
+            self._partial_arrived(source, work.key)
+
+    def _put(self, item: Work, owed: Call, payload: Buffer, segment: RowSegment) -> None:
+        """Copy an answer to where it is summed, unless its rows came there."""
+        if payload.rows is None or payload.rows is not owed.landing:
+            item.put(owed.header.block, payload, segment)
+            if payload.rows is not None:  # the device has yet to read them
+                release_behind(self.seam, payload.retain())
 
     def _on_partial(self, node: int, header: Header, payload: Buffer | None) -> None:
         call = header.block
@@ -233,18 +248,21 @@ class Dataflow:
             self.counters.late += 1
             return
         row_type = PARTIAL_ROWS[source.request.wire]
-        rows = read_rows(payload, owed.header.num_rows, source.request.width, row_type, "PARTIAL")
+        num_rows, width = owed.header.num_rows, source.request.width
+        payload, segment = check_rows(payload, num_rows, width, row_type, "PARTIAL")
+        self._put(source, owed, payload, segment)
         self.counters.crossed(node, header, owed.header.num_pairs, inward=True)
         self.calls.settle_router(node, call)
         source.timing.include(header)
-        self._take_partial(source, call, rows.clone())  # the buffer goes back to the pool
-        if payload is not None:
-            release_behind(self.seam, payload.retain())
+        self._partial_arrived(source, call)
 
-    def _take_partial(self, source: SourceWork, call: int, partial: Tensor) -> None:
-        if source.arrived(call, partial):
-            self._close(source.request.block)
-            self._post(source.origin, *self._answers.combined(source))
+    def _partial_arrived(self, source: SourceWork, call: int) -> None:
+        if source.arrived(call):
+            self._finish_source(source, *self._answers.combined(source))
+
+    def _finish_source(self, source: SourceWork, header: Header, buffer: Buffer) -> None:
+        self._close(source.request.block)
+        self._post(source.origin, header, buffer)
 
     # ---- workers lost and found ----------------------------------------------------------------
 
@@ -278,6 +296,7 @@ class Dataflow:
             for call, share, shares, table in shares_to_move(item, self.calls.fleet):
                 self._cancel_share(share.node, call)
                 del item.shares[call]
+                item.waiting.discard(call)
                 self._post_shares(item, shares, item.payload, table)
                 self.counters.rerouted += 1
 
@@ -311,17 +330,8 @@ class Dataflow:
 
     def expire(self, limit_s: float) -> None:
         """Fail every block that a peer has owed for longer than `limit_s`, naming who owes it."""
-        now_ns = self.clock_ns()
-        limits = [(outbox, limit_s) for outbox in self.experts.values()]
-        limits += [(outbox, limit_s + _PATIENCE_S) for outbox in self.routers.values()]
-        for outbox, limit in limits:
-            for call in outbox.expired(now_ns, int(limit * 1e9)):
-                h = call.header
-                error = DeadlineExceeded(
-                    f"no answer from {outbox.name} within {limit:g} s "
-                    f"(layer {h.layer}, micro-batch {h.microbatch}, attempt {h.attempt + 1})"
-                )
-                self._fail_call(h.block, str(error))
+        for call, sentence in self.calls.overdue(self.clock_ns(), limit_s):
+            self._fail_call(call, sentence)
 
     def origin_closed(self, link: Link) -> None:
         """Nobody waits any more for what this link asked: drop it. Late answers find nothing and are dropped too."""
@@ -356,9 +366,11 @@ class Dataflow:
     def _close(self, block: int) -> SourceWork | None:
         """A DISPATCH is answered, or its answer not wanted any more."""
         source = self._sources.pop(block, None)
-        if source is not None and source.payload is not None:
-            source.payload.release()
-            source.payload = None
+        if source is not None:
+            self._rows.release(*source.outputs)
+            if source.payload is not None:
+                source.payload.release()
+                source.payload = None
         return source
 
     def _forget_work(self, key: int) -> None:
@@ -373,21 +385,8 @@ class Dataflow:
     def _ask_experts(
         self, work: NodeWork, shares: list[WorkerShare], pieces: list[Piece], buffers: list[Buffer]
     ) -> None:
-        landings, now_ns = self._rows.landings(work.outputs, shares), self.clock_ns()
-        left = list(zip(shares, pieces, buffers, landings, strict=True))[::-1]
-        try:
-            while left:
-                share, piece, buffer, landing = left.pop()
-                header = payloads.expert_in(work.request, share, piece, buffer)
-                call = self.calls.number()
-                work.waiting[call] = share
-                self.counters.posted(header)
-                self.calls.ask_expert(call, work, header, buffer, now_ns, landing)
-        finally:  # a full queue fails the block
-            for _, _, buffer, landing in left:
-                buffer.release()
-                if landing is not None:
-                    landing.release()
+        landings = self._rows.landings(work.outputs, shares)
+        self.calls.ask_experts(work, shares, pieces, buffers, landings, self.clock_ns())
 
     def _post(self, link: Link, header: Header, buffer: Buffer) -> None:
         """Post an answer; an origin that is gone will ask again, so a closed link loses nothing."""

@@ -40,7 +40,7 @@ def shares_to_move(
     """
     routes, layer, alive = source.routes, source.request.layer, fleet.alive
     for call, share in list(source.shares.items()):
-        if call in source.partials:
+        if call not in source.waiting:
             continue
         lost = ~routes.living(layer, share.node, alive)[share.experts]
         table: Int32s = routes.senders(layer, share.experts, fleet)

@@ -61,21 +61,27 @@ def read_relay(
     return layout.rows, NodeShare(node, np.arange(header.num_rows), pair_rows, experts, weights)
 
 
-def relay(
-    memory: Rows, request: Header, share: NodeShare, payload: Buffer, rows: RowSegment
-) -> tuple[Header, Buffer]:
-    """The RELAY that asks another node for its share of a DISPATCH's rows."""
+def relay_pieces(request: Header, shares: Sequence[NodeShare]) -> list[Piece]:
+    """The RELAY of each share, whose rows are in places one behind the other."""
+    pieces, start = [], 0
+    for share in shares:
+        num_rows, num_pairs = len(share.rows), len(share.pair_rows)
+        layout = relay_layout(num_rows, request.width, num_pairs, request.wire)
+        pieces.append(Piece(start, start + num_rows, layout.rows, layout.nbytes))
+        start += num_rows
+    return pieces
+
+
+def relay(request: Header, share: NodeShare, buffer: Buffer) -> Header:
+    """The RELAY that asks another node for its share of a DISPATCH: its pairs go into `buffer`, behind the rows."""
     num_rows, num_pairs = len(share.rows), len(share.pair_rows)
     layout = relay_layout(num_rows, request.width, num_pairs, request.wire)
-    piece = Piece(0, num_rows, layout.rows, layout.nbytes)
-    (buffer,) = memory.gather(payload, rows, share.rows, [piece])
     put_bytes(buffer, layout.pair_rows, share.pair_rows)
     put_bytes(buffer, layout.experts, share.experts)
     put_bytes(buffer, layout.weights, share.weights)
-    header = request.derive(
+    return request.derive(
         Kind.RELAY, target=share.node, num_rows=num_rows, num_pairs=num_pairs, payload_nbytes=layout.nbytes
     )  # fmt: skip
-    return header, buffer
 
 
 def expert_in(request: Header, share: WorkerShare, piece: Piece, buffer: Buffer) -> Header:

@@ -5,8 +5,10 @@ A *pair* is (row, expert, gate weight). Pairs are always sorted by row, then by 
 order of the weighted sum, so the result does not depend on who answers first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -122,16 +124,19 @@ def split_pairs(
     first = int(nodes.min())
     if first >= 0 and first == int(nodes.max()):  # all for one node, and every row has pairs
         return [NodeShare(first, rows, pair_rows, experts, weights)]
+    order = (nodes + 1).astype(np.uint16).argsort(kind="stable")[np.count_nonzero(nodes < 0) :]
+    of_pairs, homes = pair_rows.take(order), nodes.take(order)
+    cut = homes[1:] != homes[:-1]
+    is_first = np.ones(len(order), np.bool_)  # of its row in a share
+    np.logical_or(cut, of_pairs[1:] != of_pairs[:-1], out=is_first[1:])
+    nth = is_first.cumsum(dtype=np.int32)  # row of all shares, from 1
+    chosen, ids, factors = rows.take(of_pairs[is_first]), experts.take(order), weights.take(order)
+    bounds = [*is_first[:1].nonzero()[0], *(cut.nonzero()[0] + 1), len(order)]
     shares = []
-    for node in np.bincount(nodes + 1)[1:].nonzero()[0].tolist():  # NOT_OURS falls away
-        chosen = (nodes == node).nonzero()[0]
-        of_pairs = pair_rows[chosen]
-        wanted = np.zeros(len(rows), np.bool_)
-        wanted[of_pairs] = True
-        new_index = (wanted.cumsum() - 1).astype(np.int32)
-        shares.append(
-            NodeShare(node, rows[wanted], new_index[of_pairs], experts[chosen], weights[chosen])
-        )
+    for a, b in pairwise(bounds):
+        part, first = nth[a:b], nth[a]
+        of_share = chosen[first - 1 : part[-1]]
+        shares.append(NodeShare(int(homes[a]), of_share, part - first, ids[a:b], factors[a:b]))
     return shares
 
 
@@ -212,6 +217,24 @@ def _worker_shares(workers: Int32s, starts: Ints, end: int, table: Int32s) -> li
         WorkerShare(worker, bounds[i], bounds[i + 1], table[cuts[i] : ends[i]])
         for i, worker in enumerate(workers.take(cuts).tolist())
     ]
+
+
+def sum_table(rows: Sequence[Ints], starts: Sequence[int], num_rows: int) -> Int32s:
+    """Where each row's partials lie, in the order of the sum: int32 [num_rows, k], -1 beyond a row's last.
+
+    Share j has the partials of rows[j], from place starts[j] on; shares are in the order of the sum. k is a power of
+    two, so that few kernels are compiled.
+    """
+    counts = [len(part) for part in rows]
+    every = np.concatenate(rows)
+    ends = np.cumsum(counts)
+    places = np.repeat(np.array(starts) - ends + counts, counts) + np.arange(len(every))
+    order = every.astype(np.uint16 if num_rows < 1 << 16 else np.int64).argsort(kind="stable")
+    per_row = np.bincount(every, minlength=num_rows)
+    rank = np.arange(len(every)) - np.repeat(per_row.cumsum() - per_row, per_row)
+    slots = np.full((num_rows, 1 << (int(per_row.max()) - 1).bit_length()), -1, np.int32)
+    slots[every.take(order), rank] = places.take(order)
+    return slots
 
 
 def divide_share(share: WorkerShare, workers: Int32s) -> list[WorkerShare]:

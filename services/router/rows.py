@@ -29,7 +29,7 @@ from common.wire.blocks import (
 )
 from common.wire.header import HEADER_NBYTES, Wire
 from kernels import ops
-from services.router.plan import FanOut, WorkerShare
+from services.router.plan import WorkerShare
 
 Tensor = torch.Tensor
 Array = npt.NDArray[Any]
@@ -47,6 +47,9 @@ class Piece:
     nbytes: int
 
 
+Span = WorkerShare | Piece  # places `start` to `stop`
+
+
 def expert_pieces(
     shares: Sequence[WorkerShare], width: int, wire: Wire, *, first: int = 0
 ) -> list[Piece]:
@@ -58,16 +61,21 @@ def expert_pieces(
     return pieces
 
 
+def sum_dtype(wire: Wire) -> torch.dtype:
+    """Of a node's sum where it is added to others: not rounded."""
+    return torch.float64 if wire is Wire.FP32 else torch.float32
+
+
 @dataclass(slots=True)
 class Outputs:
-    """Where a node share's expert outputs come together, and the order of their sum.
+    """Where the answers to the parts of a block come together, and the order of their sum.
 
-    rows [num_places, width]; slots int32 and weights fp32 [num_rows, most pairs of a row].
+    rows [num_places, width]; slots int32 and weights fp32 (None: all one) [num_rows, most answers for a row].
     """
 
     rows: Tensor
     slots: Tensor
-    weights: Tensor
+    weights: Tensor | None
     held: list[DeviceBlock] = field(default_factory=list)
     bytes: memoryview | None = None  # of `rows` in host memory
 
@@ -92,38 +100,29 @@ class Rows(Protocol):
         ...
 
     def fan_out(
-        self,
-        payload: Buffer,
-        segment: RowSegment,
-        index: Array,
-        pieces: Sequence[Piece],
-        plan: FanOut,
-        row_type: RowType,
-    ) -> tuple[list[Buffer], Outputs]:
-        """`gather`, and room for the answers of all pieces in `row_type`."""
+        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece],
+        tables: tuple[Array, Array | None], row_type: RowType,
+    ) -> tuple[list[Buffer], Outputs]:  # fmt: skip
+        """`gather`, and room for the answers in `row_type`; `tables` are slots and weights of their sum."""
         ...
 
-    def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
-        """Where the answers to these shares go (a reference each), None where they are copied."""
+    def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
+        """Where the answers for these places go (a reference each), None where they are copied."""
         ...
 
-    def upload(self, array: Array) -> Tensor:
-        """The same numbers where the kernels of this memory read them."""
-        ...
-
-    def written(self, buffer: Buffer, outputs: Outputs | None = None) -> None:
+    def written(self, buffer: Buffer, *outputs: Outputs) -> None:
         """What was launched so far writes the rows of `buffer`, which leave when it is done.
 
-        If it read `outputs`, these are released then.
+        The `outputs` that it read are released then.
         """
         ...
 
-    def release(self, outputs: Outputs) -> None:
+    def release(self, *outputs: Outputs) -> None:
         """The sum over these outputs was launched, or is not wanted any more."""
         ...
 
-    def warm_up(self, width: int, wire: Wire, depth: int) -> None:
-        """Compile what blocks launch whose rows have up to `depth` pairs on a node, before anybody waits for one."""
+    def warm_up(self, width: int, wire: Wire, depth: int, answer: RowType) -> None:
+        """Compile what blocks launch whose rows have up to `depth` pairs, before anybody waits for one."""
         ...
 
 
@@ -145,34 +144,27 @@ class HostRows:
         return buffers
 
     def fan_out(
-        self,
-        payload: Buffer,
-        segment: RowSegment,
-        index: Array,
-        pieces: Sequence[Piece],
-        plan: FanOut,
-        row_type: RowType,
-    ) -> tuple[list[Buffer], Outputs]:
-        nbytes = len(plan.rows) * segment.width * int(row_type)
-        memory = np.empty(nbytes, np.uint8)
+        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece],
+        tables: tuple[Array, Array | None], row_type: RowType,
+    ) -> tuple[list[Buffer], Outputs]:  # fmt: skip
+        # torch views nothing as another dtype
+        memory = np.empty(max(1, len(index)) * segment.width * int(row_type), np.uint8)
         rows = torch.from_numpy(memory).view(TORCH_DTYPES[row_type]).view(-1, segment.width)
-        slots, weights = torch.from_numpy(plan.slots), torch.from_numpy(plan.weights)
-        outputs = Outputs(rows, slots, weights, bytes=memory.data)
+        slots, weights = torch.from_numpy(tables[0]), tables[1]
+        factors = None if weights is None else torch.from_numpy(weights)
+        outputs = Outputs(rows[: len(index)], slots, factors, bytes=memory.data)
         return self.gather(payload, segment, index, pieces), outputs
 
-    def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
-        return [None] * len(shares)
+    def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
+        return [None] * len(spans)
 
-    def upload(self, array: Array) -> Tensor:
-        return torch.from_numpy(array)
-
-    def written(self, buffer: Buffer, outputs: Outputs | None = None) -> None:
+    def written(self, buffer: Buffer, *outputs: Outputs) -> None:
         pass
 
-    def release(self, outputs: Outputs) -> None:
+    def release(self, *outputs: Outputs) -> None:
         pass
 
-    def warm_up(self, width: int, wire: Wire, depth: int) -> None:
+    def warm_up(self, width: int, wire: Wire, depth: int, answer: RowType) -> None:
         pass
 
 
@@ -192,33 +184,27 @@ class RowsApart:
         return self._gather(payload, segment, tables, ats, pieces, places, nbytes, held)
 
     def fan_out(
-        self,
-        payload: Buffer,
-        segment: RowSegment,
-        index: Array,
-        pieces: Sequence[Piece],
-        plan: FanOut,
-        row_type: RowType,
-    ) -> tuple[list[Buffer], Outputs]:
+        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece],
+        tables: tuple[Array, Array | None], row_type: RowType,
+    ) -> tuple[list[Buffer], Outputs]:  # fmt: skip
         table, places, nbytes = _layout(pieces)
-        ats, tables, staging = self._copy(
-            index.astype(np.int32, copy=False), table, plan.slots, plan.weights
-        )
+        given = [array for array in tables if array is not None]
+        ats, copy, staging = self._copy(index.astype(np.int32, copy=False), table, *given)
         held = payload.retain(), staging
-        buffers = self._gather(payload, segment, tables, ats, pieces, places, nbytes, held)
-        num_places = len(plan.rows)
+        buffers = self._gather(payload, segment, copy, ats, pieces, places, nbytes, held)
+        num_places = len(index)
         block = self._pool.take(num_places * segment.width * int(row_type))
         rows = block.matrix(TORCH_DTYPES[row_type], 0, num_places, segment.width)
-        slots = tables.matrix(torch.int32, ats[2], *plan.slots.shape)
-        weights = tables.matrix(torch.float32, ats[3], *plan.weights.shape)
-        return buffers, Outputs(rows, slots, weights, [block, tables])
+        slots = copy.matrix(torch.int32, ats[2], *given[0].shape)
+        weights = copy.matrix(torch.float32, ats[3], *given[1].shape) if given[1:] else None
+        return buffers, Outputs(rows, slots, weights, [block, copy])
 
-    def landings(self, outputs: Outputs, shares: Sequence[WorkerShare]) -> list[DeviceRows | None]:
+    def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
         nbytes = outputs.rows.shape[1] * outputs.rows.itemsize
         if nbytes % 16:  # an answer is longer than its rows
-            return [None] * len(shares)
+            return [None] * len(spans)
         block = outputs.held[0]
-        return [block.rows(s.start * nbytes, (s.stop - s.start) * nbytes) for s in shares]
+        return [block.rows(s.start * nbytes, (s.stop - s.start) * nbytes) for s in spans]
 
     def _gather(
         self, payload: Buffer, segment: RowSegment, tables: DeviceBlock, ats: Sequence[int],
@@ -226,6 +212,9 @@ class RowsApart:
     ) -> list[Buffer]:  # fmt: skip
         """The index and the kernel's table are in `tables` at the first two of `ats`; `held` are released behind it."""
         source = check_rows_apart("a block", payload, segment)
+        if not pieces:
+            release_behind(self._seam, *held)
+            return []
         block = self._pool.take(nbytes)
         is_fp8 = segment.row_type is RowType.FP8
         ops.gather_pieces(
@@ -260,52 +249,56 @@ class RowsApart:
             put_bytes(staging, at, array)
         return ats, self._pool.upload(staging), staging
 
-    def upload(self, array: Array) -> Tensor:
-        _, block, staging = self._copy(np.ascontiguousarray(array))
-        copy = block.matrix(_DTYPES[array.dtype.char], 0, 1, len(array))[0].clone()
-        release_behind(self._seam, block, staging)
-        return copy
-
-    def written(self, buffer: Buffer, outputs: Outputs | None = None) -> None:
+    def written(self, buffer: Buffer, *outputs: Outputs) -> None:
         assert buffer.rows is not None, "an answer without rows apart"
-        held: list[DeviceBlock] = []
-        if outputs is not None:
-            held, outputs.held = outputs.held, held
-        buffer.rows.fence = release_behind(self._seam, *held)
+        buffer.rows.fence = release_behind(self._seam, *_taken(outputs))
 
-    def release(self, outputs: Outputs) -> None:
-        held, outputs.held = outputs.held, []
-        release_behind(self._seam, *held)
+    def release(self, *outputs: Outputs) -> None:
+        if held := _taken(outputs):
+            release_behind(self._seam, *held)
 
-    def warm_up(self, width: int, wire: Wire, depth: int) -> None:
+    def warm_up(self, width: int, wire: Wire, depth: int, answer: RowType) -> None:
         # a row has `depth` pairs where one node has all experts; of slices there are too many numbers for all
         for num_rows in ops.KINDS_OF_ROWS:
-            for pairs in {*range(1, min(depth, _MOST_WARMED) + 1), depth}:
-                self._warm_up(num_rows, width, wire, pairs)
+            powers = {1 << i for i in range((depth - 1).bit_length() + 1)}
+            for pairs in {*range(1, min(depth, _MOST_WARMED) + 1), depth, *powers}:
+                self._warm_up(num_rows, width, wire, pairs, TORCH_DTYPES[answer])
 
-    def _warm_up(self, num_rows: int, width: int, wire: Wire, pairs: int) -> None:
+    def _warm_up(
+        self, num_rows: int, width: int, wire: Wire, pairs: int, answer: torch.dtype
+    ) -> None:
         """Gather one row for all places, and add up answers that are zero."""
         segment = row_segment(num_rows, width, DISPATCH_ROWS[wire])
         payload = self._pool.acquire(segment.end, rows_nbytes=segment.end)
         shares = [WorkerShare(0, 0, num_rows, np.array([[0, num_rows]], np.int32))]
         slots = np.zeros((num_rows, pairs), np.int32)
         index = np.zeros(num_rows, np.int32)
-        plan = FanOut(index, shares, slots, slots.astype(np.float32))
         pieces = expert_pieces(shares, width, wire)
+        tables = slots, slots.astype(np.float32)
         buffers, outputs = self.fan_out(
-            payload, segment, index, pieces, plan, EXPERT_OUT_ROWS[wire]
+            payload, segment, index, pieces, tables, EXPERT_OUT_ROWS[wire]
         )
-        outputs.rows.zero_()
-        # rounded, or to be added to others
-        for dtype in {TORCH_DTYPES[PARTIAL_ROWS[wire]], torch.float32}:
-            out = torch.empty((num_rows, width), dtype=dtype, device=outputs.rows.device)
-            ops.combine(outputs.rows, outputs.slots, outputs.weights, out)
-            ops.sum_partials([out], [self.upload(np.arange(num_rows))], torch.empty_like(out))
+        rows, partial, wide = (
+            outputs.rows.zero_(),
+            TORCH_DTYPES[PARTIAL_ROWS[wire]],
+            sum_dtype(wire),
+        )
+        for dtype in (wide, partial, answer):  # to be added to others, or rounded
+            out = rows.new_empty((num_rows, width), dtype=dtype)
+            ops.combine(rows, outputs.slots, outputs.weights, out)
+        if pairs & (pairs - 1) == 0:  # see plan.sum_table
+            out = rows.new_empty((num_rows, width), dtype=answer)
+            ops.combine(rows.to(partial), outputs.slots, None, out, rows[:1].to(wide))
         self.release(outputs)
         release_behind(self._seam, payload, *buffers)
 
 
-_DTYPES = {"i": torch.int32, "l": torch.int64}
+def _taken(outputs: Sequence[Outputs]) -> list[DeviceBlock]:
+    """What these hold, which the caller releases."""
+    held = [block for o in outputs for block in o.held]
+    for o in outputs:
+        o.held = []
+    return held
 
 
 def _layout(pieces: Sequence[Piece]) -> tuple[Array, list[int], int]:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kernels.reference.combine import combine, combine_fp8, slot_table, sum_partials
-from kernels.reference.quant import quantise, rows_view
+from kernels.reference.combine import OTHER, combine, slot_table, sum_partials
 
 WIDTH = 200
 
@@ -122,13 +121,28 @@ def test_nothing_to_add_is_zero_and_nan_stays_nan_in_its_row():
     assert out[1].isnan().sum() == 1
 
 
-def test_fp8_out_is_the_quantised_sum():
-    source, rows, slots, weights, _ = problem(20, 4, 11, torch.bfloat16)
-    table, table_weights = slot_table(rows, slots, weights, 20)
-    out = torch.empty(20, WIDTH)
-    combine(source, table, table_weights, out)
-    payload = torch.full((20 * WIDTH + 20 * 8,), 0xFF, dtype=torch.uint8)
-    combine_fp8(source, table, table_weights, payload, rows_offset=0, scales_offset=20 * WIDTH)
-    q, scales = quantise(out)
-    assert torch.equal(payload[: 20 * WIDTH], q.view(torch.uint8).flatten())
-    assert torch.equal(rows_view(payload, 20 * WIDTH, 20, 2, torch.float32), scales)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plain_sum_of_two_sources_has_the_bits_of_a_sum_of_partials(dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    n, shares = 30, 5
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    own, partials, lists, columns, end = seed % shares, [], [], [], 0
+    for share in range(shares):
+        rows = torch.randperm(n, generator=g)[: 10 + share].sort().values
+        partial = torch.randn(len(rows), WIDTH, generator=g, dtype=torch.float64) * 100
+        first = OTHER if share == own else end
+        end += 0 if share == own else len(rows)
+        column = torch.full((n,), -1, dtype=torch.int32)
+        column[rows] = torch.arange(len(rows), dtype=torch.int32) + first
+        partials.append(partial.to(wide if share == own else dtype))
+        lists.append(rows)
+        columns.append(column)
+    expected, out = torch.empty(n, WIDTH), torch.full((n, WIDTH), float("nan"))
+    sum_partials(partials, lists, expected)
+    source = torch.cat([part for share, part in enumerate(partials) if share != own])
+    slots = torch.stack(columns, 1)
+    combine(source, slots, None, out, partials[own])
+    assert torch.equal(out, expected)
+    combine(source, slots.flip(1), None, out, partials[own])
+    assert dtype is torch.float64 or not torch.equal(out, expected), "mutation: another order"

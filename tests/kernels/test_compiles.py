@@ -28,8 +28,10 @@ for unit in (8, 4, 2, 1):
     ptx = compiled(kernels.pack._copy_pieces, ["*u8"] * 3, ["i32"] * 6,
                    {"UNIT": unit, "SCALED": True, "C": 1024, "CS": 32}, num_warps=4)
     print("gather", unit, len(re.findall(r"ld[.]global[.]v", ptx)))
-compiled(kernels.combine._combine, ["*bf16", "*i32", "*fp32", "*bf16"], ["i32"],
-         {"K": 8, "WEIGHTED": True, "WIDE": tl.float32, "C": 1024}, num_warps=8, enable_fp_fusion=False)
+for two in (False, True):
+    compiled(kernels.combine._combine, ["*bf16", "*i32", "*fp32", "*fp32", "*bf16"], ["i32"],
+             {"K": 8, "WEIGHTED": not two, "TWO": two, "WIDE": tl.float32, "C": 1024}, num_warps=8,
+             enable_fp_fusion=False)
 print("combine")
 compiled(kernels.block_gemm._tile_gemm,
          ["tensordesc<fp8e4nv[64,128]>", "*fp32", "tensordesc<fp8e4nv[128,128]>", "*fp32", "*fp32", "*i32"],

@@ -33,6 +33,14 @@ got, expected = torch.empty(n, width), torch.empty(n, width)
 combine.sum_partials(parts, lists, got)
 ref_combine.sum_partials(parts, lists, expected)
 assert torch.equal(got, expected), "sum_partials"
+slots[torch.rand(n, k) < 0.4] = ref_combine.OTHER
+slots[2] = ref_combine.OTHER + 6
+for wide in (torch.float32, torch.float64):
+    more = torch.randn(7, width).to(wide)
+    combine.combine(source.bfloat16(), slots, None, got, more)
+    ref_combine.combine(source.bfloat16(), slots, None, expected, more)
+    assert torch.equal(got, expected), "combine of two sources"
+    assert torch.equal(got[2], (more[6] + more[6] + more[6] + more[6]).float()), "the second source"
 
 experts = torch.stack([torch.randperm(16)[:4] for _ in range(n)]).int()
 destinations = (torch.arange(16) // 4).int()

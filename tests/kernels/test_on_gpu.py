@@ -12,6 +12,7 @@ from kernels.reference import pack as ref_pack
 from kernels.reference import paged as ref_paged
 from kernels.reference import projection as ref_projection
 from kernels.reference import quant as ref_quant
+from kernels.reference.combine import OTHER
 
 ROWS = (1, 3, 127, 129, 1000)
 BF16 = 6e-3  # relative error by norm of bf16 operands and results
@@ -78,14 +79,6 @@ def test_combine_has_the_bits_of_the_reference(n, width, source_dtype, out_dtype
     out = torch.full((n, width), float("nan"), dtype=out_dtype, device="cuda")
     ops.combine(source.cuda(), slots.cuda(), weights.cuda(), out)
     assert torch.equal(out.cpu(), expected)
-    if out_dtype is torch.bfloat16:
-        nbytes = -(-n * width // 16) * 16
-        payload, same = (torch.zeros(nbytes + n * 256, dtype=torch.uint8) for _ in range(2))
-        place = {"rows_offset": 0, "scales_offset": nbytes}
-        ref_combine.combine_fp8(source, slots, weights, same, **place)
-        payload = payload.cuda()
-        ops.combine_fp8(source.cuda(), slots.cuda(), weights.cuda(), payload, **place)
-        assert torch.equal(payload.cpu(), same)
 
 
 @on_gpu
@@ -99,6 +92,15 @@ def test_sums_of_partials_have_the_bits_of_the_reference():
         place = [None if r is None else r.cuda() for r in lists]
         ops.sum_partials([p.cuda() for p in parts], place, out)
         assert torch.equal(out.cpu(), expected)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        parts[1] = parts[1].to(wide)
+        slots = torch.arange(9, dtype=torch.int32).add(OTHER).repeat(2, 1).T.contiguous()
+        slots[:, 1] = -1
+        slots[[4, 0, 2], 1] = slots[[4, 0, 2], 0]
+        slots[[4, 0, 2], 0] = torch.arange(3, dtype=torch.int32)
+        on_card = torch.full((9, 200), float("nan"), device="cuda")
+        ops.combine(parts[0].cuda(), slots.cuda(), None, on_card, parts[1].cuda())
+        assert torch.equal(on_card.cpu(), expected)
 
 
 @on_gpu

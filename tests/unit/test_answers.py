@@ -12,6 +12,7 @@ from common.placement.plan import column_plan
 from common.tensors import numbers
 from common.transport.base import Hello
 from common.transport.buffers import BufferPool
+from common.transport.device import DevicePool
 from common.transport.outbox import Outbox
 from common.wire.blocks import EXPERT_OUT_ROWS, RowType, dispatch_layout, row_segment
 from common.wire.header import Header, Kind, Wire
@@ -187,3 +188,37 @@ def test_a_malformed_combined_leaves_the_micro_batch_waiting_for_the_next_link(p
         assert torch.equal(await future, torch.zeros(1, WIDTH))
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("full", [1, 2, 3])
+@pytest.mark.parametrize("new_pool", [BufferPool, lambda: DevicePool("cpu")])
+def test_a_full_queue_to_a_router_fails_the_block_and_keeps_nothing(new_pool, full):
+    """Whichever of the routers is asked first, those asked after it cost nothing, those before it are late."""
+    pool = new_pool()
+    plan = column_plan(
+        epoch=1, moe_layers=range(1, 3), num_experts=EXPERTS, experts_per_gpu=1, nodes=tuple(range(EXPERTS))
+    )  # fmt: skip
+    experts = {0: Outbox("expert-0")}
+    routers = {node: Outbox(f"router-{node}") for node in range(1, EXPERTS)}
+    links = {0: RecordingLink(Role.EXPERT, 0)}
+    links |= {node: RecordingLink(Role.ROUTER, node, node) for node in routers}
+    for node, outbox in {**experts, **routers}.items():
+        outbox.opened(links[node])
+    flow = Dataflow(0, plan, EXPERTS, pool, experts, routers)
+    links[full].error = Overloaded(f"4096 messages wait for router-{full}, the limit is 4096")
+    origin = RecordingLink(Role.ATTENTION)
+    layout = dispatch_layout(2, WIDTH, TOP_K, Wire.FP32)
+    payload = pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+    payload.array[:] = 0
+    experts_of_rows = np.array([0, 1, 2, 3], np.int32)
+    numbers(payload, layout.experts, 4, np.int32)[:] = experts_of_rows
+    header = Header(
+        Kind.DISPATCH, Wire.FP32, 1, 1, WIDTH, block=7, num_rows=2, num_pairs=4, payload_nbytes=layout.nbytes
+    )  # fmt: skip
+    flow.on_message(origin, header, payload)
+    assert [reply.kind for reply, _ in origin.posted] == [Kind.FAILED]
+    assert [len(links[node].posted) for node in routers] == [int(n < full) for n in routers]
+    assert flow.num_in_flight == 0
+    assert not any(len(outbox) for outbox in routers.values())
+    assert pool.outstanding == 0
+    assert getattr(pool, "rows_outstanding", 0) == 0
