@@ -13,11 +13,37 @@ from torch import Tensor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.launch import launch
+from kernels.quant import quantise_blocks
 from kernels.reference.combine import OTHER
+from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
 
 _COLUMNS = 1024
 _SPLIT_ROWS = 512  # below, programs of more threads fill the card
 _OTHER = tl.constexpr(OTHER)
+
+
+@triton.jit
+def _weighted_sum(
+    SOURCE, SLOTS, WEIGHTS, MORE, row, column, inside, width, K: tl.constexpr,
+    WEIGHTED: tl.constexpr, TWO: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Sum of K rows over columns [C], ascending k, in WIDE."""
+    acc = tl.zeros((C,), WIDE)
+    for k in tl.static_range(K):
+        slot = tl.load(SLOTS + row * K + k)
+        # An absent row is read as zeros: adding +0 changes no bit of an accumulator that is never -0.
+        slots = tl.zeros((C,), tl.int32) + slot
+        here = inside & (slots >= 0) & ((slots < _OTHER) | (not TWO))
+        at = SOURCE + slot.to(tl.int64) * width + column
+        term = tl.load(at, mask=here, other=0.0).to(WIDE)
+        if TWO:  # one of the two is zero
+            at = MORE + (slot - _OTHER).to(tl.int64) * width + column
+            term += tl.load(at, mask=inside & (slots >= _OTHER), other=0.0).to(WIDE)
+        if WEIGHTED:
+            weight = tl.load(WEIGHTS + row * K + k).to(WIDE)
+            term = tl.where(here, term * weight, 0.0)
+        acc += term
+    return acc
 
 
 @triton.jit
@@ -29,25 +55,41 @@ def _combine(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < width
-    acc = tl.zeros((C,), WIDE)
-    for k in tl.static_range(K):
-        slot = tl.load(SLOTS + row * K + k)
-        # An absent row is read as zeros: adding +0 changes no bit of an accumulator that is never -0.
-        slots = tl.zeros((C,), tl.int32) + slot
-        here = inside & (slots >= 0)
-        if TWO:
-            more = inside & (slots >= _OTHER)
-            here = here & (slots < _OTHER)
-        at = SOURCE + slot.to(tl.int64) * width + column
-        term = tl.load(at, mask=here, other=0.0).to(WIDE)
-        if TWO:
-            at = MORE + (slot - _OTHER).to(tl.int64) * width + column
-            term += tl.load(at, mask=more, other=0.0).to(WIDE)  # one of the two is zero
-        if WEIGHTED:
-            weight = tl.load(WEIGHTS + row * K + k).to(WIDE)
-            term = tl.where(here, term * weight, 0.0)
-        acc += term
+    acc = _weighted_sum(
+        SOURCE, SLOTS, WEIGHTS, MORE, row, column, inside, width, K, WEIGHTED, TWO, WIDE, C
+    )
     tl.store(OUT + row * width + column, acc, mask=inside)
+
+
+@triton.jit
+def _combine_fp8(
+    SOURCE, SLOTS, WEIGHTS, ROWS, SCALES, width, per_row, K: tl.constexpr,
+    WEIGHTED: tl.constexpr, C: tl.constexpr, MIN: tl.constexpr,
+):  # fmt: skip
+    after_predecessor()
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * C
+    column = first + tl.arange(0, C)
+    inside = column < width
+    acc = _weighted_sum(
+        SOURCE,
+        SLOTS,
+        WEIGHTS,
+        SOURCE,
+        row,
+        column,
+        inside,
+        width,
+        K,
+        WEIGHTED,
+        False,
+        tl.float32,
+        C,
+    )
+    q, scale = quantise_blocks(tl.reshape(acc, (C // 128, 128)), MIN)
+    tl.store(ROWS + row * width + column, tl.reshape(q, (C,)), mask=inside)
+    block = first // 128 + tl.arange(0, C // 128)
+    tl.store(SCALES + row * per_row + block, scale, mask=block < per_row)
 
 
 def _warps(num_rows: int) -> int:
@@ -74,6 +116,29 @@ def combine(
         (source, slots, slots if weights is None else weights, source if more is None else more, out), (width,),
         (depth, weights is not None, more is not None, tl.float64 if exact else tl.float32, _COLUMNS),
         num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
+    )  # fmt: skip
+
+
+def combine_fp8(
+    source: Tensor,
+    slots: Tensor,
+    weights: Tensor | None,
+    payload: Tensor,
+    *,
+    rows_offset: int,
+    scales_offset: int,
+) -> None:
+    """`combine` with FP8 rows and scales written into `payload` (uint8), as `quantise_rows` lays them out."""
+    n, depth = slots.shape
+    width = source.shape[1]
+    per_row = -(-width // BLOCK)
+    rows = rows_view(payload, rows_offset, n, width, torch.float8_e4m3fn)
+    scales = rows_view(payload, scales_offset, n, per_row, torch.float32)
+    if n == 0:
+        return
+    _combine_fp8[(n, triton.cdiv(width, _COLUMNS))](
+        source, slots, weights, rows, scales, width, per_row, depth, weights is not None,
+        _COLUMNS, SCALE_MIN, num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ TRITON = {
     "gather_pieces": "pack",
     "route": "pack",
     "combine": "combine",
+    "combine_fp8": "combine",
     "sum_partials": "combine",
     "expert_ffn": "expert_ffn",
     "expert_ffn_grouped": "expert_ffn",
@@ -86,6 +87,7 @@ pack_blocks = _choose(_pack.pack_blocks)
 gather_pieces = _choose(_pack.gather_pieces)
 route = _choose(_pack.route)
 combine = _choose(_combine.combine)
+combine_fp8 = _choose(_combine.combine_fp8)
 sum_partials = _choose(_combine.sum_partials)
 expert_ffn = _choose(_expert_ffn.expert_ffn)
 expert_ffn_grouped = _choose(_expert_ffn.expert_ffn_grouped)

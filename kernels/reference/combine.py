@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.reference.quant import quantise_rows
+
 OTHER = 1 << 30  # slots from here on are rows of a second source
 _CHUNK_ELEMENTS = 1 << 22  # bounds the gathered products to 32 MiB
 
@@ -90,6 +92,21 @@ def _combine_on_host(
         for j in range(1, table.shape[1]):
             acc += terms[:, j]
         sums[part] = acc
+
+
+def combine_fp8(
+    source: Tensor,
+    slots: Tensor,
+    weights: Tensor | None,
+    payload: Tensor,
+    *,
+    rows_offset: int,
+    scales_offset: int,
+) -> None:
+    """`combine` with FP8 rows and scales written into `payload` (uint8), as `quantise_rows` lays them out."""
+    out = torch.empty(slots.shape[0], source.shape[1], device=source.device)
+    combine(source, slots, weights, out)
+    quantise_rows(out, payload, rows_offset=rows_offset, scales_offset=scales_offset)
 
 
 def sum_partials(partials: Sequence[Tensor], rows: Sequence[Tensor | None], out: Tensor) -> None:

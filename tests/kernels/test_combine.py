@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.reference.combine import OTHER, combine, slot_table, sum_partials
+from kernels.reference.combine import OTHER, combine, combine_fp8, slot_table, sum_partials
+from kernels.reference.quant import quantise, rows_view
 
 WIDTH = 200
 
@@ -146,3 +147,15 @@ def test_a_plain_sum_of_two_sources_has_the_bits_of_a_sum_of_partials(dtype, see
     assert torch.equal(out, expected)
     combine(source, slots.flip(1), None, out, partials[own])
     assert dtype is torch.float64 or not torch.equal(out, expected), "mutation: another order"
+
+
+def test_fp8_out_is_the_quantised_sum():
+    source, rows, slots, weights, _ = problem(20, 4, 11, torch.bfloat16)
+    table, table_weights = slot_table(rows, slots, weights, 20)
+    out = torch.empty(20, WIDTH)
+    combine(source, table, table_weights, out)
+    payload = torch.full((20 * WIDTH + 20 * 8,), 0xFF, dtype=torch.uint8)
+    combine_fp8(source, table, table_weights, payload, rows_offset=0, scales_offset=20 * WIDTH)
+    q, scales = quantise(out)
+    assert torch.equal(payload[: 20 * WIDTH], q.view(torch.uint8).flatten())
+    assert torch.equal(rows_view(payload, 20 * WIDTH, 20, 2, torch.float32), scales)

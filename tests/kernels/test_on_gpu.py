@@ -79,6 +79,14 @@ def test_combine_has_the_bits_of_the_reference(n, width, source_dtype, out_dtype
     out = torch.full((n, width), float("nan"), dtype=out_dtype, device="cuda")
     ops.combine(source.cuda(), slots.cuda(), weights.cuda(), out)
     assert torch.equal(out.cpu(), expected)
+    if out_dtype is torch.bfloat16:
+        nbytes = -(-n * width // 16) * 16
+        payload, same = (torch.zeros(nbytes + n * 256, dtype=torch.uint8) for _ in range(2))
+        place = {"rows_offset": 0, "scales_offset": nbytes}
+        ref_combine.combine_fp8(source, slots, weights, same, **place)
+        payload = payload.cuda()
+        ops.combine_fp8(source.cuda(), slots.cuda(), weights.cuda(), payload, **place)
+        assert torch.equal(payload.cpu(), same)
 
 
 @on_gpu
