@@ -1,62 +1,44 @@
-"""Bucketed steps: padding, bucket choice, stale rows; on a GPU the same through captured graphs."""
+"""Steps replayed by key: on a GPU what was captured, on CPU the step itself."""
 
 import pytest
 import torch
 from markers import on_gpu
 
-from kernels.graphs import BucketedStep
+from kernels.graphs import Replays
 
 
-def step(x, slots):
-    return x * 2 + slots.unsqueeze(1), slots + 1
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_a_step_runs_on_what_its_tensors_hold_now(device):
+    replays = Replays(torch.device(device))
+    x, y = torch.zeros(4, device=device), torch.zeros(4, device=device)
+    for value in (1.0, 2.0, 3.0):
+        x.fill_(value)
+        replays.run("double", lambda: torch.mul(x, 2, out=y))
+        assert y.tolist() == [2 * value] * 4
 
 
-def bucketed(device="cpu", buckets=(4, 1, 8)):
-    idle = (torch.zeros(1, 3, device=device), torch.full((1,), -1, device=device))
-    return BucketedStep(step, buckets, idle)
-
-
-@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8)])
-def test_the_smallest_bucket_that_fits(rows, bucket):
-    assert bucketed().bucket(rows) == bucket
-
-
-def test_results_are_those_of_the_rows_given():
-    run = bucketed()
-    for rows in (8, 3, 1, 5):
-        x, slots = torch.randn(rows, 3), torch.arange(rows)
-        y, s = run(x, slots)
-        assert torch.equal(y, x * 2 + slots.unsqueeze(1))
-        assert torch.equal(s, slots + 1)
-
-
-def test_rows_left_over_are_idle_whatever_came_before():
-    seen = []
-    idle = (torch.full((1, 1), -7.0),)
-    run = BucketedStep(lambda x: seen.append(x.clone()) or x, [4], idle)
-    run(torch.ones(4, 1))
-    run(torch.ones(2, 1))
-    assert seen[1].flatten().tolist() == [1, 1, -7, -7]
-
-
-def test_what_does_not_fit_is_refused():
-    run = bucketed()
-    with pytest.raises(ValueError, match="largest bucket, 8"):
-        run(torch.zeros(9, 3), torch.zeros(9))
-    with pytest.raises(ValueError, match="same number of rows"):
-        run(torch.zeros(2, 3), torch.zeros(3))
-    with pytest.raises(ValueError, match="positive"):
-        bucketed(buckets=(0,))
-    assert repr(run) == "<BucketedStep [1, 4, 8] [0 captured]>"
+def test_without_capture_every_step_is_run():
+    replays, seen = Replays(torch.device("cpu")), []
+    for number in range(3):
+        replays.run("same", lambda number=number: seen.append(number))
+    assert seen == [0, 1, 2]
+    assert repr(replays) == "<Replays [0 captured | 0 replays]>"
 
 
 @on_gpu
-def test_graphs_give_what_the_step_gives():
-    run = bucketed("cuda")
-    run.capture()
-    assert repr(run) == "<BucketedStep [1, 4, 8] [3 captured]>"
-    for rows in (8, 3, 1, 5, 2):
-        x, slots = torch.randn(rows, 3, device="cuda"), torch.arange(rows, device="cuda")
-        y, s = run(x, slots)
-        assert torch.equal(y, x * 2 + slots.unsqueeze(1))
-        assert torch.equal(s, slots + 1)
+def test_a_key_is_captured_once_until_it_is_forgotten():
+    replays, steps = Replays(torch.device("cuda")), []
+    x = torch.zeros(4, device="cuda")
+
+    def step():
+        steps.append(1)
+        x.add_(1)
+
+    for _ in range(4):
+        replays.run("add", step)
+    assert len(steps) == 2, "run once, captured once"
+    assert x.tolist() == [4.0] * 4
+    assert repr(replays) == "<Replays [1 captured | 3 replays]>"
+    replays.forget("add")
+    replays.run("add", step)
+    assert (len(steps), x.tolist()) == (4, [5.0] * 4)
