@@ -11,7 +11,7 @@ from kernels.hopper import barrier
 def add_scaled(product, scale, acc):
     """acc + product * scale, in place among the products: the compiler would hold all products to the end."""
     return gl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale[:, None], acc], dtype=gl.float32,
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, acc], dtype=gl.float32,
         is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -41,34 +41,25 @@ def _quantised(x, scale):
 
 @gluon.jit
 def store_hidden(
-    a0, a1, a2, a3, q, q_scales, hidden, blocks, group, item, row, ok, peaks, met, ACC: gl.constexpr,
+    gate, up, q, q_scales, hidden, blocks, group, item, row, ok, peaks, met, ACC: gl.constexpr,
     WG: gl.constexpr, BM: gl.constexpr, MIN: gl.constexpr,
 ):  # fmt: skip
-    """SwiGLU and quantisation of a group whose sums are whole: the same bits as from stored sums."""
-    column = group * 128 + gl.arange(0, 64, gl.SliceLayout(0, ACC))
-    at = row[:, None] * hidden + column[None, :]
-    to_scale = q_scales + row * blocks + group
+    """SwiGLU and quantisation of a group whose sums [64, BM] are whole: the same bits as from stored sums."""
+    column = group * 128 + gl.arange(0, BM, gl.SliceLayout(0, ACC))
     if BM == 64:
         column += WG * 64
-        inside = (column < hidden)[None, :]
-        x = gl.where(inside, _swiglu(a0, a1), 0.0)
-        peak = _magnitude(x)
+    inside = (column < hidden)[None, :]
+    x = gl.where(inside, _swiglu(gate, up), 0.0)
+    peak = _magnitude(x)
+    if BM == 64:
         # The other half of the block's columns is the other warpgroup's.
         peaks.index(item % 2 * 2 + WG).store(peak)
         barrier()
         mbarrier.arrive(met, count=1)
         mbarrier.wait(met, item & 1)
-        other = peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC))
-        scale = _block_scale(gl.maximum(peak, other), MIN)
-        gl.store(q + at + WG * 64, _quantised(x, scale), mask=ok[:, None] & inside)
-        if WG == 0:
-            gl.store(to_scale, scale, mask=ok)
-    else:
-        inside = (column < hidden)[None, :]
-        inside2 = (column + 64 < hidden)[None, :]
-        x = gl.where(inside, _swiglu(a0, a2), 0.0)
-        y = gl.where(inside2, _swiglu(a1, a3), 0.0)
-        scale = _block_scale(gl.maximum(_magnitude(x), _magnitude(y)), MIN)
-        gl.store(q + at, _quantised(x, scale), mask=ok[:, None] & inside)
-        gl.store(q + at + 64, _quantised(y, scale), mask=ok[:, None] & inside2)
-        gl.store(to_scale, scale, mask=ok)
+        peak = gl.maximum(peak, peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC)))
+    scale = _block_scale(peak, MIN)
+    at = q + row[:, None] * hidden + column[None, :]
+    gl.store(at, _quantised(x, scale), mask=ok[:, None] & inside)
+    if WG == 0 or BM == 128:
+        gl.store(q_scales + row * blocks + group, scale, mask=ok)

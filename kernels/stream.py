@@ -62,17 +62,19 @@ def _multiply(
     q: Tensor, q_scales: Tensor,
 ) -> None:  # fmt: skip
     """Products to out: [M, N]; of gate and up (`halves` 2) big items to q and q_scales, others to out [M, 2, rest]."""
-    m = x.shape[0]
+    m = x_scales.shape[0]
     num_rows, k = w.shape
     s = share(num_rows, halves)
     kb, half_rows = -(-k // 128), num_rows // halves
     half_tiles = -(-half_rows // 128)
-    block, x_rows = 64 if m <= 64 else 128, 16 if m <= 16 else 64 if m <= 64 else 128
+    block, x_rows = 64 if m <= 64 else 128, 16 if m <= 16 else 32
     big = s.rounds > 0
-    columns = 1 if big else _STAGE // block  # blocks of 128 columns in a stage of small items
-    w_rows = 128 if big else s.n
-    stages = min(8, _SHARED // (columns * 128 * (block + 2 * w_rows)))
-    per_thread, of_multiplier = (168, 240) if big and block == 128 else (128, 176)
+    # blocks of 128 columns in a stage of small items, and in one of the ring
+    columns = (2 if s.n <= 32 else 1) if big else _STAGE // block
+    blocks, w_rows = (1, 128) if big else (columns, s.n)
+    stages = min(8, _SHARED // (blocks * 128 * (block + 2 * w_rows)))
+    per_thread, of_multiplier = (168, 240) if block == 128 and (big or s.n == 64) else (128, 176)
+    wide = not (kb % 4 or x_scales.data_ptr() % 16 or w_scales.data_ptr() % 16)
     if halves == 2:
         sub_rows, small_sub, out_sub, sub_tiles, limit = (
             half_rows, half_rows, half_rows - s.first_row, half_tiles, half_rows - s.first_row,
@@ -84,7 +86,7 @@ def _multiply(
         _blocks(x, x_rows), x_scales, _blocks(w, 128), _blocks(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
         halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns, s.n,
-        stages, of_multiplier, big, halves == 2, SCALE_MIN, num_warps=4, maxnreg=per_thread,
+        stages, of_multiplier, big, halves == 2, SCALE_MIN, wide, num_warps=4, maxnreg=per_thread,
         **PROGRAMMATIC,
     )  # fmt: skip
 
@@ -100,14 +102,16 @@ def stream_expert(
     """As expert_ffn.expert_ffn, for at most `STREAM_ROWS` rows: three launches, chained as programmatic dependents."""
     m, (width, hidden) = rows.shape[0], down.shape
     make = functools.partial(torch.empty, device=rows.device)
-    q, q_scales = make(m, hidden, dtype=torch.float8_e4m3fn), make(m, -(-hidden // 128))
+    # with all rows of a block that is fetched (stream_hopper._fetch_x)
+    whole = make(-(-m // 64) * 64, hidden, dtype=torch.float8_e4m3fn)
+    q, q_scales = whole[:m], make(m, -(-hidden // 128))
     done = share(2 * hidden, 2).first_row  # columns of q that the first launch finishes
     both = make(m, 2 * (hidden - done))
     _multiply(rows, scales, gate_up, gate_up_scales, both, 2, q, q_scales)
     if done < hidden:
         swiglu_dense_into(both, q, q_scales, done)
     out = make(m, width, dtype=torch.bfloat16)
-    _multiply(q, q_scales, down, down_scales, out, 1, q, q_scales)
+    _multiply(whole, q_scales, down, down_scales, out, 1, q, q_scales)
     return out
 
 

@@ -55,7 +55,8 @@ driver.set_active(Driver())
 run = jit.JITFunction.run
 """
 
-DECODE = (
+# Launches that print what they compile to: products, waits for them, spilled registers, shared memory.
+COMPILED = (
     NO_DEVICE
     + """
 import re, subprocess, tempfile
@@ -69,11 +70,17 @@ def compiled(self, *given, grid, warmup=False, **options):
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
-    count = [len(re.findall(name, sass)) for name in ("HGMMA", "DEPBAR[.]LE gsb0", "STL|LDL")]
+    count = [len(re.findall(name, sass)) for name in ("[HQ]GMMA", "DEPBAR[.]LE gsb0", "STL|LDL")]
     print(self.fn.__name__, *count, kernel.metadata.shared)
     return kernel
 
 jit.JITFunction.run = compiled
+"""
+)
+
+DECODE = (
+    COMPILED
+    + """
 from kernels.mla_decode import mla_decode_paged
 
 for rope, kind, width in ((64, torch.bfloat16, 576), (64, torch.uint8, 656), (16, torch.bfloat16, 528)):
@@ -82,6 +89,22 @@ for rope, kind, width in ((64, torch.bfloat16, 576), (64, torch.uint8, 656), (16
         torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), scale=1.0, latent=512,
         max_context=128,
     )
+"""
+)
+
+STREAM = (
+    COMPILED
+    + """
+from kernels import stream
+
+def e4m3(*shape):
+    return torch.zeros(shape, dtype=torch.float8_e4m3fn)
+
+for m in (64, 128):
+    for rows, halves in ((4096, 2), (36864, 2), (7168, 1)):
+        q, out = e4m3(m, rows // halves), torch.empty(m, rows)
+        stream._multiply(e4m3(m, 512), torch.ones(m, 4), e4m3(rows, 512), torch.ones(rows // 128, 4), out, halves,
+                         q, torch.ones(m, rows // halves // 128))
 """
 )
 
@@ -101,7 +124,7 @@ def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
 
 for m in (1, 2, 16, 17, 32, 63, 64, 65, 96, 127, 128):
-    stream.stream_linear(e4m3(m, 640), torch.ones(m, 5), e4m3(384, 640), torch.ones(3, 5))
+    stream.stream_linear(e4m3(m, 512), torch.ones(m, 4), e4m3(384, 512), torch.ones(3, 4))
 for m in (1, 2, 3, 16, 128, 129, 160):
     swiglu.swiglu_dense(torch.zeros(m, 256), scales_by_block=True)
     quant.quantise(torch.zeros(m, 128))
@@ -134,6 +157,17 @@ def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tm
         assert name == "decode_blocks"
         assert int(products) > 100
         assert int(waits) < int(products) / 8, "the compiler waits for every product"
+        assert int(spills) == 0
+        assert int(shared) <= 227 << 10
+
+
+def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scaled(tmp_path):
+    lines = run_apart(STREAM, tmp_path)
+    assert len(lines) == 6
+    for line in lines:
+        name, products, waits, spills, shared = line.split()
+        assert name == "stream_units"
+        assert int(waits) <= int(products) / 4  # four to a block of columns
         assert int(spills) == 0
         assert int(shared) <= 227 << 10
 

@@ -158,14 +158,14 @@ def test_expert_against_float64(n, width, hidden, reproducible):
 def test_reproducible_expert_has_one_order_for_any_number_of_rows(hidden):
     weights, (q, scales) = expert(7168, hidden, device="cuda"), rows(300, 7168, device="cuda")
     whole = ops.expert_ffn(q, scales, *weights, reproducible=True)
-    for n in (1, 3, 16, 64, 65, 128, 129):
+    for n in (1, 3, 16, 17, 33, 64, 65, 96, 128, 129):
         part = ops.expert_ffn(q[:n], scales[:n], *weights, reproducible=True)
         assert torch.equal(part, whole[:n])
 
 
 @on_gpu
 @pytest.mark.parametrize(
-    ("most", "sizes"), [(128, (1, 3, 63, 64, 65, 127)), (300, (129, 255, 299))]
+    ("most", "sizes"), [(128, (1, 3, 17, 63, 64, 65, 127)), (300, (129, 255, 299))]
 )
 def test_within_a_regime_a_row_depends_on_no_other_row(most, sizes):
     weights, (q, scales) = expert(7168, 2048, device="cuda"), rows(most, 7168, device="cuda")

@@ -1,0 +1,68 @@
+"""Scales of products (stream_hopper), loaded a stage ahead; for Hopper in Gluon.
+
+In assembly: the compiler would move what it loads to other registers, or to a uniform one, and wait for it there.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+
+@gluon.jit
+def scale_addresses(x_scales, w_scales, row, M, kb, tile, tile2):
+    """Where the scales of rows and of two tiles begin, one address per row [64]."""
+    nothing = row * 0
+    x = x_scales + gl.minimum(row, M - 1) * kb
+    return x, w_scales + (tile * kb + nothing), w_scales + (tile2 * kb + nothing)
+
+
+@gluon.jit
+def _load(at, block, kb, COUNT: gl.constexpr, WIDE: gl.constexpr):
+    """Scales of COUNT blocks from `block` on, as four tensors of at's shape; behind K any: products there are zero."""
+    if WIDE:
+        at += gl.minimum(block, kb - COUNT)
+        if COUNT == 4:
+            a, b, c, d = gl.inline_asm_elementwise(
+                "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [at],
+                dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=False, pack=1,
+            )  # fmt: skip
+        elif COUNT == 2:
+            a, b = gl.inline_asm_elementwise(
+                "ld.global.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [at], dtype=(gl.float32, gl.float32),
+                is_pure=False, pack=1,
+            )  # fmt: skip
+            c, d = a, b
+        else:
+            a = gl.inline_asm_elementwise(
+                "ld.global.f32 $0, [$1];", "=f,l", [at], dtype=gl.float32, is_pure=False, pack=1
+            )
+            b, c, d = a, a, a
+    else:
+        a = gl.load(at + gl.minimum(block, kb - 1))
+        b = gl.load(at + gl.minimum(block + 1, kb - 1))
+        c = gl.load(at + gl.minimum(block + 2, kb - 1))
+        d = gl.load(at + gl.minimum(block + 3, kb - 1))
+    return a, b, c, d
+
+
+@gluon.jit
+def load_scales(at, block, kb, COUNT: gl.constexpr, WIDE: gl.constexpr):
+    """Scales of COUNT blocks from `block` on: of x's rows [64], of the first tile and of the second, four of each.
+
+    WIDE: by 8 or 16 bytes, which takes addresses and kb that are multiples of 16 and 4.
+    """
+    x = _load(at[0], block, kb, COUNT, WIDE)
+    return x, _load(at[1], block, kb, COUNT, WIDE), _load(at[2], block, kb, COUNT, WIDE)
+
+
+@gluon.jit
+def product(x, w):
+    """x * w here and not later: the next scales are loaded into the registers of both."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, w], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def products_of(x, w):
+    """Four products, of tensors in order."""
+    return product(x[0], w[0]), product(x[1], w[1]), product(x[2], w[2]), product(x[3], w[3])
