@@ -256,7 +256,7 @@ def _small_items(
             i += 1
             products = (_small_product(xs, ws, b, zeros, 0, WG, BM, KU, N, BIG),)
             for j in gl.static_range(1, KU):
-                products += (_small_product(xs, ws, b, zeros, j, WG, BM, KU, N, BIG),)
+                products += (_small_product(xs, ws, b, zeros, j, WG, BM, KU, N, BIG),)  # type: ignore[assignment]
             for j in gl.static_range(KU):
                 p = warpgroup_mma_wait(KU - 1 - j, deps=(products[j],))
                 if j == KU - 1:
