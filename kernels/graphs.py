@@ -42,6 +42,10 @@ class Replays:
     def forget(self, key: Hashable) -> None:
         """What the step of this key reads is gone."""
         self._graphs.pop(key, None)
+        if not self._graphs:
+            self._pool = (
+                None  # memory that the last graph took along: torch refuses to capture into it
+            )
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Run the step, which compiles its kernels and may not be repeatable, then capture without running it."""

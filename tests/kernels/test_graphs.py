@@ -14,6 +14,27 @@ def test_without_capture_every_step_is_run():
     assert repr(replays) == "<Replays [0 captured | 0 replays]>"
 
 
+def test_memory_of_forgotten_graphs_is_not_captured_into(monkeypatch):
+    """As on a GPU, where torch ends the pool with its last graph; seen there to refuse the next capture."""
+    replays = Replays(torch.device("cpu"))
+    replays._captures, pools = True, []
+
+    def capture(self, step):
+        pools.append(self._pool)
+        self._pool = self._pool or len(pools)
+        return step
+
+    monkeypatch.setattr(Replays, "_capture", capture)
+    replays.run("a", list)
+    replays.run("b", list)
+    replays.forget("a")
+    replays.run("c", list)
+    for key in "bc":
+        replays.forget(key)
+    replays.run("d", list)
+    assert pools == [None, 1, 1, None]
+
+
 @on_gpu
 def test_a_key_is_captured_once_until_it_is_forgotten():
     replays, steps = Replays(torch.device("cuda")), []

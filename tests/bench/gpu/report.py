@@ -83,28 +83,24 @@ def serving() -> str:
     notes = []
     for file in ("serving_m1", "serving_m3", "serving_reference", "serving_demo"):
         facts = read(file)
-        name = "demo model"
+        name, experts = "demo model", ""
         if file != "serving_demo":
             name = f"{facts['model']}, {facts['layers']} layers"
-            notes.append(
-                f"{name}: {facts['workers']} expert workers with 32 experts of each layer, "
-                f"{facts['distinct']} of them distinct"
-            )
+            experts = f" with 32 experts of each layer, {facts['distinct']} of them distinct"
+        notes.append(f"{name}: {facts['workers']} expert workers{experts}; {where(facts)}")
         for r in facts["rows"]:
             seen = r.get("trace", {}).get("overlap", [{}])[0]
             stalled = r["tpot_ms"] <= 0  # a short run took longer than a long one
             decoding = "-" if stalled else round(r["decode_tokens_per_s"])
-            at = f" at {r['commit']}" if "commit" in r else ""
             lines.append(
-                f"| {name}{at} | {r['microbatches']} | {facts['routers']} | {r['concurrency']} "
+                f"| {name} | {r['microbatches']} | {facts['routers']} | {r['concurrency']} "
                 f"| {r['tokens_per_s']:.0f} | {decoding} | {'-' if stalled else r['tpot_ms']} "
                 f"| {seen.get('exposed_percent', '')} | {seen.get('free_wire_exposed_percent', '')} |"
             )
     return "\n".join(
         [
             *lines, "",
-            f"`python -m tests.bench.gpu.serving`, full width. {'; '.join(dict.fromkeys(notes))}; demo model: 16 "
-            f"expert workers. {where(read('serving_m3'))}; demo model at {read('serving_demo')['commit'][:7]}.",
+            f"`python -m tests.bench.gpu.serving`, full width. {'. '.join(dict.fromkeys(notes))}.",
         ]
     )  # fmt: skip
 
