@@ -1,6 +1,7 @@
 """The layering rules and size budgets of ARCHITECTURE.md. Needs nothing but the standard library."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,17 @@ def test_total_size():
     compiled = [path for package in PACKAGES for path in (ROOT / package).rglob("*.c")]
     files = [*compiled, *(path for _, path in sources())]
     assert sum(path.read_text().count("\n") for path in files) <= MAX_TOTAL
+
+
+def test_what_is_written_in_c_is_installed():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
+    found = [path for package in PACKAGES for path in (ROOT / package).rglob("*.c")]
+    assert found
+    for path in found:
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert path.name in data.get(package, []), f"a wheel would lack {path.name}"
 
 
 @pytest.mark.parametrize(
