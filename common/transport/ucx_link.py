@@ -84,7 +84,7 @@ class UcxLink(BaseLink):
         self._next = 0  # the message to deliver next
         self._arrivals: dict[int, _Arrival] = {}  # by sequence
         self._announced: dict[int, _Announced] = {}  # rows whose receive is not posted
-        self._writes_here = False  # the peer, into our device memory, without our having a say
+        self._reaches_here = False  # the peer, into our device memory, without our having a say
 
     # -- control
 
@@ -122,7 +122,7 @@ class UcxLink(BaseLink):
         self._opened(replace(self._peer, facts=facts))
         if self._opening is not None and not self._opening.done():
             self._opening.set_result(self)
-        self._writes_here = any(name.startswith("cuda_ipc") for name in self.carriers())
+        self._reaches_here = any(name.startswith("cuda_ipc") for name in self.carriers())
         self._plane.opened(self)  # data may have overtaken the control socket
 
     def _read_init(self, frame: dict[str, Any]) -> dict[str, Any]:
@@ -208,12 +208,13 @@ class UcxLink(BaseLink):
 
     def _send_rows(self, rows: "DeviceRows", tag: int, head: int, head_nbytes: int) -> None:
         """Takes over a reference."""
+        if self._endpoint is None:  # closed before the device had written them
+            rows.release()
+            return
         ended = partial(self._rows_sent, rows)
-        status = CANCELED
-        if self._endpoint is not None:
-            status = self._port.send_rows(
-                self._to, tag, head, head_nbytes, rows.address, rows.nbytes, rows.on_device, ended
-            )
+        status = self._port.send_rows(
+            self._to, tag, head, head_nbytes, rows.address, rows.nbytes, rows.on_device, ended
+        )
         if status == IN_PROGRESS:
             self._reactor.kick()
         else:
@@ -226,9 +227,16 @@ class UcxLink(BaseLink):
             self._lost("send", status)
 
     def _rows_sent(self, rows: "DeviceRows", status: int) -> None:
-        rows.release()
+        self._let_go(rows, status)
         if status < 0:
             self._lost("send", status)
+
+    def _let_go(self, rows: "DeviceRows", status: int) -> None:
+        """A transfer of rows has ended. If not well, a peer that is alive may still be about to read or write them."""
+        if status < 0 and self._reaches_here:
+            self._plane.retire(rows, self._peer.pid)
+        else:
+            rows.release()
 
     def _lost(self, what: str, status: int) -> None:
         self._close(LinkClosed(f"{self._peer.process} is gone: {what} failed ({status})"))
@@ -328,10 +336,7 @@ class UcxLink(BaseLink):
 
     def _rows_in(self, arrival: _Arrival, rows: "DeviceRows", status: int) -> None:
         arrival.rows_status = status
-        if status < 0 and self._writes_here:
-            self._plane.retire(rows, self._peer.pid)
-        else:
-            rows.release()
+        self._let_go(rows, status)
         if status < 0:
             self._lost("receive", status)
         self._deliver_whole()

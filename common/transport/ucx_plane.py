@@ -2,8 +2,8 @@
 
 When a link dies its endpoint is forced closed, which ends its operations. Memory goes back to the pool when UCX has
 ended the operation and not before: a peer that is alive, when only the link was closed, or an RDMA engine may still
-touch it. What a process of this host was about to write into waits until that process is gone: stopped for a while, it
-would go on where it was, and no queue pair that we destroy would keep it from our memory.
+touch it. Device memory that a process of this host was about to read or write waits until that process is gone: stopped
+for a while, it would go on where it was, and no queue pair that we destroy would keep it from our memory.
 """
 
 import asyncio
@@ -126,7 +126,7 @@ class DataPlane:
         self.links.pop(sender, None)
 
     def retire(self, rows: "DeviceRows", pid: int) -> None:
-        """Release rows when a process of this host, which may still write to them, is gone."""
+        """Release rows when a process of this host, which may still read or write them, is gone."""
         self._retired.append((rows, pid))
         if self._retired_timer is None:
             self._retired_timer = self.loop.call_later(_LOOK_S, self._look)

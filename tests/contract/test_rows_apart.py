@@ -14,6 +14,7 @@ from common.errors import ConfigError
 from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, open_seam, synchronise
+from common.transport.port import CANCELED
 from common.transport.seam import Seam
 from common.transport.ucx import UcxTransport
 from common.transport.ucx_link import UcxLink, _Arrival
@@ -316,8 +317,9 @@ def test_a_link_that_closes_gives_all_memory_back(net):
     check_no_block_leaked(net)
 
 
-def test_memory_that_a_living_process_may_write_to_is_not_used_again(tmp_path, monkeypatch):
-    """As over CUDA IPC: the peer has been told where to write, and only its end is a promise not to."""
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_memory_that_a_living_process_may_touch_is_not_used_again(tmp_path, monkeypatch, way):
+    """As over CUDA IPC: the peer has been told where to write or read, and only its end is a promise not to."""
     net = DeviceUcxNet(tmp_path)
     monkeypatch.setattr(UcxLink, "carriers", lambda link: ("cuda_ipc/cuda",))
     monkeypatch.setattr(ucx_plane, "_LOOK_S", 0.02)
@@ -329,7 +331,10 @@ def test_memory_that_a_living_process_may_write_to_is_not_used_again(tmp_path, m
         _, _, listener = await linked(net, here, there)
         (far,) = there.links
         lost = listener.pool.acquire_rows(100_000)
-        far._rows_in(_Arrival(listener.pool.acquire(0)), lost, -16)  # UCS_ERR_CANCELED
+        if way == "in":
+            far._rows_in(_Arrival(listener.pool.acquire(0)), lost, CANCELED)
+        else:
+            far._rows_sent(lost, CANCELED)
         await here.until(lambda: bool(here.closed))
         await asyncio.sleep(0.1)
         assert listener.pool.rows_outstanding == 1, "this process lives, and is the peer"
