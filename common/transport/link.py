@@ -5,8 +5,8 @@ payload in one piece of memory. The header lives in the payload's headroom; whil
 still reads that headroom, the payload is copied, since re-sending one payload is rare and a second message on the wire
 costs more than copying 64 KiB.
 
-Rows in device memory (`Buffer.rows`) travel beside the message, and go straight to where the receiver
-wants them: a block of its pool, or for an answer the place that the asker named with its request (`landing`).
+Rows in device memory (`Buffer.rows`) travel beside the message, and go straight to where the receiver wants them: a
+block of its pool, or for an answer the place that the asker named with its request (`landing`).
 """
 
 import contextlib

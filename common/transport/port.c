@@ -1,8 +1,8 @@
 /* Messages of one UCX worker without a Python object per message: post, poll, and one call when an operation ends.
  *
- * The same interface as `common.transport.port.UcxxPort`, which says what each method does, and rows in device memory:
- * active messages, whose header is a message of ours and travels with UCX's announcement of the rows. UCX's functions are looked
- * up in the library that the process has loaded already (its path is given to `use_library`), so that there is one copy of it
+ * The interface of `common.transport.port.RowsPort`, which says what each method does. Rows are active messages, whose
+ * header is a message of ours and travels with UCX's announcement of the rows. UCX's functions are looked up in the
+ * library that the process has loaded already (its path is given to `use_library`), so that there is one copy of it
  * whoever brought it; ucp.h gives only structures and constants.
  *
  * Single-threaded, like the worker: everything runs in the thread of the loop, with the GIL held. An operation belongs
@@ -16,8 +16,8 @@
 
 #define MAX_ARRIVALS 256 /* per poll, so that a flood cannot keep completions and timers waiting */
 #define MAX_PROGRESS 64
-#define ROWS_ID 16        /* of active messages; UCXX takes the first few numbers */
-#define MAX_HEAD 65536    /* bytes of a message that travel with rows; UCX may have less room */
+#define ROWS_ID 16       /* of active messages; UCXX takes the first few numbers */
+#define MAX_HEAD 65536   /* bytes of a message that travel with rows; UCX may have less room */
 
 static struct {
     __typeof__(&ucp_tag_send_nbx) tag_send;
@@ -254,7 +254,7 @@ static PyObject *port_send_rows(Port *self, PyObject *const *args, Py_ssize_t nu
     return PyLong_FromLong(posted(op, request));
 }
 
-/* UCX announces rows, within `progress`: kept for `poll`. What no port sends is not taken, and missed by its link. */
+/* UCX announces rows, within `progress`: kept for `poll`. What no port sends is dropped: only a stranger sends it. */
 static ucs_status_t on_announced(
     void *port, const void *head, size_t nbytes, void *data, size_t rows_nbytes, const ucp_am_recv_param_t *param)
 {
@@ -297,7 +297,8 @@ static PyObject *port_receive_rows(Port *self, PyObject *const *args, Py_ssize_t
         .memory_type = memory_of(args[3]),
         .recv_info.length = &length,
     };
-    return PyLong_FromLong(posted(op, ucp.rows_recv(self->worker, data, address, nbytes, &param)));
+    int status = posted(op, ucp.rows_recv(self->worker, data, address, nbytes, &param));
+    return PyLong_FromLong(status == UCS_OK && length != nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status);
 }
 
 /* discard_rows(data) */

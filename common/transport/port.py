@@ -23,7 +23,6 @@ CANCELED = -16  # UCS_ERR_CANCELED
 _MAX_ARRIVALS = 256  # per poll, so that a flood cannot keep completions and timers waiting
 # at import: a warm parent then has it for all that it forks
 _compiled = compiled(Path(__file__).with_name("port.c"), needs=("libucx",))
-_EVERY_BIT = (1 << 64) - 1
 
 Foreign = Any  # an object of UCXX, or a number that the compiled port understands
 

@@ -157,6 +157,8 @@ class MoeClient:
         DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. `since` is when packing
         began, for the trace.
         """
+        assert experts.dtype is torch.int32, "expert ids of another type"
+        assert weights.dtype is torch.float32, "gate weights of another type"
         num_rows, top_k = experts.shape
         layout = dispatch_layout(num_rows, self.width, top_k, self.wire)
         buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)

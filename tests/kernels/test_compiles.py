@@ -124,7 +124,7 @@ def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
 
 for m in (1, 2, 16, 17, 32, 63, 64, 65, 96, 127, 128):
-    stream.stream_linear(e4m3(m, 512), torch.ones(m, 4), e4m3(384, 512), torch.ones(3, 4))
+    stream.stream_linear(e4m3(m, 640), torch.ones(m, 5), e4m3(384, 640), torch.ones(3, 5))
 for m in (1, 2, 3, 16, 128, 129, 160):
     swiglu.swiglu_dense(torch.zeros(m, 256), scales_by_block=True)
     quant.quantise(torch.zeros(m, 128))
