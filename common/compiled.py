@@ -43,7 +43,8 @@ def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
     """The library's file. Raises OSError, RuntimeError or SubprocessError."""
     headers = [sysconfig.get_paths()["include"], *map(_headers_of, needs)]
     flags = shlex.split(os.environ.get("CFLAGS", "-O2"))
-    key = hashlib.sha256(repr((source.read_bytes(), sys.version, headers, flags)).encode())
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256(repr((texts, sys.version, headers, flags)).encode())
     target = directory / f"{source.stem}-{key.hexdigest()[:16]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat()

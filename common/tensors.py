@@ -84,6 +84,15 @@ def rows_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     return flat.view(segment.num_rows, segment.width)
 
 
+def landing_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor | None:
+    """Where the asker wants the rows of the answer, which are this segment, a view; None: anywhere."""
+    landing = buffer.landing
+    if landing is None or landing.nbytes != segment.end:
+        return None
+    dtype = TORCH_DTYPES[segment.row_type]
+    return landing.block.matrix(dtype, landing.offset, segment.num_rows, segment.width)
+
+
 def scales_of(buffer: Buffer, segment: RowSegment) -> torch.Tensor:
     """The scales of an FP8 segment, fp32 [num_rows, ceil(width / 128)], a view."""
     count, rows = num_scales(segment.width), buffer.rows

@@ -26,6 +26,8 @@ class Buffer:
     """`nbytes` of payload in host memory, owned by reference count (one reference at `acquire`).
 
     `rows` are the leading bytes of the payload where these lie in device memory, else None.
+    `landing` is where the asker wants the rows of the answer to this message, where that can be reached: valid while
+    the buffer is held, for an answer over the same link.
     `headroom_busy` is True while a send reads the headroom: another send of the same payload must not write there.
     `address` is where the headroom begins.
     """
@@ -36,6 +38,7 @@ class Buffer:
         "address",
         "capacity",
         "headroom_busy",
+        "landing",
         "nbytes",
         "on_free",
         "rows",
@@ -52,6 +55,7 @@ class Buffer:
         self.capacity = storage.nbytes - HEADER_NBYTES
         self.nbytes = 0
         self.rows: DeviceRows | None = None
+        self.landing: DeviceRows | None = None
         self.on_free: Callable[[], None] | None = None  # set by a link that must return a credit
         self.headroom_busy = False
         self._count = 0
@@ -88,8 +92,11 @@ class Buffer:
         if self._count == 0:
             on_free, self.on_free = self.on_free, None
             rows, self.rows = self.rows, None
+            landing, self.landing = self.landing, None
             if rows is not None:
                 rows.release()
+            if landing is not None:
+                landing.release()
             self._give_back(self)
             if on_free is not None:
                 on_free()
@@ -132,11 +139,6 @@ class BufferPool:
     def acquire_rows(self, nbytes: int) -> "DeviceRows":
         """Device memory for rows that come apart. Raises WireError here: this process takes whole payloads."""
         raise WireError(f"{nbytes} bytes of rows apart, to a process without device buffers")
-
-    def acquire_landing(self, nbytes: int) -> "DeviceRows | None":
-        """Where the rows of an answer shall go, or None: here they come in the message."""
-        del nbytes
-        return None
 
     def acquire_text(self, sentence: str) -> Buffer:
         """A buffer that holds a sentence in UTF-8 (the payload of FAILED), cut at 4096 bytes."""

@@ -28,6 +28,8 @@ _MOST_VIEWS = 32  # of a block, which the next payload of the same shape finds a
 class DeviceBlock:
     """A stretch of device memory owned by reference count (one reference at `take`)."""
 
+    foreign: Any = None  # a `ForeignBlock`'s link, and the port's name of it, 0 of a landing
+    offer: int = 0
     __slots__ = (
         "_count",
         "_give_back",
@@ -35,6 +37,7 @@ class DeviceBlock:
         "address",
         "capacity",
         "on_host",
+        "shared",
         "tensor",
     )
 
@@ -43,6 +46,7 @@ class DeviceBlock:
         self.address = tensor.data_ptr()
         self.capacity = tensor.numel()
         self.on_host = not tensor.is_cuda
+        self.shared: Any = None  # with neighbours: the port's, made at the first need
         self._views: dict[tuple[torch.dtype, int, int, int], torch.Tensor] = {}
         self._count = 1
         self._give_back = give_back
@@ -74,6 +78,22 @@ class DeviceBlock:
         self._count -= 1
         if self._count == 0:
             self._give_back(self)
+
+
+class ForeignBlock(DeviceBlock):
+    """Memory of the process at the other end of the link `foreign`, which this device reaches.
+
+    Kernels and copies read it, or write to it where it is a landing; rows are not sent on from there.
+    """
+
+    __slots__ = ("foreign", "offer")
+
+    def __init__(
+        self, link: object, tensor: torch.Tensor, give_back: Callable[[DeviceBlock], None]
+    ) -> None:
+        super().__init__(tensor, give_back)
+        self.foreign = link
+        self.offer = 0
 
 
 class DeviceRows:
@@ -156,10 +176,6 @@ class DevicePool(BufferPool):
         """Device memory for a row segment, with one reference."""
         return DeviceRows(self.take(nbytes), 0, nbytes)
 
-    def acquire_landing(self, nbytes: int) -> DeviceRows | None:
-        """Where the rows of an answer shall go."""
-        return self.acquire_rows(nbytes)
-
     def acquire_with(self, rows: DeviceRows, tables_nbytes: int = 0) -> Buffer:
         """A buffer for these rows (taking over the caller's reference) and `tables_nbytes` of tables."""
         buffer = super().acquire(tables_nbytes)
@@ -230,6 +246,14 @@ def open_copy(device: torch.device) -> Callable[[int, int, int], object]:
             raise RuntimeError(f"CUDA driver error {status} in a copy of {nbytes} bytes")
 
     return call
+
+
+def tensor_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that somebody else owns, as uint8 [nbytes]."""
+    with torch.inference_mode(mode=False):
+        empty = torch.empty(0, dtype=torch.uint8, device=device)
+        storage: Any = torch._C._construct_storage_from_data_pointer(address, empty.device, nbytes)
+        return empty.set_(storage)
 
 
 def open_context(device: str) -> None:

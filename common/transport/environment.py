@@ -46,11 +46,6 @@ _LOCAL_CUDA = {
     "UCX_TCP_RX_SEG_SIZE": "64k",
     "UCX_SELF_SEG_SIZE": "64k",
 }
-# A router is sent rows by many at once. Left alone it would copy all of them, and under MPS every call of the driver
-# costs it 10 to 25 us; so whoever has them copies them to where it wants them. us per block of 128 tokens to 8 experts,
-# one in flight and three, in one call on two H100 (2026-11-26): 2284 and 1478 copied by the router, 1449 and 980 by the
-# senders, then 2147 and 1480, 1807 and 1047.
-_PUSHED = {"UCX_RNDV_SCHEME": "put_zcopy"}
 # Across hosts UCX chooses (rc, cuda_ipc, tcp ...), but never that shared queue.
 _REMOTE = {"UCX_TLS": "^sm"}
 # Whoever chooses shared memory all the same: UCX_MM_FIFO_SIZE must be equal in every process of a host, since a sender
@@ -62,19 +57,16 @@ def set_ucx_environment(
     local: bool,
     device: str = "cpu",
     net_device: str = "",
-    gathers: bool = False,
     environ: MutableMapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Set what the user left unset; returns the UCX variables in force, sorted.
 
     `local`: every process of the cluster runs on this host. `device`: where rows lie, "cpu" or "cuda". `net_device`:
-    the NIC of a rail, which wins over what a parent process set. `gathers`: rows come here from many processes.
+    the NIC of a rail, which wins over what a parent process set.
     """
     target = os.environ if environ is None else environ
     here = _LOCAL if device == "cpu" else _LOCAL_CUDA
     wanted = {**_ALWAYS, **(here if local else _REMOTE)}
-    if gathers and local and device != "cpu":
-        wanted |= _PUSHED
     for name, value in wanted.items():
         target.setdefault(name, value)
     if net_device:

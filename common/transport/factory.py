@@ -19,13 +19,11 @@ from common.transport.ucx import UcxTransport
 _DEVICE_SPIN_US, _CROWDED_SPIN_US = 20_000, 1000
 
 
-def open_transport(
-    config: ClusterConfig, *, data: bool = True, net_device: str = "", gathers: bool = False
-) -> Transport:
+def open_transport(config: ClusterConfig, *, data: bool = True, net_device: str = "") -> Transport:
     """UCX with the cluster's secret and limits, bound to one NIC if `net_device` names it.
 
     Rows lie in device memory where the cluster computes there. `data` False: control links only, no device is touched.
-    `gathers`: this process is sent rows by many. Raises ConfigError when the secret cannot be read.
+    Raises ConfigError when the secret cannot be read.
     """
     try:
         secret = config.secret_path.read_bytes().strip()
@@ -34,7 +32,7 @@ def open_transport(
     cluster, limits = config.cluster, config.limits
     local = all(node.host == LOCAL for node in config.nodes)
     on_device = cluster.device != "cpu" and data
-    set_ucx_environment(local=local, device=cluster.device, net_device=net_device, gathers=gathers)
+    set_ucx_environment(local=local, device=cluster.device, net_device=net_device)
     spin_us = cluster.spin_us
     if spin_us < 0:
         spin_us = device_spin_us(config, len(os.sched_getaffinity(0))) if on_device else 0

@@ -15,7 +15,7 @@ import asyncio
 import heapq
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -26,6 +26,9 @@ from common.transport.buffers import Buffer, BufferPool
 from common.transport.handshake import check_claims
 from common.transport.link import BaseLink, LinkLimits, LinkState
 from common.transport.seam import Seam
+
+if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
 
 LOST = -1  # a script's answer: this message does not arrive, and its link closes
 Script = Callable[[ProcessId, ProcessId, random.Random], int]
@@ -168,7 +171,8 @@ class InprocLink(BaseLink):
         if other is not None:
             self._fabric.schedule(0, lambda: other._close(LinkClosed(f"{peer_name} {reason}")))
 
-    def _transmit(self, buffer: Buffer) -> None:
+    def _transmit(self, buffer: Buffer, landing: "DeviceRows | None") -> None:
+        del landing  # rows are copied to where they are wanted
         self._in_flight[buffer] = None
         delay_us = self._fabric.delay_us(self._mine.process, self._peer.process)
         if delay_us == LOST:

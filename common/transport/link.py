@@ -65,7 +65,7 @@ class BaseLink(Link, ABC):
         self._limits = limits
         self._max_message_nbytes = HEADER_NBYTES + limits.max_payload_nbytes
         self._credits = Credits(limits.window, limits.window)
-        self._queue: deque[tuple[bytearray, Buffer | None]] = deque()
+        self._queue: deque[tuple[bytearray, Buffer | None, DeviceRows | None]] = deque()
         self._landings: dict[int, DeviceRows] = {}  # answer number -> where its rows go
         self._num_landings = 0
         self._error: LinkClosed | None = None
@@ -91,10 +91,10 @@ class BaseLink(Link, ABC):
     # -- what a subclass provides
 
     @abstractmethod
-    def _transmit(self, buffer: Buffer) -> None:
+    def _transmit(self, buffer: Buffer, landing: "DeviceRows | None") -> None:
         """Send `buffer.message`; takes over one reference, clears `headroom_busy` when the bytes are out.
 
-        `buffer.rows` follow once their fence is passed.
+        `buffer.rows` follow once their fence is passed; those of the answer are wanted at `landing`.
         """
 
     @abstractmethod
@@ -135,15 +135,16 @@ class BaseLink(Link, ABC):
             raise self._error or LinkClosed(f"the link to {self._peer.process} is not open yet")
         if not self.has_data:
             raise LinkClosed(f"the link to {self._peer.process} carries control frames only")
-        header.rows_nbytes = header.payload_nbytes = header.credits = 0
+        header.rows_nbytes = header.payload_nbytes = header.credits = header.landed = 0
         if payload is not None:
             if payload.rows is not None:
                 header.rows_nbytes = payload.rows.nbytes
+                header.landed = self._has_landed(payload.rows)
             header.payload_nbytes = header.rows_nbytes + payload.nbytes
         if header.kind not in ANSWERS:  # an answer brings back the number of its request
             header.answer = 0 if landing is None else self._land(landing)
         if self._queue or self._credits.available == 0:
-            self._enqueue(header, payload)
+            self._enqueue(header, payload, landing)
             return
         buffer = self._message(payload)
         try:
@@ -154,7 +155,17 @@ class BaseLink(Link, ABC):
                 self._landings.pop(header.answer).release()
             raise
         self._credits.available -= 1
-        self._send(buffer)
+        self._send(buffer, landing)
+
+    def _has_landed(self, rows: "DeviceRows") -> bool:
+        """Whether they were written where the peer wants them. Raises LinkClosed when somebody else wanted them."""
+        link = rows.block.foreign
+        if link is None:
+            return False
+        if link is not self:
+            raise LinkClosed("the rows are for a link that is gone")
+        assert rows.block.offer == 0, "a neighbour's rows are not sent on: copy them"
+        return True
 
     def _land(self, landing: "DeviceRows") -> int:
         """A number for the answer whose rows go there."""
@@ -163,7 +174,9 @@ class BaseLink(Link, ABC):
         self._landings[self._num_landings] = landing.retain()
         return self._num_landings
 
-    def _enqueue(self, header: Header, payload: Buffer | None) -> None:
+    def _enqueue(
+        self, header: Header, payload: Buffer | None, landing: "DeviceRows | None"
+    ) -> None:
         if len(self._queue) >= self._limits.max_queued:
             raise Overloaded(
                 f"{len(self._queue)} messages wait for {self._peer.process}, "
@@ -171,7 +184,7 @@ class BaseLink(Link, ABC):
             )
         packed = bytearray(HEADER_NBYTES)  # the caller may reuse its header
         header.pack_into(packed)
-        self._queue.append((packed, None if payload is None else payload.retain()))
+        self._queue.append((packed, None if payload is None else payload.retain(), landing))
 
     def _message(self, payload: Buffer | None) -> Buffer:
         """A buffer whose headroom may be written to, with a reference for the send."""
@@ -185,22 +198,22 @@ class BaseLink(Link, ABC):
             copy.rows = payload.rows.retain()
         return copy
 
-    def _send(self, buffer: Buffer) -> None:
+    def _send(self, buffer: Buffer, landing: "DeviceRows | None" = None) -> None:
         owed = self._credits.owed
         if owed:
             _pack_credits(buffer.view, CREDITS_OFFSET, self._credits.collect())
         buffer.headroom_busy = True
-        self._transmit(buffer)
+        self._transmit(buffer, landing)
 
     def _flush(self) -> None:
         """Send what waits, as far as credit goes."""
         while self._queue and self.state is LinkState.OPEN and self._credits.take():
-            packed, payload = self._queue.popleft()
+            packed, payload, landing = self._queue.popleft()
             buffer = self._message(payload)
             if payload is not None:
                 payload.release()
             buffer.view[:HEADER_NBYTES] = packed
-            self._send(buffer)
+            self._send(buffer, landing)
 
     def _freed(self) -> None:
         """A received message is done with."""
@@ -216,7 +229,7 @@ class BaseLink(Link, ABC):
 
     # -- receiving
 
-    def _read_header(self, buffer: Buffer) -> Header | None:
+    def _read_header(self, buffer: Buffer, number: int = 0) -> Header | None:
         """The header of a whole message in `buffer`, checked, and a place for the rows that follow it (`buffer.rows`).
 
         None when a correct peer would not send it: then the link is closed.
@@ -238,8 +251,10 @@ class BaseLink(Link, ABC):
                 if landing is None:
                     raise WireError(f"answer {header.answer}, which nobody waits for")
                 buffer.rows = landing
+            if header.landed and landing is None:
+                raise WireError("rows that landed, though nobody waits for them")
             if header.rows_nbytes and landing is None:
-                buffer.rows = self._pool.acquire_rows(header.rows_nbytes)
+                self._place(buffer, number, header.rows_nbytes)
             elif landing is not None and landing.nbytes != header.rows_nbytes:
                 if header.kind is not Kind.FAILED or header.rows_nbytes:
                     raise WireError(
@@ -251,6 +266,11 @@ class BaseLink(Link, ABC):
             self._fail(WireError(f"{self._peer.process}: {exc}"))
             return None
         return header
+
+    def _place(self, buffer: Buffer, number: int, nbytes: int) -> None:
+        """Give message `number` room for its rows. Raises WireError when this process takes none."""
+        del number
+        buffer.rows = self._pool.acquire_rows(nbytes)
 
     def _deliver(self, header: Header, buffer: Buffer) -> None:
         """A whole message lies in `buffer`, whose reference is taken over."""
@@ -305,15 +325,19 @@ class BaseLink(Link, ABC):
         self.state = LinkState.CLOSED
         self._error = error
         queued, self._queue = self._queue, deque()
-        for _, payload in queued:
+        for _, payload, _ in queued:
             if payload is not None:
                 payload.release()
         self._detach(error)
         for landing in self._landings.values():
-            landing.release()
+            self._give_up(landing)
         self._landings.clear()
         if opened:
             self._defer(self._closed)
+
+    def _give_up(self, landing: "DeviceRows") -> None:
+        """No answer will come to that place."""
+        landing.release()
 
     def _closed(self) -> None:
         assert self._error is not None

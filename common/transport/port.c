@@ -1,61 +1,25 @@
 /* Messages of one UCX worker without a Python object per message: post, poll, and one call when an operation ends.
  *
  * The interface of `common.transport.port.RowsPort`, which says what each method does. Rows are active messages, whose
- * header is a message of ours and travels with UCX's announcement of the rows. UCX's functions are looked up in the
- * library that the process has loaded already (its path is given to `use_library`), so that there is one copy of it
- * whoever brought it; ucp.h gives only structures and constants.
+ * header is a message of ours and travels with UCX's announcement of the rows; between neighbours (`neighbour.h`) the
+ * announcement is a record in shared memory. UCX's functions are looked up in the library that the process has loaded
+ * already (its path is given to `use_library`), so that there is one copy of it whoever brought it; ucp.h gives only
+ * structures and constants.
  *
  * Single-threaded, like the worker: everything runs in the thread of the loop, with the GIL held. An operation belongs
  * to the port until UCX has ended it and `poll` has called its `ended(status)`, which releases the memory.
+ *
+ * An endpoint, a message or rows are numbers to Python. An odd one belongs to a neighbour: what it names is aligned.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "neighbour.h"
+
 #include <dlfcn.h>
 #include <structmember.h>
-#include <ucp/api/ucp.h>
 
 #define MAX_ARRIVALS 256 /* per poll, so that a flood cannot keep completions and timers waiting */
 #define MAX_PROGRESS 64
 #define ROWS_ID 16       /* of active messages; UCXX takes the first few numbers */
 #define MAX_HEAD 65536   /* bytes of a message that travel with rows; UCX may have less room */
-
-static struct {
-    __typeof__(&ucp_tag_send_nbx) tag_send;
-    __typeof__(&ucp_tag_msg_recv_nbx) msg_recv;
-    __typeof__(&ucp_am_send_nbx) rows_send;
-    __typeof__(&ucp_am_recv_data_nbx) rows_recv;
-    __typeof__(&ucp_am_data_release) rows_release;
-    __typeof__(&ucp_worker_set_am_recv_handler) set_handler;
-    __typeof__(&ucp_worker_query) query;
-    __typeof__(&ucp_tag_probe_nb) probe;
-    __typeof__(&ucp_worker_progress) progress;
-    __typeof__(&ucp_worker_arm) arm;
-    __typeof__(&ucp_request_free) free;
-} ucp;
-
-typedef struct Operation Operation;
-typedef struct Announced Announced;
-
-typedef struct {
-    PyObject_HEAD
-    ucp_worker_h worker;
-    ucp_tag_t tag, mask; /* of messages that are found by probing */
-    Operation *idle;          /* operations to use again */
-    Operation *open;          /* every operation whose call is still to be made */
-    Operation *ended, **last; /* those of them that UCX has ended, in that order */
-    Announced *announced, **last_announced; /* rows that `poll` has not told of */
-    Py_ssize_t num_open, max_head;
-} Port;
-
-struct Operation {
-    Operation *next;         /* idle or ended */
-    Operation *before, *behind; /* open */
-    Port *port;              /* a reference while UCX may call back */
-    void *request;           /* UCX's, NULL when it has ended */
-    size_t nbytes;           /* of a receive: what the message must have */
-    PyObject *call;          /* ended(status) */
-    int status;
-};
 
 struct Announced {
     Announced *next;
@@ -65,98 +29,10 @@ struct Announced {
     char head[];
 };
 
-static Operation *take(Port *self, PyObject *call, size_t nbytes)
+/* What an odd number names, else NULL. */
+static void *neighbour_s(void *number)
 {
-    Operation *op = self->idle;
-    if (op != NULL)
-        self->idle = op->next;
-    else if ((op = PyMem_Malloc(sizeof *op)) == NULL)
-        return (Operation *)PyErr_NoMemory();
-    op->next = NULL;
-    op->port = (Port *)Py_NewRef(self);
-    op->request = NULL;
-    op->nbytes = nbytes;
-    op->call = Py_NewRef(call);
-    op->status = 0;
-    op->before = NULL;
-    op->behind = self->open;
-    if (self->open != NULL)
-        self->open->before = op;
-    self->open = op;
-    self->num_open++;
-    return op;
-}
-
-/* Takes the operation off the open ones and returns its call, a new reference. */
-static PyObject *close_operation(Operation *op)
-{
-    Port *self = op->port;
-    PyObject *call = op->call;
-    op->call = NULL;
-    if (op->before != NULL)
-        op->before->behind = op->behind;
-    else
-        self->open = op->behind;
-    if (op->behind != NULL)
-        op->behind->before = op->before;
-    self->num_open--;
-    return call;
-}
-
-/* The same, and UCX knows the operation no longer. */
-static PyObject *give_back(Operation *op)
-{
-    Port *self = op->port;
-    PyObject *call = close_operation(op);
-    op->next = self->idle;
-    self->idle = op;
-    Py_DECREF(self); /* never the last reference: the caller has one */
-    return call;
-}
-
-static void has_ended(Operation *op, void *request, ucs_status_t status)
-{
-    Port *self = op->port;
-    if (op->call == NULL) { /* settled: nobody is told, and the operation stays where it is */
-        ucp.free(request);
-        return;
-    }
-    op->status = status;
-    op->request = NULL;
-    op->next = NULL;
-    *self->last = op;
-    self->last = &op->next;
-    ucp.free(request);
-}
-
-static void on_sent(void *request, ucs_status_t status, void *op)
-{
-    has_ended(op, request, status);
-}
-
-static void on_rows_received(void *request, ucs_status_t status, size_t length, void *given)
-{
-    Operation *op = given;
-    has_ended(op, request, status == UCS_OK && length != op->nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status);
-}
-
-static void on_received(void *request, ucs_status_t status, const ucp_tag_recv_info_t *info, void *given)
-{
-    Operation *op = given;
-    if (status == UCS_OK && info->length != op->nbytes)
-        status = UCS_ERR_MESSAGE_TRUNCATED;
-    has_ended(op, request, status);
-}
-
-/* What posting gave: 0 done, 1 under way, below 0 UCX's error; only a pending operation keeps its call. */
-static int posted(Operation *op, ucs_status_ptr_t request)
-{
-    if (UCS_PTR_IS_PTR(request)) {
-        op->request = request;
-        return UCS_INPROGRESS;
-    }
-    Py_DECREF(give_back(op));
-    return UCS_PTR_STATUS(request);
+    return (uintptr_t)number & 1 ? (char *)number - 1 : NULL;
 }
 
 static int check_arguments(Py_ssize_t given, Py_ssize_t wanted)
@@ -182,15 +58,16 @@ static PyObject *port_send(Port *self, PyObject *const *args, Py_ssize_t num_arg
     ucp_tag_t tag = PyLong_AsUnsignedLongLong(args[3]);
     if (PyErr_Occurred())
         return NULL;
-    Operation *op = take(self, args[4], nbytes);
+    Neighbour *neighbour = neighbour_s(endpoint);
+    if (neighbour != NULL) {
+        if (send_record(self, neighbour, tag, address, nbytes))
+            return PyLong_FromLong(UCS_OK);
+        endpoint = neighbour->endpoint;
+    }
+    Operation *op = take(self, args[4], address, nbytes);
     if (op == NULL)
         return NULL;
-    ucp_request_param_t param = {
-        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
-        .cb.send = on_sent,
-        .user_data = op,
-        .memory_type = UCS_MEMORY_TYPE_HOST,
-    };
+    ucp_request_param_t param = transfer_of(op, on_sent);
     return PyLong_FromLong(posted(op, ucp.tag_send(endpoint, address, nbytes, tag, &param)));
 }
 
@@ -204,7 +81,14 @@ static PyObject *port_receive(Port *self, PyObject *const *args, Py_ssize_t num_
     size_t nbytes = PyLong_AsSize_t(args[2]);
     if (PyErr_Occurred())
         return NULL;
-    Operation *op = take(self, args[3], nbytes);
+    const Record *record = neighbour_s(message);
+    if (record != NULL) {
+        if (record->nbytes != nbytes)
+            return PyLong_FromLong(UCS_ERR_MESSAGE_TRUNCATED);
+        memcpy(address, record->message, nbytes);
+        return PyLong_FromLong(UCS_OK);
+    }
+    Operation *op = take(self, args[3], address, nbytes);
     if (op == NULL)
         return NULL;
     ucp_tag_recv_info_t info = {0, nbytes};
@@ -220,10 +104,10 @@ static PyObject *port_receive(Port *self, PyObject *const *args, Py_ssize_t num_
     return PyLong_FromLong(status == UCS_OK && info.length != nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status);
 }
 
-/* send_rows(endpoint, tag, address, nbytes, rows, rows_nbytes, on_device, ended) */
+/* send_rows(endpoint, tag, address, nbytes, rows, rows_nbytes, on_device, shared, landing, landing_nbytes, lands, ended) */
 static PyObject *port_send_rows(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
-    if (!check_arguments(num_args, 8))
+    if (!check_arguments(num_args, 12))
         return NULL;
     ucp_ep_h endpoint = PyLong_AsVoidPtr(args[0]);
     ucp_tag_t tag = PyLong_AsUnsignedLongLong(args[1]);
@@ -231,13 +115,29 @@ static PyObject *port_send_rows(Port *self, PyObject *const *args, Py_ssize_t nu
     Py_ssize_t nbytes = PyLong_AsSsize_t(args[3]);
     void *rows = PyLong_AsVoidPtr(args[4]);
     size_t rows_nbytes = PyLong_AsSize_t(args[5]);
+    void *landing = PyLong_AsVoidPtr(args[8]);
+    size_t landing_nbytes = PyLong_AsSize_t(args[9]);
     if (PyErr_Occurred())
         return NULL;
     if (nbytes < 0 || nbytes > self->max_head)
         return PyErr_Format(PyExc_ValueError, "%zd bytes with rows, at most %zd", nbytes, self->max_head);
-    Operation *op = take(self, args[7], rows_nbytes);
+    Operation *op = take(self, args[11], rows, rows_nbytes);
     if (op == NULL)
         return NULL;
+    op->memory = memory_of(args[6]);
+    Neighbour *neighbour = neighbour_s(endpoint);
+    if (neighbour != NULL) {
+        Slot *slot = args[7] == Py_None ? NULL : free_slot(neighbour);
+        if (slot != NULL) {
+            name_place(&slot->rows, (Shared *)args[7], rows, rows_nbytes);
+            slot->landing.nbytes = 0;
+            if (args[10] != Py_None)
+                name_place(&slot->landing, (Shared *)args[10], landing, landing_nbytes);
+            if (offer_rows(neighbour, op, tag, address, nbytes))
+                return PyLong_FromLong(UCS_INPROGRESS);
+        }
+        endpoint = neighbour->endpoint;
+    }
     char head[sizeof tag + MAX_HEAD];
     memcpy(head, &tag, sizeof tag);
     memcpy(head + sizeof tag, address, nbytes);
@@ -247,7 +147,7 @@ static PyObject *port_send_rows(Port *self, PyObject *const *args, Py_ssize_t nu
         .flags = UCP_AM_SEND_FLAG_RNDV | UCP_AM_SEND_FLAG_COPY_HEADER,
         .cb.send = on_sent,
         .user_data = op,
-        .memory_type = memory_of(args[6]),
+        .memory_type = op->memory,
     };
     ucs_status_ptr_t request =
         ucp.rows_send(endpoint, ROWS_ID, head, sizeof tag + nbytes, rows, rows_nbytes, &param);
@@ -285,20 +185,65 @@ static PyObject *port_receive_rows(Port *self, PyObject *const *args, Py_ssize_t
     size_t nbytes = PyLong_AsSize_t(args[2]);
     if (PyErr_Occurred())
         return NULL;
-    Operation *op = take(self, args[4], nbytes);
+    Operation *op = take(self, args[4], address, nbytes);
     if (op == NULL)
         return NULL;
+    op->memory = memory_of(args[3]);
+    Slot *slot = neighbour_s(data);
+    if (slot != NULL)
+        return PyLong_FromLong(fetch_rows(op, who_offers(self, slot), slot));
     size_t length = nbytes;
     ucp_request_param_t param = {
         .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE
                         | UCP_OP_ATTR_FIELD_RECV_INFO,
         .cb.recv_am = on_rows_received,
         .user_data = op,
-        .memory_type = memory_of(args[3]),
+        .memory_type = op->memory,
         .recv_info.length = &length,
     };
     int status = posted(op, ucp.rows_recv(self->worker, data, address, nbytes, &param));
     return PyLong_FromLong(status == UCS_OK && length != nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status);
+}
+
+/* reach_rows(data) -> address, landing, landing_nbytes */
+static PyObject *port_reach_rows(Port *self, PyObject *number)
+{
+    Slot *slot = neighbour_s(PyLong_AsVoidPtr(number));
+    if (PyErr_Occurred())
+        return NULL;
+    Neighbour *neighbour = slot == NULL ? NULL : who_offers(self, slot);
+    void *rows = NULL, *landing = NULL;
+    if (neighbour != NULL && !neighbour->is_gone && slot_state(slot) == SLOT_OFFERED)
+        rows = reach(neighbour, &slot->rows);
+    if (rows != NULL) {
+        neighbour->num_flying++;
+        landing = reach(neighbour, &slot->landing);
+    }
+    return Py_BuildValue(
+        "KKK", (unsigned long long)(uintptr_t)rows, (unsigned long long)(uintptr_t)landing,
+        (unsigned long long)(landing == NULL ? 0 : slot->landing.nbytes));
+}
+
+static void give_rows_back(Slot *slot)
+{
+    slot->status = UCS_OK;
+    slot_pass(slot, SLOT_TAKEN);
+}
+
+/* return_rows(data) */
+static PyObject *port_return_rows(Port *self, PyObject *number)
+{
+    Slot *slot = neighbour_s(PyLong_AsVoidPtr(number));
+    if (PyErr_Occurred())
+        return NULL;
+    Neighbour *neighbour = slot == NULL ? NULL : who_offers(self, slot);
+    if (neighbour != NULL) {
+        give_rows_back(slot);
+        neighbour->num_flying--;
+        if (neighbour->is_gone)
+            sweep_neighbours(self);
+    }
+    Py_RETURN_NONE;
 }
 
 /* discard_rows(data) */
@@ -307,7 +252,11 @@ static PyObject *port_discard_rows(Port *self, PyObject *number)
     void *data = PyLong_AsVoidPtr(number);
     if (PyErr_Occurred())
         return NULL;
-    ucp.rows_release(self->worker, data);
+    Slot *slot = neighbour_s(data);
+    if (slot == NULL)
+        ucp.rows_release(self->worker, data);
+    else if (who_offers(self, slot) != NULL)
+        give_rows_back(slot);
     Py_RETURN_NONE;
 }
 
@@ -362,6 +311,13 @@ static int tell_of_messages(Port *self, PyObject *arrived)
         ucp_tag_message_h message = ucp.probe(self->worker, self->tag, self->mask, 1, &info);
         if (message == NULL)
             return num;
+        if (info.sender_tag == self->tag) { /* a neighbour has written a record while we slept */
+            ucp_request_param_t param = {0};
+            ucs_status_ptr_t request = ucp.msg_recv(self->worker, NULL, 0, message, &param);
+            if (UCS_PTR_IS_PTR(request))
+                ucp.free(request);
+            continue;
+        }
         PyObject *args[3] = {
             PyLong_FromUnsignedLongLong(info.sender_tag), PyLong_FromSize_t(info.length), PyLong_FromVoidPtr(message)};
         if (tell(arrived, args, 3) < 0)
@@ -388,6 +344,48 @@ static int tell_of_rows(Port *self, PyObject *announced)
     return num;
 }
 
+/* A record of a neighbour. What no port writes is told of as a message of kind 0, which closes its link. */
+static int tell_of_record(Neighbour *from, PyObject *arrived, PyObject *announced)
+{
+    Record *record = ring_first(from->in);
+    Slot *slot = record == NULL || record->slot == NO_SLOT ? NULL : from->in->slots + record->slot;
+    uint64_t size = record == NULL ? from->in->written - from->in->read : record_nbytes(record->nbytes);
+    int status;
+    if (record == NULL || (slot != NULL && slot_state(slot) != SLOT_OFFERED)) {
+        PyObject *args[3] = {PyLong_FromUnsignedLongLong(from->sender), PyLong_FromLong(0), PyLong_FromLong(0)};
+        status = tell(arrived, args, 3);
+    } else if (slot != NULL) {
+        PyObject *args[4] = {
+            PyLong_FromUnsignedLongLong(record->tag),
+            PyBytes_FromStringAndSize((const char *)record->message, record->nbytes),
+            PyLong_FromUnsignedLongLong(slot->rows.nbytes), PyLong_FromVoidPtr((char *)slot + 1)};
+        status = tell(announced, args, 4);
+    } else {
+        PyObject *args[3] = {
+            PyLong_FromUnsignedLongLong(record->tag), PyLong_FromUnsignedLong(record->nbytes),
+            PyLong_FromVoidPtr((char *)record + 1)};
+        status = tell(arrived, args, 3);
+    }
+    ring_drop(from->in, size);
+    return status;
+}
+
+/* -1 when a call raised; the rest is for the next time. */
+static int tell_of_records(Port *self, PyObject *arrived, PyObject *announced)
+{
+    int num = 0;
+    self->is_telling = 1;
+    for (Neighbour *each = self->neighbours; num >= 0 && each != NULL; each = each->next) {
+        if (__atomic_load_n(&each->in->is_asleep, __ATOMIC_RELAXED))
+            __atomic_store_n(&each->in->is_asleep, 0, __ATOMIC_RELAXED);
+        while (num >= 0 && num < MAX_ARRIVALS && !each->is_gone && ring_has_record(each->in))
+            num = tell_of_record(each, arrived, announced) < 0 ? -1 : num + 1;
+    }
+    self->is_telling = 0;
+    sweep_neighbours(self);
+    return num;
+}
+
 /* poll(arrived, announced) -> bool */
 static PyObject *port_poll(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
@@ -395,16 +393,68 @@ static PyObject *port_poll(Port *self, PyObject *const *args, Py_ssize_t num_arg
         return NULL;
     for (int i = 0; i < MAX_PROGRESS && ucp.progress(self->worker); i++)
         ;
+    look_at_slots(self);
     int messages = tell_of_messages(self, args[0]);
     int rows = messages < 0 ? -1 : tell_of_rows(self, args[1]);
-    int ended = rows < 0 ? -1 : call_ended(self);
-    return ended < 0 ? NULL : PyBool_FromLong(messages + rows + ended);
+    int records = rows < 0 ? -1 : tell_of_records(self, args[0], args[1]);
+    int ended = records < 0 ? -1 : call_ended(self);
+    return ended < 0 ? NULL : PyBool_FromLong(messages + rows + records + ended);
 }
 
 /* arm() -> bool */
 static PyObject *port_arm(Port *self, PyObject *Py_UNUSED(ignored))
 {
-    return PyBool_FromLong(ucp.arm(self->worker) == UCS_OK);
+    return PyBool_FromLong(may_sleep(self) && ucp.arm(self->worker) == UCS_OK);
+}
+
+/* open_inbox(fd, sender) -> neighbour */
+static PyObject *port_open_inbox(Port *self, PyObject *const *args, Py_ssize_t num_args)
+{
+    if (!check_arguments(num_args, 2))
+        return NULL;
+    int file = PyLong_AsLong(args[0]);
+    ucp_tag_t sender = PyLong_AsUnsignedLongLong(args[1]);
+    if (PyErr_Occurred())
+        return NULL;
+    Neighbour *neighbour = PyMem_Calloc(1, sizeof *neighbour);
+    if (neighbour == NULL)
+        return PyErr_NoMemory();
+    neighbour->in = ring_map(file);
+    if (neighbour->in == NULL) {
+        PyMem_Free(neighbour);
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    neighbour->sender = sender;
+    neighbour->next = self->neighbours;
+    self->neighbours = neighbour;
+    return PyLong_FromVoidPtr(neighbour);
+}
+
+/* meet(neighbour, endpoint, fd) -> what `send` wants */
+static PyObject *port_meet(Port *self, PyObject *const *args, Py_ssize_t num_args)
+{
+    if (!check_arguments(num_args, 3))
+        return NULL;
+    Neighbour *neighbour = PyLong_AsVoidPtr(args[0]);
+    ucp_ep_h endpoint = PyLong_AsVoidPtr(args[1]);
+    int file = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    neighbour->endpoint = endpoint;
+    neighbour->out = ring_map(file);
+    if (neighbour->out == NULL)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromVoidPtr((char *)neighbour + 1);
+}
+
+/* part(neighbour) */
+static PyObject *port_part(Port *self, PyObject *number)
+{
+    Neighbour *neighbour = PyLong_AsVoidPtr(number);
+    if (PyErr_Occurred())
+        return NULL;
+    part_from(self, neighbour);
+    Py_RETURN_NONE;
 }
 
 static void forget_announced(Port *self)
@@ -421,6 +471,7 @@ static void forget_announced(Port *self)
 static PyObject *port_settle(Port *self, PyObject *Py_UNUSED(ignored))
 {
     forget_announced(self);
+    self->context = NULL;
     if (call_ended(self) < 0)
         return NULL;
     while (self->open != NULL) {
@@ -438,13 +489,14 @@ static PyObject *port_num_open(Port *self, void *Py_UNUSED(closure))
 
 static int port_init(Port *self, PyObject *args, PyObject *kwargs)
 {
-    unsigned long long worker, tag, mask;
-    if (!PyArg_ParseTuple(args, "KKK", &worker, &tag, &mask))
+    unsigned long long context, worker, tag, mask;
+    if (!PyArg_ParseTuple(args, "KKKK", &context, &worker, &tag, &mask))
         return -1;
     if (ucp.tag_send == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "use_library comes first");
         return -1;
     }
+    self->context = (ucp_context_h)(uintptr_t)context;
     self->worker = (ucp_worker_h)(uintptr_t)worker;
     self->tag = tag;
     self->mask = mask;
@@ -474,8 +526,48 @@ static void port_dealloc(Port *self)
         PyMem_Free(op);
         op = next;
     }
+    for (Neighbour *each = self->neighbours; each != NULL;) {
+        Neighbour *next = each->next;
+        free_neighbour(each);
+        each = next;
+    }
     type->tp_free(self);
     Py_DECREF(type);
+}
+
+static void shared_dealloc(Shared *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (self->memory != NULL && self->port->context != NULL)
+        ucp.unmap(self->port->context, self->memory);
+    Py_DECREF(self->port);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot shared_slots[] = {{Py_tp_dealloc, shared_dealloc}, {0, NULL}};
+static PyType_Spec shared_spec = {
+    "port.Shared", sizeof(Shared), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, shared_slots};
+static PyTypeObject *shared_type;
+
+/* share(address, nbytes, on_device) -> Shared or None */
+static PyObject *port_share(Port *self, PyObject *const *args, Py_ssize_t num_args)
+{
+    if (!check_arguments(num_args, 3))
+        return NULL;
+    void *address = PyLong_AsVoidPtr(args[0]);
+    size_t nbytes = PyLong_AsSize_t(args[1]);
+    if (PyErr_Occurred())
+        return NULL;
+    Shared *shared = PyObject_New(Shared, shared_type);
+    if (shared == NULL)
+        return NULL;
+    shared->port = (Port *)Py_NewRef(self);
+    shared->memory = NULL;
+    if (share(shared, address, nbytes, memory_of(args[2])) == UCS_OK)
+        return (PyObject *)shared;
+    Py_DECREF(shared);
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef port_methods[] = {
@@ -483,13 +575,28 @@ static PyMethodDef port_methods[] = {
     {"receive", (PyCFunction)(void (*)(void))port_receive, METH_FASTCALL, NULL},
     {"send_rows", (PyCFunction)(void (*)(void))port_send_rows, METH_FASTCALL, NULL},
     {"receive_rows", (PyCFunction)(void (*)(void))port_receive_rows, METH_FASTCALL, NULL},
+    {"reach_rows", (PyCFunction)port_reach_rows, METH_O, NULL},
+    {"return_rows", (PyCFunction)port_return_rows, METH_O, NULL},
     {"discard_rows", (PyCFunction)port_discard_rows, METH_O, NULL},
     {"poll", (PyCFunction)(void (*)(void))port_poll, METH_FASTCALL, NULL},
+    {"share", (PyCFunction)(void (*)(void))port_share, METH_FASTCALL, NULL},
+    {"open_inbox", (PyCFunction)(void (*)(void))port_open_inbox, METH_FASTCALL, NULL},
+    {"meet", (PyCFunction)(void (*)(void))port_meet, METH_FASTCALL, NULL},
+    {"part", (PyCFunction)port_part, METH_O, NULL},
     {"arm", (PyCFunction)port_arm, METH_NOARGS, NULL},
     {"settle", (PyCFunction)port_settle, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
-static PyGetSetDef port_attributes[] = {{"num_open", (getter)port_num_open, NULL, NULL, NULL}, {NULL}};
+static PyObject *port_inbox_nbytes(Port *Py_UNUSED(self), void *Py_UNUSED(closure))
+{
+    return PyLong_FromSize_t(RING_FILE_NBYTES);
+}
+
+static PyGetSetDef port_attributes[] = {
+    {"num_open", (getter)port_num_open, NULL, NULL, NULL},
+    {"inbox_nbytes", (getter)port_inbox_nbytes, NULL, NULL, NULL},
+    {NULL},
+};
 static PyMemberDef port_members[] = {{"max_head", T_PYSSIZET, offsetof(Port, max_head), READONLY, NULL}, {NULL}};
 static PyType_Slot port_slots[] = {
     {Py_tp_init, port_init},       {Py_tp_dealloc, port_dealloc}, {Py_tp_methods, port_methods},
@@ -513,7 +620,11 @@ static PyObject *use_library(PyObject *module, PyObject *path)
         {"ucp_am_data_release", (void **)&ucp.rows_release}, {"ucp_worker_query", (void **)&ucp.query},
         {"ucp_worker_set_am_recv_handler", (void **)&ucp.set_handler}, {"ucp_tag_probe_nb", (void **)&ucp.probe},
         {"ucp_worker_progress", (void **)&ucp.progress}, {"ucp_worker_arm", (void **)&ucp.arm},
-        {"ucp_request_free", (void **)&ucp.free},
+        {"ucp_request_free", (void **)&ucp.free}, {"ucp_get_nbx", (void **)&ucp.get},
+        {"ucp_rkey_ptr", (void **)&ucp.address_of},
+        {"ucp_mem_map", (void **)&ucp.map}, {"ucp_mem_unmap", (void **)&ucp.unmap},
+        {"ucp_rkey_pack", (void **)&ucp.pack_key}, {"ucp_rkey_buffer_release", (void **)&ucp.release_packed},
+        {"ucp_ep_rkey_unpack", (void **)&ucp.unpack_key}, {"ucp_rkey_destroy", (void **)&ucp.destroy_key},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
         if ((*wanted[i].place = dlsym(library, wanted[i].name)) == NULL)
@@ -529,6 +640,9 @@ PyMODINIT_FUNC PyInit_port(void)
     PyObject *module = PyModule_Create(&definition);
     PyObject *type = module == NULL ? NULL : PyType_FromSpec(&port_spec);
     if (type == NULL || PyModule_AddObjectRef(module, "Port", type) < 0)
+        Py_CLEAR(module);
+    shared_type = (PyTypeObject *)PyType_FromSpec(&shared_spec);
+    if (shared_type == NULL)
         Py_CLEAR(module);
     Py_XDECREF(type);
     return module;

@@ -61,15 +61,24 @@ class Port(Protocol):
 
 
 class RowsPort(Port, Protocol):
-    """A port that also moves rows, which may lie in device memory. UCX announces them with up to `max_head` bytes."""
+    """A port that also moves rows, which may lie in device memory, and knows neighbours (`common.transport.neighbour`).
+
+    Rows are announced with up to `max_head` bytes. A neighbour's inbox is a file of `inbox_nbytes`.
+    """
 
     max_head: int
+    inbox_nbytes: int
 
     def send_rows(
         self, to: Foreign, tag: int, head: int, head_nbytes: int,
-        address: int, nbytes: int, on_device: bool, ended: Ended, /,
+        address: int, nbytes: int, on_device: bool, shared: Foreign,
+        landing: int, landing_nbytes: int, landing_shared: Foreign, ended: Ended, /,
     ) -> int:  # fmt: skip
-        """Post rows and the `head_nbytes` at address `head`, which may be written to again; returns a status."""
+        """Post rows and the `head_nbytes` at address `head`, which may be written to again; returns a status.
+
+        At `landing` the rows of the answer are wanted. `shared` and `landing_shared` are the memory that these are in,
+        for a neighbour; None: it cannot reach them.
+        """
         ...
 
     def receive_rows(
@@ -78,8 +87,35 @@ class RowsPort(Port, Protocol):
         """Receive rows that `poll` told of, all their `nbytes`; returns a status."""
         ...
 
+    def share(self, address: int, nbytes: int, on_device: bool, /) -> Foreign:
+        """Let neighbours reach that memory for as long as the object lives; None when UCX refuses."""
+        ...
+
+    def reach_rows(self, data: int, /) -> tuple[int, int, int]:
+        """Where rows that `poll` told of are for this process, and the landing of their answer and its bytes.
+
+        0 for what is out of reach: rows are then received, and else returned when they have been read.
+        """
+        ...
+
+    def return_rows(self, data: int, /) -> None:
+        """Nobody reads them any more."""
+        ...
+
     def discard_rows(self, data: int, /) -> None:
         """The same rows are not wanted."""
+        ...
+
+    def open_inbox(self, file: int, sender: int, /) -> int:
+        """A neighbour whose messages come through that file; raises OSError when it cannot be mapped."""
+        ...
+
+    def meet(self, neighbour: int, to: Foreign, file: int, /) -> int:
+        """The neighbour at an endpoint, with its own inbox: what to send to from now on. Raises OSError."""
+        ...
+
+    def part(self, neighbour: int, /) -> None:
+        """Its endpoint is closed: what was agreed with it ends as canceled."""
         ...
 
 
@@ -88,13 +124,13 @@ def is_compiled() -> bool:
     return _compiled is not None
 
 
-def open_port(library: Foreign, worker: Foreign, tag: int, mask: int) -> Port:
-    """A port of a UCXX worker, which finds by probing what has `tag` under `mask`."""
+def open_port(library: Foreign, context: Foreign, worker: Foreign, tag: int, mask: int) -> Port:
+    """A port of a UCXX worker, which finds by probing what has `tag` under `mask` (and more, not `tag` alone)."""
     path = loaded_library("libucp")
     if _compiled is None or path is None:
         return UcxxPort(library, worker, tag, mask)
     _compiled.use_library(str(path))
-    port: Port = _compiled.Port(worker.handle, tag, mask)
+    port: Port = _compiled.Port(context.handle, worker.handle, tag, mask)
     return port
 
 

@@ -58,11 +58,13 @@ class Reactor:
         self._last_event_ns = 0
         self._pumping = False
         self._kicked = False
-        features = libucxx.Feature.TAG, libucxx.Feature.AM, libucxx.Feature.WAKEUP
+        wanted = libucxx.Feature
+        features = wanted.TAG, wanted.AM, wanted.RMA, wanted.WAKEUP
         context = libucxx.UCXContext({}, features)
         self._worker: Any = libucxx.UCXWorker(context)
         self._worker.init_blocking_progress_mode()
-        self.port = open_port(libucxx, self._worker, KIND_MESSAGE << KIND_SHIFT, 0xFF << KIND_SHIFT)
+        tag, mask = KIND_MESSAGE << KIND_SHIFT, 0xFF << KIND_SHIFT
+        self.port = open_port(libucxx, context, self._worker, tag, mask)
         self.address = bytes(self._worker.address)
         self._loop = asyncio.get_running_loop()
         self._fd: int = self._worker.epoll_file_descriptor

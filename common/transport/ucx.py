@@ -1,8 +1,7 @@
 """The production transport: data messages over UCX, everything else over authenticated control sockets.
 
-Decides when links and listeners come and go; `ucx_link` and `ucx_plane` move the data, `control` and
-`handshake` prove who is there,
-`reactor` is the only file that knows UCX's library.
+Decides when links and listeners come and go; `ucx_link`, `ucx_messages` and `ucx_plane` move the data, `neighbour` what
+stays on a host, `control` and `handshake` prove who is there, `reactor` is the only file that knows UCX's library.
 """
 
 import asyncio

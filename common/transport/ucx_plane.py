@@ -20,11 +20,13 @@ from common.transport.link import LinkLimits
 from common.transport.port import IN_PROGRESS, RowsPort, is_compiled
 from common.transport.reactor import Reactor
 from common.transport.seam import Seam
-from common.transport.ucx_link import SENDER_MASK, SENDER_SHIFT, UcxLink
+from common.transport.ucx_link import UcxLink
+from common.transport.ucx_messages import SENDER_MASK, SENDER_SHIFT
 from common.wire.header import HEADER_NBYTES
 
 if TYPE_CHECKING:
-    from common.transport.device import DeviceRows
+    from common.transport.device import DevicePool, DeviceRows
+    from common.transport.neighbour import Neighbour
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,14 @@ class DataPlane:
             raise LinkClosed(f"this process has opened {SENDER_MASK} links: restart it")
         link = self.links[sender] = UcxLink(self, mine, peer, handler, sender, opening)
         return link
+
+    def new_neighbour(self, sender: int) -> "Neighbour | None":
+        """What a link offers to a peer on this host, which sends as `sender`; None where rows do not lie apart."""
+        if not self.pool.apart:
+            return None
+        from common.transport.neighbour import Neighbour  # which imports torch
+
+        return Neighbour(self.port, sender, cast("DevicePool", self.pool).device)
 
     def opened(self, link: UcxLink) -> None:
         """Report it, then deliver what overtook the control socket."""

@@ -14,16 +14,16 @@ from common.errors import WireError
 
 HEADER_NBYTES = 128
 MAGIC = 0xA701
-VERSION = 3
+VERSION = 4
 
 # magic version kind | wire layer | epoch width | block | trace | num_rows num_pairs | target attempt microbatch
-# | payload | credits | queue compute combine (us, u32) | rows | answer
-_FIELDS = "<HBB BxH II Q Q II HHHxx Q I4x 8x III4x Q I4x"
+# landed | payload | credits | queue compute combine (us, u32) | rows | answer
+_FIELDS = "<HBB BxH II Q Q II HHHBx Q I4x 8x III4x Q I4x"
 _LAYOUT = struct.Struct(
     f"{_FIELDS} {HEADER_NBYTES - struct.calcsize(_FIELDS)}x"
 )  # padded with zeros
 CREDITS_OFFSET = struct.calcsize(
-    "<HBB BxH II Q Q II HHHxx Q"
+    "<HBB BxH II Q Q II HHHBx Q"
 )  # a link fills `credits` in at the last moment
 
 
@@ -67,9 +67,9 @@ class Header:
 
     `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
     in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is a worker index
-    (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits`, `rows_nbytes` and `answer` are
-    filled by the link: how many leading bytes of the payload travel apart (device memory), and the number of the place
-    where the asker wants the rows of the answer (0: anywhere).
+    (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits`, `rows_nbytes`, `answer` and
+    `landed` are filled by the link: how many leading bytes of the payload travel apart (device memory), the number of
+    the place where the asker wants the rows of the answer (0: anywhere), and 1 in an answer whose rows are there.
     """
 
     kind: Kind
@@ -91,6 +91,7 @@ class Header:
     combine_us: int = 0
     rows_nbytes: int = 0
     answer: int = 0
+    landed: int = 0
 
     def derive(
         self, kind: Kind, *, target: int, num_rows: int = 0, num_pairs: int = 0, payload_nbytes: int
@@ -108,7 +109,7 @@ class Header:
             _LAYOUT.pack_into(
                 buffer, offset, MAGIC, VERSION, self.kind, self.wire, self.layer, self.epoch,
                 self.width, self.block, self.trace, self.num_rows, self.num_pairs, self.target,
-                self.attempt, self.microbatch, self.payload_nbytes, self.credits,
+                self.attempt, self.microbatch, self.landed, self.payload_nbytes, self.credits,
                 self.queue_us, self.compute_us, self.combine_us, self.rows_nbytes, self.answer,
             )  # fmt: skip
         except struct.error as exc:
@@ -124,7 +125,7 @@ class Header:
                 f"message of {len(buffer) - offset} bytes, a header has {HEADER_NBYTES}"
             )
         (magic, version, kind, wire, layer, epoch, width, block, trace, num_rows, num_pairs,
-         target, attempt, microbatch, payload_nbytes, credits, queue_us, compute_us, combine_us,
+         target, attempt, microbatch, landed, payload_nbytes, credits, queue_us, compute_us, combine_us,
          rows_nbytes, answer) = _LAYOUT.unpack_from(buffer, offset)  # fmt: skip
         if magic != MAGIC:
             raise WireError(f"magic {magic:#06x}, expected {MAGIC:#06x}")
@@ -144,4 +145,4 @@ class Header:
             raise WireError(f"wire {wire} is not one of {[int(w) for w in Wire]}")
         return cls(known_kind, known_wire, layer, epoch, width, block, trace, num_rows, num_pairs,
                    target, attempt, microbatch, payload_nbytes, credits,
-                   queue_us, compute_us, combine_us, rows_nbytes, answer)  # fmt: skip
+                   queue_us, compute_us, combine_us, rows_nbytes, answer, landed)  # fmt: skip

@@ -65,6 +65,8 @@ class DeviceLane:
 
     async def _layer(self, segment: int, layer: int) -> None:
         state, trace, n = self.state, self.trace, self.state.num_rows
+        graphs = self.model.graphs
+        replays = graphs.num_replays
         t0, begin = self.clock_ns(), self._mark()
         self.model.before_experts(state, segment)
         packed = self._mark()
@@ -84,7 +86,7 @@ class DeviceLane:
         self.times.layers += 1
         self.times.attention_us += (t1 - t0) // 1000
         self.times.shared_us += (t2 - t1) // 1000
-        if state.graph_key is not None:
+        if graphs.num_replays == replays + 2:
             self.times.replayed_layers += 1
             self.times.replayed_us += (t2 - t0) // 1000
         await answer  # so the device has written the ids

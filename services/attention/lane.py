@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 class StepTimes:
     """Sums since the start: steps, tokens, and microseconds of this lane's own computing.
 
-    On a GPU that is launching; `replayed`: of layers that are two graphs, all rows being generated tokens.
+    On a GPU that is launching; `replayed`: of layers that were two graphs captured before, as all but a few are.
     """
 
     steps: int = 0

@@ -22,7 +22,7 @@ from common.obs.trace import Recorder
 from common.tensors import TORCH_DTYPES, check_rows, numbers, put_bytes, row_bytes, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.device import DevicePool, DeviceRows
+from common.transport.device import DevicePool
 from common.transport.outbox import Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import (
@@ -32,7 +32,6 @@ from common.wire.blocks import (
     answer_layout,
     check_payload,
     dispatch_layout,
-    row_segment,
 )
 from common.wire.header import Header, Kind, Wire
 from kernels import ops
@@ -174,12 +173,8 @@ class MoeClient:
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         num_answers = 1 if self._answers_whole else len(self.routers)
         self._pending[block] = _Pending(future, num_rows, num_answers, now_ns, out, self.epoch)
-        landing = None
-        if self._answers_whole:  # how many rows each of several rails answers is not known yet
-            nbytes = row_segment(num_rows, self.width, self.combined).end
-            landing = self.pool.acquire_landing(nbytes)
         tables = (layout, experts, weights)
-        self.seam.fence().then(partial(self._post, header, buffer, tables, landing, now_ns, since))
+        self.seam.fence().then(partial(self._post, header, buffer, tables, now_ns, since))
         return future
 
     def _write_rows(self, rows: Rows, buffer: Buffer, segment: RowSegment) -> None:
@@ -202,7 +197,7 @@ class MoeClient:
 
     def _post(
         self, header: Header, buffer: Buffer, tables: tuple[DispatchLayout, Tensor, Tensor],
-        landing: DeviceRows | None, now_ns: int, since: object,
+        now_ns: int, since: object,
     ) -> None:  # fmt: skip
         """The device has written the block: send it. A full queue fails the block like any other refusal."""
         try:
@@ -218,14 +213,11 @@ class MoeClient:
                 asked = self._asked()
                 for outbox in asked:  # each keeps a header of its own
                     mine = header if len(asked) == 1 else replace(header)
-                    place = None if landing is None else landing.retain()
-                    outbox.send(mine, buffer.retain(), now_ns, landing=place)
+                    outbox.send(mine, buffer.retain(), now_ns)
         except AtollError as exc:
             self._fail(header.block, exc)  # all routers or none
         finally:
             buffer.release()
-            if landing is not None:
-                landing.release()
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Take an answer; one that nobody waits for is dropped."""

@@ -56,11 +56,18 @@ class Bank:
         for table in (self.weights, self.hashes, self.rows, self._networks):
             table.pop(place, None)
 
+    def copies(self, rows: torch.Tensor, scales: torch.Tensor | None) -> bool:
+        """Whether `ffn` reads these rows once, to copy them."""
+        del rows, scales
+        return False
+
     def ffn(
-        self, layer: int, expert: int, rows: torch.Tensor, scales: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """SwiGLU network of one expert: fp32 [num_rows, width] -> fp32 [num_rows, width]."""
+        self, layer: int, expert: int, rows: torch.Tensor, scales: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """SwiGLU network of one expert: fp32 [num_rows, width] -> fp32 [num_rows, width], maybe in `out`."""
         assert scales is None, "rows are dequantised before they come here"
+        del out
         place = layer, expert
         self.rows[place] += rows.shape[0]
         run = self._networks.get(place)

@@ -58,15 +58,27 @@ class DeviceBank(Bank):
                 self.grouped.forget(network)
         Bank.drop(self, place)  # slots: a class of its own, which `super()` would not find
 
+    def copies(self, rows: Tensor, scales: Tensor | None) -> bool:
+        return scales is not None and len(rows) <= GraphedExperts.BUCKETS[-1]
+
     def ffn(
-        self, layer: int, expert: int, rows: Tensor, scales: Tensor | None = None
+        self,
+        layer: int,
+        expert: int,
+        rows: Tensor,
+        scales: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> torch.Tensor:
-        """SwiGLU network of one expert: rows [n, width] (e4m3 with scales) -> [n, width]."""
+        """SwiGLU network of one expert: rows [n, width] (e4m3 with scales) -> [n, width], maybe in `out`."""
         self.rows[layer, expert] += len(rows)
         network = self.experts[layer, expert]
-        few = len(rows) <= GraphedExperts.BUCKETS[-1]
-        if self.graphed is not None and few and scales is not None and network.is_fp8:
-            return self.graphed(network, rows, scales)
+        if (
+            self.graphed is not None
+            and network.is_fp8
+            and scales is not None
+            and self.copies(rows, scales)
+        ):
+            return self.graphed(network, rows, scales, out)
         return network(rows, scales)
 
     def ffn_together(

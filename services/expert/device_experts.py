@@ -71,14 +71,20 @@ class GraphedExperts:
         self._out = torch.empty(most, width, dtype=torch.bfloat16, device=device)
         self._copy = open_copy(device)
 
-    def __call__(self, expert: DeviceExpert, rows: Tensor, scales: Tensor) -> Tensor:
-        """rows e4m3 [n, width] with scales fp32, n at most the largest bucket, contiguous: bf16 [n, width]."""
+    def __call__(
+        self, expert: DeviceExpert, rows: Tensor, scales: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """rows e4m3 [n, width] with scales fp32, n at most the largest bucket, contiguous: bf16 [n, width].
+
+        In `out` if that is given, of the same type and contiguous.
+        """
         n = len(rows)
         bucket = _bucket(self.BUCKETS, n)
         self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
         self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
         self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
-        out = torch.empty_like(rows, dtype=torch.bfloat16)
+        if out is None:
+            out = torch.empty_like(rows, dtype=torch.bfloat16)
         self._copy(out.data_ptr(), self._out.data_ptr(), out.nbytes)
         return out
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from common.errors import WireError
-from common.tensors import int32s, row_bytes, rows_of, scales_of
+from common.tensors import int32s, landing_of, row_bytes, rows_of, scales_of
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
+    EXPERT_OUT_ROWS,
     RowType,
     check_payload,
     expert_in_layout,
+    row_segment,
 )
 from common.wire.header import Header
 from kernels import ops
@@ -21,11 +23,15 @@ Tensor = torch.Tensor
 
 @dataclass(slots=True)
 class Call:
-    """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows)."""
+    """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows).
+
+    Its outputs are wanted in `out`, if that is given.
+    """
 
     rows: Tensor
     scales: Tensor | None
     segments: list[tuple[int, int]]
+    out: Tensor | None = None
 
 
 def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
@@ -51,8 +57,13 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
     is_fp8 = layout.rows.row_type is RowType.FP8
     if payload.rows is not None and not payload.rows.block.on_host:
+        answer = row_segment(header.num_rows, header.width, EXPERT_OUT_ROWS[header.wire])
         rows = rows_of(payload, layout.rows)
-        return Call(rows, scales_of(payload, layout.rows) if is_fp8 else None, pairs)
+        scales = scales_of(payload, layout.rows) if is_fp8 else None
+        if payload.rows.block.foreign is not None and not bank.copies(rows, scales):
+            rows = rows.view(torch.uint8).clone().view(rows.dtype)  # they would be read many times
+            scales = None if scales is None else scales.clone()
+        return Call(rows, scales, pairs, landing_of(payload, answer))
     if is_fp8:
         rows = ops.dequantise_rows(
             row_bytes(payload), num_rows=header.num_rows, width=header.width,
@@ -69,7 +80,21 @@ def compute(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
     """Outputs of several calls of one layer, each [num_rows, width]; calls for the same expert share one pass."""
     if len(calls) == 1 and len(calls[0].segments) == 1:  # one block for one expert: no regrouping
         ((expert, _),) = calls[0].segments
-        return [bank.ffn(layer, expert, calls[0].rows, calls[0].scales)]
+        (call,) = calls
+        outputs = [bank.ffn(layer, expert, call.rows, call.scales, call.out)]
+    else:
+        outputs = _regrouped(bank, layer, calls)
+    return [_placed(call, output) for call, output in zip(calls, outputs, strict=True)]
+
+
+def _placed(call: Call, output: Tensor) -> Tensor:
+    """The output where it is wanted, if its type is right."""
+    if call.out is None or output is call.out or output.dtype is not call.out.dtype:
+        return output
+    return call.out.copy_(output)
+
+
+def _regrouped(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
     if calls[0].scales is not None:
         segments = [segment for call in calls for segment in call.segments]
         all_rows, all_scales = (

@@ -21,7 +21,7 @@ from common.status import ProcessStatus, State, status_frame
 from common.tensors import TORCH_DTYPES, write_rows
 from common.transport.base import Hello, Link, Transport
 from common.transport.buffers import Buffer
-from common.transport.device import DevicePool
+from common.transport.device import DevicePool, DeviceRows
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.waiting import poll_until
@@ -154,8 +154,8 @@ class ExpertWorker:
             outputs = compute(self.bank, layer, parsed)
         except Exception as exc:  # whatever it was, the routers wait for an answer
             log.exception("layer %d could not be computed", layer)
-            for call in calls:
-                self._fail(call.item[0], call.item[1], f"{self.spec.id}: {exc}")
+            refuse = partial(self._fail_all, calls, f"{self.spec.id}: {exc}")
+            self.transport.seam.fence().then(refuse)  # what was launched may write into landings
             calls, outputs = [], []
         fence = self.transport.seam.fence()
         if fence.passed:
@@ -179,24 +179,24 @@ class ExpertWorker:
         ended_ns = time.monotonic_ns()
         compute_us = (ended_ns - started_ns) // 1000
         for call, rows in zip(calls, outputs, strict=True):
-            link, header, _ = call.item
+            link, header, payload = call.item
             if self.trace is not None:
                 place = header.trace, header.layer, header.microbatch
                 self.trace.span("queue", *place, call.since_ns, started_ns, len(calls))
                 self.trace.span("compute", *place, started_ns, ended_ns, len(calls))
             queue_us = (started_ns - call.since_ns) // 1000
-            self._answer(link, header, rows, queue_us, compute_us)
+            self._answer(link, header, payload, rows, queue_us, compute_us)
         self.counters["batches"] += 1
         self.counters["compute_us"] += compute_us
 
     def _answer(
-        self, link: Link, request: Header, rows: torch.Tensor, queue_us: int, compute_us: int
-    ) -> None:
+        self, link: Link, request: Header, asked: Buffer, rows: torch.Tensor, queue_us: int, compute_us: int
+    ) -> None:  # fmt: skip
         self.counters["calls"] += 1
         self.counters["rows"] += request.num_rows
         self.counters["queue_us"] += queue_us
         segment = row_segment(request.num_rows, request.width, EXPERT_OUT_ROWS[request.wire])
-        buffer = self._buffer(segment, rows)
+        buffer = self._buffer(segment, rows, asked.landing)
         header = request.derive(
             Kind.EXPERT_OUT,
             target=request.target,
@@ -206,13 +206,17 @@ class ExpertWorker:
         header.queue_us, header.compute_us = queue_us, compute_us
         self._post(link, header, buffer)
 
-    def _buffer(self, segment: RowSegment, rows: torch.Tensor) -> Buffer:
+    def _buffer(
+        self, segment: RowSegment, rows: torch.Tensor, landing: DeviceRows | None
+    ) -> Buffer:
         """A payload of computed rows: in device memory they are sent from where they lie, if their type is right."""
         pool = self.transport.pool
         if not isinstance(pool, DevicePool):
             buffer = pool.acquire(segment.end)
             write_rows(buffer, segment, rows)
             return buffer
+        if landing is not None and rows.data_ptr() == landing.address:
+            return pool.acquire_with(landing.retain())
         if (
             rows.dtype is TORCH_DTYPES[segment.row_type]
             and rows.is_contiguous()
@@ -224,6 +228,10 @@ class ExpertWorker:
         assert buffer.rows is not None, "rows in device memory"
         buffer.rows.fence = self.transport.seam.fence()
         return buffer
+
+    def _fail_all(self, calls: list[Call], sentence: str) -> None:
+        for call in calls:
+            self._fail(call.item[0], call.item[1], sentence)
 
     def _fail(self, link: Link, request: Header, sentence: str) -> None:
         self.counters["failed"] += 1

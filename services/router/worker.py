@@ -48,9 +48,7 @@ class RouterWorker:
     ) -> None:
         self.config = config
         self.spec = config.process(Role.ROUTER, index)
-        self.transport = transport or open_transport(
-            config, net_device=self.spec.net_device, gathers=True
-        )
+        self.transport = transport or open_transport(config, net_device=self.spec.net_device)
         self.draining = False
         self.trace = open_recorder(config, self.spec)
         self._experts: dict[int, Link] = {}

@@ -46,7 +46,7 @@ class SilentLink(BaseLink):
         self.posted: list[Header] = []
         self._opened(peer)
 
-    def _transmit(self, buffer: Buffer) -> None:
+    def _transmit(self, buffer: Buffer, landing: object) -> None:
         header = Header.unpack_from(buffer.view, max_payload_nbytes=1 << 30)
         self.posted.append(header)
         buffer.headroom_busy = False

@@ -1,4 +1,5 @@
-"""A peer in a process of its own: `python -m tests.contract.child ADDRESS KIND`, prints `ready` when it can be killed.
+"""A peer in a process of its own: `python -m tests.contract.child ADDRESS KIND [apart]`, prints `ready` when it can be
+killed. With `apart` rows lie apart, so that a process of this host is a neighbour.
 
 KIND: `echo` answers everything; `hold` takes messages and never releases them; `flood` sends large messages to whoever
 connects; `dial` dials ADDRESS and floods.
@@ -12,9 +13,10 @@ import uvloop
 
 from common.errors import AtollError
 from common.ids import Role
+from common.transport.device import DevicePool
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
-from tests.contract.harness import SECRET, Peer, hello, send
+from tests.contract.harness import SECRET, Peer, hello, send, send_apart
 
 FLOOD_NBYTES = 4 << 20
 
@@ -28,11 +30,15 @@ class _Flooding(Peer):
         super().on_open(link)
         with contextlib.suppress(AtollError):
             for block in range(32):
-                send(self._transport, link, bytes(FLOOD_NBYTES), block=block)
+                if self._transport.pool.apart:
+                    send_apart(self._transport, link, FLOOD_NBYTES, 1000, block=block)
+                else:
+                    send(self._transport, link, bytes(FLOOD_NBYTES), block=block)
 
 
-async def main(address, kind):
-    transport = UcxTransport(SECRET, link_limits=LinkLimits(window=8))
+async def main(address, kind, apart=""):
+    pool = DevicePool("cpu") if apart else None
+    transport = UcxTransport(SECRET, link_limits=LinkLimits(window=8), pool=pool)
     peer = _Flooding(transport) if kind in ("flood", "dial") else Peer(
         echo=kind == "echo", hold=kind == "hold"
     )  # fmt: skip

@@ -170,3 +170,12 @@ def send(transport: Transport, link: Link, body: bytes, **fields) -> None:
     finally:
         if payload is not None:
             payload.release()
+
+
+def send_apart(transport: Transport, link: Link, rows: int, tables: int, **fields) -> None:
+    """Post one message of so many bytes of rows in memory of their own, and of tables."""
+    payload = transport.pool.acquire(rows + tables, rows_nbytes=rows)
+    try:
+        link.post(Header(Kind.EXPERT_IN, **fields), payload)
+    finally:
+        payload.release()

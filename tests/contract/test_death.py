@@ -10,15 +10,16 @@ from contextlib import asynccontextmanager
 import pytest
 
 from common.errors import LinkClosed
+from common.transport.device import DevicePool
 from common.wire.header import Header, Kind
-from tests.contract.harness import Peer, hello, run, send
+from tests.contract.harness import Peer, hello, run, send, send_apart
 
 
 @asynccontextmanager
-async def child(address, kind):
+async def child(address, *kind):
     """A `tests.contract.child`, killed at the end if it still lives."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.contract.child", address, kind,
+        sys.executable, "-m", "tests.contract.child", address, *kind,
         stdout=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     try:
@@ -104,5 +105,33 @@ def test_it_comes_back_on_the_same_address(ucx):
                         break
                 await kill(process, here)
             assert {header.epoch for header, _ in here.messages} == {generation}
+
+    run(ucx, main)
+
+
+@pytest.mark.parametrize("kind", ["hold", "flood"])
+def test_a_killed_neighbour_stalls_nobody(ucx, kind):
+    """Again and again, with messages in shared memory and rows on their way both ways; a second one goes on."""
+
+    async def main():
+        pool = DevicePool("cpu")
+        transport = ucx.transport(pool=pool)
+        steady, address = Peer(), ucx.address()
+        async with child(address, "echo", "apart"):
+            link = await transport.connect(address, hello(), steady, timeout_s=5)
+            for generation in range(3):
+                here, other = Peer(), ucx.address()
+                async with child(other, kind, "apart") as process:
+                    doomed = await transport.connect(other, hello(), here, timeout_s=5)
+                    assert doomed._is_met
+                    for block in range(8):
+                        send_apart(transport, doomed, 300_000, 1000, block=block)
+                    if kind == "flood":
+                        await here.until(lambda here=here: len(here.messages) >= 3)
+                    await kill(process, here)
+                send(transport, link, b"still here", block=generation)
+                await steady.until(lambda n=generation: len(steady.messages) == n + 1)
+            link.close("enough")
+        assert pool.rows_outstanding == 0
 
     run(ucx, main)

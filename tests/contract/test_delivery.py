@@ -254,10 +254,3 @@ def test_the_environment_respects_what_is_set():
     assert "HOME" not in force
     assert set_ucx_environment(local=False, environ={})["UCX_TLS"] == "^sm"
     assert "cuda_ipc" in set_ucx_environment(local=True, device="cuda", environ={})["UCX_TLS"]
-    for local, device, pushed in (
-        (True, "cuda", True),
-        (True, "cpu", False),
-        (False, "cuda", False),
-    ):
-        found = set_ucx_environment(local=local, device=device, gathers=True, environ={})
-        assert ("UCX_RNDV_SCHEME" in found) == pushed

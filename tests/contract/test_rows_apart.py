@@ -4,20 +4,25 @@ The device is the CPU unless ATOLL_TEST_DEVICE names another: the form on the wi
 """
 
 import asyncio
+import ctypes
 import os
+import struct
 import subprocess
 
 import pytest
 import torch
 
-from common.errors import ConfigError
+from common.errors import AtollError, ConfigError, LinkClosed
 from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, open_seam, synchronise
+from common.transport.link import LinkLimits
+from common.transport.neighbour import Neighbour
 from common.transport.port import CANCELED
 from common.transport.seam import Seam
 from common.transport.ucx import UcxTransport
-from common.transport.ucx_link import UcxLink, _Arrival
+from common.transport.ucx_link import UcxLink
+from common.transport.ucx_messages import _Arrival
 from common.waiting import poll_until
 from common.wire.header import Header, Kind
 from tests.contract.harness import LIMITS, ROUTER, InprocNet, Peer, UcxNet, hello, run
@@ -31,6 +36,44 @@ class DeviceUcxNet(UcxNet):
         return super().transport(limits, **options)
 
 
+class ReachingPort:
+    """A port to whom rows offered in the host memory of this process are in reach, as those of a device are."""
+
+    def __init__(self, port):
+        self._port = port
+
+    def __getattr__(self, name):
+        return getattr(self._port, name)
+
+    def reach_rows(self, offer):
+        place = struct.Struct("QQI256x4x")
+        (rows, _, _), (landing, wanted, _) = place.iter_unpack(
+            ctypes.string_at(offer - 1 + 8, 2 * place.size)
+        )
+        return rows, landing if wanted else 0, wanted
+
+    def return_rows(self, offer):
+        self._port.discard_rows(offer)
+
+
+class ReachingUcxNet(DeviceUcxNet):
+    """Rows and landings are used where they are."""
+
+    def transport(self, limits=LIMITS, **options) -> UcxTransport:
+        made = super().transport(limits, **options)
+        start = made._start
+
+        def reaching():
+            plane = start()
+            plane.port = (
+                ReachingPort(plane.port) if not isinstance(plane.port, ReachingPort) else plane.port
+            )
+            return plane
+
+        made._start = reaching
+        return made
+
+
 class DeviceInprocNet(InprocNet):
     def transport(self, limits=LIMITS, **options):
         made = self._fabric.transport(
@@ -40,7 +83,9 @@ class DeviceInprocNet(InprocNet):
         return made
 
 
-@pytest.fixture(params=[DeviceInprocNet, DeviceUcxNet], ids=["inproc", "ucx"])
+@pytest.fixture(
+    params=[DeviceInprocNet, DeviceUcxNet, ReachingUcxNet], ids=["inproc", "ucx", "reaching"]
+)
 def net(request, tmp_path):
     return request.param(tmp_path)
 
@@ -256,8 +301,8 @@ def test_rows_shorter_than_their_header_says_close_the_link(tmp_path, num_tables
         link, dialler, _ = await linked(net, here, there)
         send = link._send_rows
 
-        def cut(rows, tag, head, head_nbytes):
-            send(rows.block.rows(0, rows.nbytes - 1), tag, head, head_nbytes)
+        def cut(rows, *others):
+            send(rows.block.rows(0, rows.nbytes - 1), *others)
             rows.release()
 
         link._send_rows = cut
@@ -290,13 +335,107 @@ def test_rows_that_no_correct_peer_announces_close_the_link(tmp_path, kind, numb
         rows = dialler.pool.acquire_rows(100_000)
         head = dialler.pool.acquire(0)
         tag = kind << 56 | link._tag_base | number
-        link._send_rows(rows, tag, head.address, 128)
+        link._send_rows(rows, tag, head.address, 128, None)
         await there.until(lambda: bool(there.closed))
         assert sentence in str(there.closed[0][1])
         head.release()
 
     run(net, main)
     check_no_block_leaked(net)
+
+
+class HoldingPeer(RowsPeer):
+    """Keeps payloads."""
+
+    def on_message(self, link, header, payload):
+        self.got.append((header, payload))
+        self._note("message", link)
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["open", "closed"])
+def test_rows_in_reach_are_read_where_they_are_and_kept_until_then(tmp_path, closed):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here, there = RowsPeer(), HoldingPeer()
+        link, dialler, listener = await linked(net, here, there)
+        buffer = payload_of(dialler.pool, b"r" * 100_000, b"t")
+        address = buffer.rows.address
+        link.post(Header(Kind.EXPERT_IN), buffer)
+        buffer.release()
+        await there.until(lambda: len(there.got) == 1)
+        ((_, payload),) = there.got
+        assert payload.rows.address == address
+        assert payload.rows.block.foreign is there.links[0]
+        assert dialler.pool.rows_outstanding == 1
+        assert listener.pool.rows_outstanding == 0
+        with pytest.raises(LinkClosed, match="for a link that is gone"):
+            link.post(Header(Kind.EXPERT_IN), payload)
+        if closed:
+            link.close("enough")
+            await there.until(lambda: bool(there.closed))
+        assert payload.rows.tensor.eq(ord("r")).all()
+        payload.release()
+        await poll_until(lambda: not dialler.pool.rows_outstanding)
+
+    run(net, main)
+
+
+def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here, there = RowsPeer(), HoldingPeer()
+        link, dialler, listener = await linked(net, here, there)
+        place = dialler.pool.acquire_rows(4096)
+        for _ in range(3):  # the same places again
+            buffer = payload_of(dialler.pool, bytes(100), b"")
+            link.post(Header(Kind.EXPERT_IN), buffer, landing=place)
+            buffer.release()
+            await there.until(lambda: bool(there.got))
+            ((header, payload),) = there.got
+            there.got.clear()
+            assert payload.landing.address == place.address
+            payload.landing.tensor.fill_(7)
+            answer = listener.pool.acquire_with(payload.landing.retain())
+            payload.release()
+            there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
+            answer.release()
+            await here.until(lambda: bool(here.got))
+            ((header, rows, _),) = here.got
+            assert (header.landed, rows, here.places.pop()[0]) == (1, b"\7" * 4096, place.block)
+            here.got.clear()
+            place.tensor.zero_()
+        assert len(link._neighbour._known) == 0
+        assert len(there.links[0]._neighbour._known) == 2
+        place.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_rows_that_landed_nowhere_close_the_link(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here, there = RowsPeer(), HoldingPeer()
+        link, dialler, listener = await linked(net, here, there)
+        place = dialler.pool.acquire_rows(4096)
+        buffer = payload_of(dialler.pool, bytes(100), b"")
+        link.post(Header(Kind.EXPERT_IN), buffer, landing=place)
+        buffer.release()
+        place.release()
+        await there.until(lambda: bool(there.got))
+        ((header, payload),) = there.got
+        answer = listener.pool.acquire_with(payload.landing.retain())
+        header.answer = 0
+        there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
+        await here.until(lambda: bool(here.closed))
+        assert "rows that landed, though nobody waits for them" in str(here.closed[0][1])
+        answer.release()
+        payload.release()
+
+    run(net, main, leak_free=False)
 
 
 def test_a_link_that_closes_gives_all_memory_back(net):
@@ -403,6 +542,100 @@ def test_a_fence_that_is_passed_after_its_link_closed_sends_nothing(tmp_path):
         ManualEvent.passed = True
         async with asyncio.timeout(5):
             await poll_until(lambda: not seam.is_open)
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_a_record_that_no_port_writes_closes_its_link(tmp_path):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        link, _, _ = await linked(net, here, there)
+        inbox = there.links[0]._neighbour._file
+        os.pwrite(inbox, struct.pack("Q", 1 << 40), 64)  # so many bytes are written, it says
+        link.post(Header(Kind.EXPERT_IN, num_rows=1))
+        await there.until(lambda: bool(there.closed))
+        assert "message 0 of kind 0" in str(there.closed[0][1])
+
+    run(net, main, leak_free=False)
+
+
+def test_more_than_an_inbox_holds_comes_in_order(tmp_path):
+    """What finds no room there goes by UCX."""
+    net = DeviceUcxNet(tmp_path)
+    sizes = [(r, t) for r in (0, 70_000) for t in (10, 60_000, 100_000, 400_000)] * 5
+
+    async def main():
+        there = RowsPeer()
+        limits = LinkLimits(window=64, max_queued=64, max_payload_nbytes=16 << 20)
+        dialler, listener = net.transport(limits), net.transport(limits)
+        address = await listener.listen(net.address(), ROUTER, there)
+        link = await dialler.connect(address, hello(), RowsPeer(), timeout_s=5)
+        for block, (rows, tables) in enumerate(sizes):  # nobody reads before the last is posted
+            buffer = payload_of(dialler.pool, bytes([block + 1]) * rows, bytes([block]) * tables)
+            link.post(Header(Kind.EXPERT_OUT, block=block), buffer)
+            buffer.release()
+        await there.until(lambda: len(there.got) == len(sizes))
+        for block, (header, rows, tables) in enumerate(there.got):
+            assert header.block == block
+            assert (rows, tables) == (
+                bytes([block + 1]) * sizes[block][0],
+                bytes([block]) * sizes[block][1],
+            )
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [None, {}, {"pid": 1, "file": "x", "proof": ""}, [1]],
+    ids=["none", "empty", "odd", "list"],
+)
+def test_a_peer_that_offers_no_memory_or_nonsense(tmp_path, monkeypatch, offer):
+    """Without an offer all goes by UCX; nonsense is refused."""
+    net = DeviceUcxNet(tmp_path)
+    monkeypatch.setattr(Neighbour, "offer", lambda neighbour: offer)
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        dialler, listener = net.transport(), net.transport()
+        address = await listener.listen(net.address(), ROUTER, there)
+        if isinstance(offer, dict):
+            with pytest.raises(AtollError):
+                await dialler.connect(address, hello(), here, timeout_s=5)
+            return
+        link = await dialler.connect(address, hello(), here, timeout_s=5)
+        buffer = payload_of(dialler.pool, b"r" * 70_000, b"t")
+        link.post(Header(Kind.EXPERT_OUT), buffer)
+        buffer.release()
+        await there.until(lambda: bool(there.got))
+        assert there.got[0][1:] == (b"r" * 70_000, b"t")
+        assert not link._is_met
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+@pytest.mark.parametrize(
+    "change", [{"proof": "00" * 16}, {"pid": 1 << 22}, {"file": 0}, {"file": 1 << 30}]
+)
+def test_memory_that_is_not_what_the_peer_meant_is_not_used(tmp_path, monkeypatch, change):
+    net = DeviceUcxNet(tmp_path)
+    offer = Neighbour.offer
+    monkeypatch.setattr(Neighbour, "offer", lambda neighbour: offer(neighbour) | change)
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        link, dialler, _ = await linked(net, here, there)
+        assert not link._is_met
+        assert not there.links[0]._is_met
+        buffer = payload_of(dialler.pool, b"r" * 70_000, b"t")
+        link.post(Header(Kind.EXPERT_OUT), buffer)
+        buffer.release()
+        await there.until(lambda: bool(there.got))
 
     run(net, main)
     check_no_block_leaked(net)

@@ -56,7 +56,7 @@ PURE = (
 IMPURE = {"asyncio", "time", "random", "os", "socket", "aiohttp", "ucxx", "torch", "logging"}
 # heavy or replaceable third parties and the only places that may know them
 ONLY_IN = {"ucxx": ("common.transport",), "triton": ("kernels",), "transformers": ()}
-MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_TOTAL = 400, 60, 100, 31_500
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_TOTAL = 400, 60, 100, 32_600
 
 
 def sources():
@@ -120,7 +120,7 @@ def test_package_exports_nothing(path):
 
 
 def test_total_size():
-    compiled = [path for package in PACKAGES for path in (ROOT / package).rglob("*.c")]
+    compiled = [path for package in PACKAGES for path in (ROOT / package).rglob("*.[ch]")]
     files = [*compiled, *(path for _, path in sources())]
     assert sum(path.read_text().count("\n") for path in files) <= MAX_TOTAL
 
@@ -129,11 +129,12 @@ def test_what_is_written_in_c_is_installed():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
     ]
-    found = [path for package in PACKAGES for path in (ROOT / package).rglob("*.c")]
+    found = [path for package in PACKAGES for path in (ROOT / package).rglob("*.[ch]")]
     assert found
     for path in found:
         package = ".".join(path.parent.relative_to(ROOT).parts)
-        assert path.name in data.get(package, []), f"a wheel would lack {path.name}"
+        patterns = data.get(package, [])
+        assert any(map(path.match, patterns)), f"a wheel would lack {path.name}"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ LIMIT = 1 << 30
 BITS = {
     "layer": 16, "epoch": 32, "width": 32, "block": 64, "trace": 64, "num_rows": 32,
     "num_pairs": 32, "target": 16, "attempt": 16, "microbatch": 16, "payload_nbytes": 30,
-    "credits": 32, "queue_us": 32, "compute_us": 32, "combine_us": 32, "answer": 32,
+    "landed": 8, "credits": 32, "queue_us": 32, "compute_us": 32, "combine_us": 32, "answer": 32,
 }  # fmt: skip
 
 fields = st.fixed_dictionaries(
@@ -81,7 +81,7 @@ def test_a_damaged_header_decodes_or_raises_wire_error(values, damage):
     ("offset", "value", "sentence"),
     [
         (0, 0, "magic 0xa700, expected 0xa701"),
-        (2, 9, "wire version 9, this process speaks 3"),
+        (2, 9, "wire version 9, this process speaks 4"),
         (3, 99, "kind 99"),
         (4, 99, "wire 99"),
     ],

@@ -2,8 +2,9 @@
 
     python -m tests.bench.gpu.hop [--bytes 3801088] [--out FILE]
 
-Two processes, one card each (or one card for both). Latency is half a round trip of the same size both ways; the rate
-is that of messages one way with some in flight, each answered by an empty one.
+Two processes, one card each (or one card for both). A message has arrived when its rows are in memory of the receiver:
+those of a neighbour are copied there. Latency is half a round trip of the same size both ways; the rate is that of
+messages one way with some in flight, each answered by an empty one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +27,7 @@ from common.errors import LinkClosed
 from common.ids import ProcessId, Role
 from common.transport.base import Hello, Link
 from common.transport.buffers import Buffer
-from common.transport.device import DevicePool, open_seam
+from common.transport.device import DevicePool, open_seam, release_behind
 from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
@@ -41,7 +43,8 @@ ROUNDS, MESSAGES = 400, 400
 class Side:
     """A handler: the far one answers, the near one counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: UcxTransport) -> None:
+        self.transport = transport
         self.link: Link | None = None
         self.opened = asyncio.Event()
         self.arrived = asyncio.Event()
@@ -60,6 +63,19 @@ class Side:
         pass
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        if payload is None or payload.rows is None or payload.rows.block.foreign is None:
+            self.take(link, header, payload)
+            return
+        pool, nbytes = self.transport.pool, payload.rows.nbytes
+        assert isinstance(pool, DevicePool)
+        here = pool.acquire(nbytes, rows_nbytes=nbytes)
+        assert here.rows is not None
+        pool.copy(here.rows.address, payload.rows.address, nbytes)
+        fence = release_behind(self.transport.seam, payload)
+        fence.then(partial(self.take, link, header, here))
+
+    def take(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        """A message is here."""
         if self.answers:
             link.post(message(header.layer), payload if header.layer == ECHO else None)
         else:
@@ -86,7 +102,8 @@ def transport() -> UcxTransport:
 
 
 async def far(address: str) -> None:
-    side, t = Side(), transport()
+    t = transport()
+    side = Side(t)
     side.answers = True
     await t.listen(address, hello(1), side)
     print("listening", flush=True)
@@ -96,7 +113,8 @@ async def far(address: str) -> None:
 
 
 async def near(address: str, sizes: list[int]) -> list[dict[str, Any]]:
-    side, t = Side(), transport()
+    t = transport()
+    side = Side(t)
     await t.connect(address, hello(0), side, timeout_s=30)
     await side.opened.wait()
     link = side.link

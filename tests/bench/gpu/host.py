@@ -58,7 +58,7 @@ class TimedRouter(RouterWorker):
     """A router that tells how long it was at work."""
 
     def __init__(self, config: ClusterConfig, index: int) -> None:
-        super().__init__(config, index, open_transport(config, gathers=True))
+        super().__init__(config, index, open_transport(config))
         self._fences_ns = 0
         poll = self.transport.seam.poll
 
