@@ -95,6 +95,13 @@ class ForeignBlock(DeviceBlock):
         self.foreign = link
         self.offer = 0
 
+    def take_again(self) -> bool:
+        """With one reference, as it was made. False when somebody holds it."""
+        is_free = self._count == 0
+        if is_free:
+            self._count = 1
+        return is_free
+
 
 class DeviceRows:
     """`nbytes` of a block from byte `offset` on: the row segment of one payload. Each holder releases once.

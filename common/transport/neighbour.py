@@ -6,7 +6,7 @@ open it, or is on another host, goes on over UCX.
 """
 
 import contextlib
-import logging
+import fcntl
 import os
 import secrets
 import stat
@@ -16,8 +16,6 @@ import torch
 
 from common.transport.device import DeviceBlock, DeviceRows, ForeignBlock, tensor_at
 from common.transport.port import Foreign, RowsPort
-
-log = logging.getLogger(__name__)
 
 _PROOF_NBYTES = 16
 _MAX_KNOWN = 256
@@ -31,9 +29,10 @@ class Neighbour:
         self._port, self._device = port, device
         self._known: dict[tuple[int, int], ForeignBlock] = {}
         self._proof = secrets.token_bytes(_PROOF_NBYTES)
-        self._file = os.memfd_create("atoll-inbox")
+        self._file = os.memfd_create("atoll-inbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._file, port.inbox_nbytes)
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             os.pwrite(self._file, self._proof, 0)
             self._number = port.open_inbox(self._file, sender)
         except BaseException:
@@ -45,21 +44,19 @@ class Neighbour:
         return {"pid": os.getpid(), "file": self._file, "proof": self._proof.hex()}
 
     def meet(self, to: Foreign, offer: object) -> Foreign:
-        """What the port shall send to, an endpoint's `to` without the peer's memory. Raises ValueError and the like."""
-        if not isinstance(offer, dict):
-            return to
-        file = _open(
-            int(offer["pid"]),
-            int(offer["file"]),
-            bytes.fromhex(offer["proof"]),
-            self._port.inbox_nbytes,
-        )
-        if file is None:
-            return to
-        try:
-            return self._port.meet(self._number, to, file)
+        """What the port shall send to instead of the endpoint `to`: that again where the peer's memory is out of reach.
+
+        Raises ValueError and the like for an offer that no peer makes.
+        """
+        file = None
+        if isinstance(offer, dict):
+            proof = bytes.fromhex(offer["proof"])
+            file = _open(int(offer["pid"]), int(offer["file"]), proof, self._port.inbox_nbytes)
+        try:  # a peer that reaches our memory may send, whether we reach its or not
+            return self._port.meet(self._number, to, -1 if file is None else file)
         finally:
-            os.close(file)
+            if file is not None:
+                os.close(file)
 
     def rows(
         self, link: object, offer: int, nbytes: int
@@ -70,16 +67,15 @@ class Neighbour:
             return None
         block = self._block(link, address, nbytes)
         block.offer = offer
-        rows = DeviceRows(block, 0, nbytes)
-        return rows, DeviceRows(
-            self._block(link, landing, landing_nbytes), 0, landing_nbytes
-        ) if landing else None
+        wanted = None
+        if landing:
+            wanted = DeviceRows(self._block(link, landing, landing_nbytes), 0, landing_nbytes)
+        return DeviceRows(block, 0, nbytes), wanted
 
     def _block(self, link: object, address: int, nbytes: int) -> ForeignBlock:
         """With one reference. The same memory comes again and again, and a view of it takes longer than a look-up."""
         block = self._known.get((address, nbytes))
-        if block is not None and block._count == 0:
-            block._count = 1
+        if block is not None and block.take_again():
             return block
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()

@@ -430,7 +430,7 @@ static PyObject *port_open_inbox(Port *self, PyObject *const *args, Py_ssize_t n
     return PyLong_FromVoidPtr(neighbour);
 }
 
-/* meet(neighbour, endpoint, fd) -> what `send` wants */
+/* meet(neighbour, endpoint, fd or -1) -> what `send` wants */
 static PyObject *port_meet(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
     if (!check_arguments(num_args, 3))
@@ -441,10 +441,8 @@ static PyObject *port_meet(Port *self, PyObject *const *args, Py_ssize_t num_arg
     if (PyErr_Occurred())
         return NULL;
     neighbour->endpoint = endpoint;
-    neighbour->out = ring_map(file);
-    if (neighbour->out == NULL)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    return PyLong_FromVoidPtr((char *)neighbour + 1);
+    neighbour->out = file < 0 ? NULL : ring_map(file);
+    return PyLong_FromVoidPtr(neighbour->out == NULL ? (void *)endpoint : (char *)neighbour + 1);
 }
 
 /* part(neighbour) */

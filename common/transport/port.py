@@ -111,7 +111,7 @@ class RowsPort(Port, Protocol):
         ...
 
     def meet(self, neighbour: int, to: Foreign, file: int, /) -> int:
-        """The neighbour at an endpoint, with its own inbox: what to send to from now on. Raises OSError."""
+        """The neighbour at the endpoint `to`, with its own inbox (-1: out of reach): what to send to from now on."""
         ...
 
     def part(self, neighbour: int, /) -> None:

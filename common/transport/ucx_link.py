@@ -99,7 +99,9 @@ class UcxLink(UcxMessages):
     def _meet(self, offer: object) -> None:
         """Use what a peer on this host offers, where UCX can copy between the two memories."""
         self._reaches_here = any(name.startswith("cuda_ipc") for name in self.carriers())
-        if self._neighbour is not None and (self._reaches_here or not self._pool.polled):
+        if self._neighbour is not None:
+            if self._pool.polled and not self._reaches_here:
+                offer = None
             endpoint, self._to = self._to, self._neighbour.meet(self._to, offer)
             self._is_met = self._to != endpoint
 

@@ -76,14 +76,14 @@ class GraphedExperts:
     ) -> Tensor:
         """rows e4m3 [n, width] with scales fp32, n at most the largest bucket, contiguous: bf16 [n, width].
 
-        In `out` if that is given, of the same type and contiguous.
+        In `out` if that is bf16; contiguous.
         """
         n = len(rows)
         bucket = _bucket(self.BUCKETS, n)
         self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
         self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
         self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
-        if out is None:
+        if out is None or out.dtype is not torch.bfloat16:
             out = torch.empty_like(rows, dtype=torch.bfloat16)
         self._copy(out.data_ptr(), self._out.data_ptr(), out.nbytes)
         return out

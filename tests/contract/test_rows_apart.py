@@ -619,6 +619,34 @@ def test_a_peer_that_offers_no_memory_or_nonsense(tmp_path, monkeypatch, offer):
     check_no_block_leaked(net)
 
 
+def test_one_side_alone_may_reach_the_other(tmp_path, monkeypatch):
+    net = DeviceUcxNet(tmp_path)
+    offer = Neighbour.offer
+    offered = []
+
+    def first(neighbour):
+        offered.append(neighbour)
+        return offer(neighbour) if len(offered) == 1 else None
+
+    monkeypatch.setattr(Neighbour, "offer", first)
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        link, dialler, listener = await linked(net, here, there)
+        (far,) = there.links
+        assert (link._is_met, far._is_met) == (False, True)
+        for sender, pool, peer in ((link, dialler.pool, there), (far, listener.pool, here)):
+            for block in range(3):
+                buffer = payload_of(pool, b"r" * 70_000, b"t")
+                sender.post(Header(Kind.EXPERT_OUT, block=block), buffer)
+                buffer.release()
+            await peer.until(lambda peer=peer: len(peer.got) == 3)
+            assert {(rows, tables) for _, rows, tables in peer.got} == {(b"r" * 70_000, b"t")}
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
 @pytest.mark.parametrize(
     "change", [{"proof": "00" * 16}, {"pid": 1 << 22}, {"file": 0}, {"file": 1 << 30}]
 )

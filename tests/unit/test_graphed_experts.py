@@ -50,6 +50,27 @@ def test_an_answer_outlives_the_next_call():
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("counts", [[8], [129], [3, 5], [130, 2]], ids=str)
+def test_outputs_go_where_they_are_wanted(counts):
+    held = bank()
+    calls = [Call(*rows(count, seed=i), [(0, count)]) for i, count in enumerate(counts)]
+    expected = compute(held, 0, calls)
+    for call, output in zip(calls, expected, strict=True):
+        call.out = torch.full_like(output, float("nan"))
+    for call, output, wanted in zip(calls, compute(held, 0, calls), expected, strict=True):
+        assert output is call.out
+        assert torch.equal(output, wanted)
+
+
+def test_an_output_of_another_type_stays_where_it_is():
+    held = bank()
+    given, scales = rows(8)
+    out = torch.full((8, WIDTH), float("nan"), dtype=torch.float64)
+    (output,) = compute(held, 0, [Call(given, scales, [(0, 8)], out)])
+    assert torch.equal(output, held.ffn(0, 0, given, scales).to(output.dtype))
+    assert out.isnan().all()
+
+
 def test_what_an_earlier_call_left_reaches_nobody():
     held = bank()
     poisoned, scales = rows(8, seed=1)
