@@ -7,7 +7,7 @@
 #include <Python.h>
 #include <stdint.h>
 
-#define MOST_IDS (1 << 20) /* experts or workers; a table of counts is made for them */
+#define MOST_IDS (1 << 20) /* experts; a table is made for them */
 
 static void *bytes_of(PyObject *array)
 {
@@ -77,58 +77,90 @@ done:
     return result;
 }
 
-/* `order` of `num` things by ascending id, those of one id as in `before` (NULL: as they are). -1 with an exception. */
-static int sort_by(const int32_t *ids, const int32_t *before, int32_t *order, Py_ssize_t num)
+/* A worker's pairs of one expert. */
+typedef struct {
+    int32_t worker, expert;
+    Py_ssize_t count, start; /* of pairs; `start` moves on as they are placed */
+} Segment;
+
+static int compare(const void *a, const void *b)
 {
-    int32_t greatest = 0;
+    const Segment *x = a, *y = b;
+    return x->worker != y->worker ? (x->worker > y->worker) - (x->worker < y->worker)
+                                  : (x->expert > y->expert) - (x->expert < y->expert);
+}
+
+/* The segments of all pairs by ascending worker, then expert. NULL with an exception. Pair i is in the segment
+ * ranks[of_pairs[i]].
+ *
+ * One pass: an expert's last segment is remembered, and another is looked for only when replicas share its rows.
+ */
+static Segment *segments_of(
+    const int32_t *workers, const int32_t *experts, Py_ssize_t num, int32_t *of_pairs, int32_t **ranks,
+    Py_ssize_t *num_segments)
+{
+    int32_t greatest = 0, *last = NULL, *rank = NULL;
+    Segment *found = NULL, *result = NULL;
+    Py_ssize_t size = 0;
     for (Py_ssize_t i = 0; i < num; i++) {
-        if (ids[i] < 0 || ids[i] >= MOST_IDS) {
-            PyErr_Format(PyExc_ValueError, "id %d", ids[i]);
-            return -1;
+        if (experts[i] < 0 || experts[i] >= MOST_IDS || workers[i] < 0) {
+            PyErr_Format(PyExc_ValueError, "expert %d of worker %d", experts[i], workers[i]);
+            return NULL;
         }
-        greatest = Py_MAX(greatest, ids[i]);
+        greatest = Py_MAX(greatest, experts[i]);
     }
-    int32_t *next = PyMem_Calloc((size_t)greatest + 2, sizeof *next);
-    if (next == NULL) {
+    last = PyMem_Calloc((size_t)greatest + 1, sizeof *last); /* from 1 */
+    found = PyMem_Malloc(Py_MAX(num, 1) * sizeof *found);
+    rank = PyMem_Malloc(Py_MAX(num, 1) * sizeof *rank);
+    if (last == NULL || found == NULL || rank == NULL) {
         PyErr_NoMemory();
-        return -1;
+        goto done;
     }
-    for (Py_ssize_t i = 0; i < num; i++)
-        next[ids[i] + 1]++;
-    for (int32_t id = 0; id < greatest; id++)
-        next[id + 1] += next[id];
     for (Py_ssize_t i = 0; i < num; i++) {
-        int32_t item = before == NULL ? (int32_t)i : before[i];
-        order[next[ids[item]]++] = item;
+        Py_ssize_t at = last[experts[i]] - 1;
+        if (at < 0 || found[at].worker != workers[i]) {
+            for (at = 0; at < size && (found[at].expert != experts[i] || found[at].worker != workers[i]); at++)
+                ;
+            if (at == size)
+                found[size++] = (Segment){workers[i], experts[i], 0, at};
+            last[experts[i]] = (int32_t)at + 1;
+        }
+        found[at].count++;
+        of_pairs[i] = (int32_t)at;
     }
-    PyMem_Free(next);
-    return 0;
+    qsort(found, size, sizeof *found, compare);
+    for (Py_ssize_t at = 0, start = 0; at < size; at++) {
+        rank[found[at].start] = (int32_t)at; /* `start` was where it had been found */
+        found[at].start = start;
+        start += found[at].count;
+    }
+    *num_segments = size;
+    *ranks = rank;
+    rank = NULL;
+    result = found;
+    found = NULL;
+done:
+    PyMem_Free(last);
+    PyMem_Free(found);
+    PyMem_Free(rank);
+    return result;
 }
 
 /* The shares of workers, [(worker, start, stop, first segment, end)], and in `table` each segment's (expert, rows). */
-static PyObject *cut(
-    const int32_t *workers, const int32_t *experts, const int32_t *order, Py_ssize_t num, int32_t *table)
+static PyObject *cut(const Segment *segments, Py_ssize_t num, int32_t *table)
 {
     PyObject *shares = PyList_New(0);
-    Py_ssize_t start = 0, first = 0, segment = -1;
-    for (Py_ssize_t i = 0; shares != NULL && i <= num; i++) {
-        int is_new = i == num || i == 0 || workers[order[i]] != workers[order[i - 1]];
-        if (is_new && i > 0) {
-            PyObject *share =
-                Py_BuildValue("innnn", workers[order[i - 1]], start, i, first, segment + 1);
-            if (share == NULL || PyList_Append(shares, share) < 0)
-                Py_CLEAR(shares);
-            Py_XDECREF(share);
-            start = i;
-            first = segment + 1;
+    for (Py_ssize_t first = 0, end, start = 0, stop; shares != NULL && first < num; first = end, start = stop) {
+        stop = start;
+        for (end = first; end < num && segments[end].worker == segments[first].worker; end++) {
+            table[2 * end] = segments[end].expert;
+            table[2 * end + 1] = (int32_t)segments[end].count;
+            stop += segments[end].count;
         }
-        if (i == num)
-            break;
-        if (is_new || experts[order[i]] != experts[order[i - 1]]) {
-            table[2 * ++segment] = experts[order[i]];
-            table[2 * segment + 1] = 0;
-        }
-        table[2 * segment + 1]++;
+        PyObject *share = Py_BuildValue("innnn", segments[first].worker, start, stop, first, end);
+        if (share == NULL || PyList_Append(shares, share) < 0)
+            Py_CLEAR(shares);
+        Py_XDECREF(share);
     }
     return shares;
 }
@@ -155,40 +187,40 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t num_rows;
     if (!PyArg_ParseTuple(args, "y*y*y*y*n", &in[0], &in[1], &in[2], &in[3], &num_rows))
         return NULL;
-    Py_ssize_t num = in[0].len / 4, most = 0;
+    Py_ssize_t num = in[0].len / 4, most = 0, num_segments = 0;
     const int32_t *pair_rows = in[0].buf, *experts = in[1].buf, *weights = in[2].buf, *workers = in[3].buf;
     PyObject *rows = NULL, *shares = NULL, *table = NULL, *slots = NULL, *slot_weights = NULL, *result = NULL;
-    int32_t *order = PyMem_Malloc(2 * (size_t)Py_MAX(num, 1) * sizeof *order);
-    if (order == NULL) {
+    Segment *segments = NULL;
+    int32_t *ranks = NULL, *of_pairs = PyMem_Malloc(Py_MAX(num, 1) * sizeof *of_pairs);
+    if (of_pairs == NULL) {
         PyErr_NoMemory();
         goto done;
     }
-    if (!same_length(in, 4) || sort_by(experts, NULL, order + num, num) < 0
-        || sort_by(workers, order + num, order, num) < 0 || (most = most_pairs(pair_rows, num, num_rows)) == 0)
+    if (!same_length(in, 4) || (most = most_pairs(pair_rows, num, num_rows)) == 0
+        || (segments = segments_of(workers, experts, num, of_pairs, &ranks, &num_segments)) == NULL)
         goto done;
     rows = new_array(num);
-    table = new_array(2 * num);
+    table = new_array(2 * num_segments);
     slots = new_array(num_rows * most);
     slot_weights = new_array(num_rows * most);
-    if (rows == NULL || table == NULL || slots == NULL || slot_weights == NULL)
+    if (rows == NULL || table == NULL || slots == NULL || slot_weights == NULL
+        || (shares = cut(segments, num_segments, bytes_of(table))) == NULL)
         goto done;
     int32_t *to_rows = bytes_of(rows), *to_slots = bytes_of(slots), *to_weights = bytes_of(slot_weights);
     memset(to_slots, 0xFF, num_rows * most * 4); /* -1 */
     memset(to_weights, 0, num_rows * most * 4);
-    int32_t *places = order + num; /* of each pair */
-    for (Py_ssize_t i = 0; i < num; i++) {
-        to_rows[i] = pair_rows[order[i]];
-        places[order[i]] = (int32_t)i;
-    }
     for (Py_ssize_t i = 0, rank = 0; i < num; i++) {
+        Py_ssize_t place = segments[ranks[of_pairs[i]]].start++;
+        to_rows[place] = pair_rows[i];
         rank = i > 0 && pair_rows[i] == pair_rows[i - 1] ? rank + 1 : 0;
-        to_slots[pair_rows[i] * most + rank] = places[i];
+        to_slots[pair_rows[i] * most + rank] = (int32_t)place;
         to_weights[pair_rows[i] * most + rank] = weights[i];
     }
-    if ((shares = cut(workers, experts, order, num, bytes_of(table))) != NULL)
-        result = Py_BuildValue("OOOnOO", rows, shares, table, most, slots, slot_weights);
+    result = Py_BuildValue("OOOnOO", rows, shares, table, most, slots, slot_weights);
 done:
-    PyMem_Free(order);
+    PyMem_Free(of_pairs);
+    PyMem_Free(ranks);
+    PyMem_Free(segments);
     for (int i = 0; i < 4; i++)
         PyBuffer_Release(&in[i]);
     Py_XDECREF(rows);
