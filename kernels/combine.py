@@ -72,20 +72,8 @@ def _combine_fp8(
     column = first + tl.arange(0, C)
     inside = column < width
     acc = _weighted_sum(
-        SOURCE,
-        SLOTS,
-        WEIGHTS,
-        SOURCE,
-        row,
-        column,
-        inside,
-        width,
-        K,
-        WEIGHTED,
-        False,
-        tl.float32,
-        C,
-    )
+        SOURCE, SLOTS, WEIGHTS, SOURCE, row, column, inside, width, K, WEIGHTED, False, tl.float32, C
+    )  # fmt: skip
     q, scale = quantise_blocks(tl.reshape(acc, (C // 128, 128)), MIN)
     tl.store(ROWS + row * width + column, tl.reshape(q, (C,)), mask=inside)
     block = first // 128 + tl.arange(0, C // 128)

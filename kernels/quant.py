@@ -82,17 +82,8 @@ def quantise_into(x: Tensor, rows: Tensor, scales: Tensor) -> None:
         group = min(_GROUP, max(4, triton.next_power_of_2(n * per_row // 2112)))
         grid = (triton.cdiv(n * per_row, group),)
         _quantise[grid](
-            x,
-            rows,
-            scales,
-            n * per_row,
-            width,
-            per_row,
-            SCALE_MIN,
-            group,
-            num_warps=4,
-            **PROGRAMMATIC,
-        )
+            x, rows, scales, n * per_row, width, per_row, SCALE_MIN, group, num_warps=4, **PROGRAMMATIC
+        )  # fmt: skip
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
