@@ -35,7 +35,7 @@ def _block_scale(magnitude, MIN: gl.constexpr):
     return gl.where(scale < MIN, MIN, scale)
 
 
-_quotients = gluon.jit(quotients)
+_quotients = gluon.jit(quotients.fn)
 
 
 @gluon.jit

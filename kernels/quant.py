@@ -14,11 +14,12 @@ from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
 _GROUP = 16  # blocks of one program: of 4 to 64 the best at 4,096 rows of 7,168
 
 
+@triton.jit
 def quotients(x, scale):
     """x [G, 128] / scale [G], all fp32, with the bits of div_rn wherever e4m3 does not make them zero.
 
     Its own steps: it would take the reciprocal anew for each number and ask each time whether they are exact: they
-    are, once a small scale is out of the way. An infinite one makes zeros.
+    are, once a small scale is out of the way. An infinite one makes zeros, of the other sign.
     """
     down = tl.where(scale < 2.0**-64, -(2.0**64), -1.0)
     by = -scale * down
@@ -32,9 +33,6 @@ def quotients(x, scale):
     return tl.fma(minus, tl.fma(near, tl.where(endless, 0.0, by)[:, None], x), near)
 
 
-_quotients = triton.jit(quotients)
-
-
 @triton.jit
 def quantise_blocks(x, SCALE_MIN: tl.constexpr):
     """Quantise blocks x [G, 128] fp32: e4m3 [G, 128] and scales [G]."""
@@ -43,7 +41,7 @@ def quantise_blocks(x, SCALE_MIN: tl.constexpr):
     amax = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
     scale = tl.div_rn(amax, 448.0)
     scale = tl.where(scale < SCALE_MIN, SCALE_MIN, scale)
-    return _quotients(x, scale).to(tl.float8e4nv), scale
+    return quotients(x, scale).to(tl.float8e4nv), scale
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
