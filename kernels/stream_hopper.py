@@ -7,7 +7,8 @@ of K: nothing is split and added up through memory, at the price of reading x on
 An item is a pair of weight tiles: gate and up of the same columns, or neighbours. A worker has BIG items of 2 x 128
 rows, then small ones of 2 x N (stream.py shares them out). A stage holds 128 columns of a big item, or KU times 128 of
 a small one. Rows of x are the 64 rows of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half
-of both big tiles or one of the small ones. Neither choice changes a sum's order, which is ascending along K.
+of both big tiles or one of the small ones. PARTS workers share a small item and divide the rows of x, so that less of x
+is fetched for each weight. No choice changes a sum's order, which is ascending along K.
 
 Shared memory feeds the products and takes what is fetched, and every cache line that a warp looks up takes a turn
 there: a product reads x for both tiles, and a row's scales of a stage's blocks are one load (WIDE).
