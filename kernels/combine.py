@@ -40,8 +40,8 @@ def _weighted_sum(
             at = MORE + (slot - _OTHER).to(tl.int64) * width + column
             term += tl.load(at, mask=inside & (slots >= _OTHER), other=0.0).to(WIDE)
         if WEIGHTED:
-            weight = tl.load(WEIGHTS + row * K + k).to(WIDE)
-            term = tl.where(here, term * weight, 0.0)
+            # No choice per number: the predicates for all rows would not fit, and their loads wait for each other.
+            term *= tl.where(slot < 0, 0.0, tl.load(WEIGHTS + row * K + k)).to(WIDE)
         acc += term
     return acc
 
@@ -72,20 +72,8 @@ def _combine_fp8(
     column = first + tl.arange(0, C)
     inside = column < width
     acc = _weighted_sum(
-        SOURCE,
-        SLOTS,
-        WEIGHTS,
-        SOURCE,
-        row,
-        column,
-        inside,
-        width,
-        K,
-        WEIGHTED,
-        False,
-        tl.float32,
-        C,
-    )
+        SOURCE, SLOTS, WEIGHTS, SOURCE, row, column, inside, width, K, WEIGHTED, False, tl.float32, C
+    )  # fmt: skip
     q, scale = quantise_blocks(tl.reshape(acc, (C // 128, 128)), MIN)
     tl.store(ROWS + row * width + column, tl.reshape(q, (C,)), mask=inside)
     block = first // 128 + tl.arange(0, C // 128)
@@ -115,7 +103,8 @@ def combine(
         _combine, (n, triton.cdiv(width, _COLUMNS), 1),
         (source, slots, slots if weights is None else weights, source if more is None else more, out), (width,),
         (depth, weights is not None, more is not None, tl.float64 if exact else tl.float32, _COLUMNS),
-        num_warps=_warps(n), enable_fp_fusion=False, **PROGRAMMATIC,
+        num_warps=_warps(n), enable_fp_fusion=False,
+        maxnreg=40 if n < _SPLIT_ROWS and weights is not None and depth <= 8 and not exact else None, **PROGRAMMATIC,
     )  # fmt: skip
 
 

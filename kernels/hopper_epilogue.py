@@ -5,6 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.hopper import barrier
+from kernels.quant import quotients
 
 
 @gluon.jit
@@ -34,9 +35,7 @@ def _block_scale(magnitude, MIN: gl.constexpr):
     return gl.where(scale < MIN, MIN, scale)
 
 
-@gluon.jit
-def _quantised(x, scale):
-    return gl.div_rn(x, scale[:, None] + gl.zeros_like(x)).to(gl.float8e4nv)
+_quotients = gluon.jit(quotients.fn)
 
 
 @gluon.jit
@@ -60,6 +59,6 @@ def store_hidden(
         peak = gl.maximum(peak, peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC)))
     scale = _block_scale(peak, MIN)
     at = q + row[:, None] * hidden + column[None, :]
-    gl.store(at, _quantised(x, scale), mask=ok[:, None] & inside)
+    gl.store(at, _quotients(x, scale).to(gl.float8e4nv), mask=ok[:, None] & inside)
     if WG == 0 or BM == 128:
         gl.store(q_scales + row * blocks + group, scale, mask=ok)

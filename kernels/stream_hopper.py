@@ -7,7 +7,8 @@ of K: nothing is split and added up through memory, at the price of reading x on
 An item is a pair of weight tiles: gate and up of the same columns, or neighbours. A worker has BIG items of 2 x 128
 rows, then small ones of 2 x N (stream.py shares them out). A stage holds 128 columns of a big item, or KU times 128 of
 a small one. Rows of x are the 64 rows of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half
-of both big tiles or one of the small ones. Neither choice changes a sum's order, which is ascending along K.
+of both big tiles or one of the small ones. PARTS workers share a small item and divide the rows of x, so that less of x
+is fetched for each weight. No choice changes a sum's order, which is ascending along K.
 
 Shared memory feeds the products and takes what is fetched, and every cache line that a warp looks up takes a turn
 there: a product reads x for both tiles, and a row's scales of a stage's blocks are one load (WIDE).
@@ -36,7 +37,7 @@ def _x_place(xs, ws, b, J: gl.constexpr, KU: gl.constexpr, BM: gl.constexpr, BIG
     if not BIG:
         place = xs.index(b * KU + J)
     elif J == 0:
-        place = xs.index(b)
+        place = xs.index(b).slice(0, BM, 0)
     else:
         place = ws.index(b).slice(128, BM, 0)
     return place
@@ -70,28 +71,29 @@ def _fetch_w(
 
 @gluon.jit
 def _fetch_x(
-    x_rows, ready, xs, ws, b, k, BLOCKS: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr,
+    x_rows, ready, xs, ws, b, k, x_row, BLOCKS: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr,
     KU: gl.constexpr, BIG: gl.constexpr,
 ):  # fmt: skip
     """Ask for a stage's rows of x, XR at a time: rows that there are not, in a block with others, take time."""
     for j in gl.static_range(BLOCKS):
         place = _x_place(xs, ws, b, j, KU, BM, BIG)
         for first in gl.static_range(0, XR if XR == 16 else BM, XR):
-            load_block(x_rows, [first, (k + j) * 128], ready, place.slice(first, XR, 0))
+            load_block(x_rows, [x_row + first, (k + j) * 128], ready, place.slice(first, XR, 0))
 
 
 @gluon.jit
 def _produce(
     x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws, full, empty,
     worker, step: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
-    N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Fetch all of a worker's units, the first weights before the predecessor has ended."""
-    ROWS: gl.constexpr = XR if XR == 16 else BM  # what stands in others is never stored
-    BIG_BYTES: gl.constexpr = ROWS * 128 + 2 * 128 * 128
-    BYTES: gl.constexpr = (ROWS + 2 * N) * 128 * KU
+    SM: gl.constexpr = BM // PARTS
+    # with 16 rows of x, what stands in others is never stored
+    BIG_BYTES: gl.constexpr = (XR if XR == 16 else BM) * 128 + 2 * 128 * 128
+    BYTES: gl.constexpr = ((XR if XR == 16 else SM) + 2 * N) * 128 * KU
     early = gl.minimum(gl.cdiv(kb, 1 if BIG else KU), STAGES)
-    row = first_row + worker * N * step
+    row = first_row + worker // PARTS * N * step
     if not BIG:
         early = gl.where(worker < groups, early, 0)
     for i in range(early):
@@ -116,10 +118,10 @@ def _produce(
                         mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
                     mbarrier.expect(ready, BIG_BYTES)
                     _fetch_w(big_rows, small_rows, ready, ws, b, at, k, sub_rows, KU, N, BIG, False)
-                _fetch_x(x_rows, ready, xs, ws, b, k, 1, XR, BM, KU, BIG)
+                _fetch_x(x_rows, ready, xs, ws, b, k, 0, 1, XR, BM, KU, BIG)
                 i += 1
     for group in range(worker, groups, WORKERS):
-        row = first_row + group * N * step
+        row = first_row + group // PARTS * N * step
         for k in range(0, kb, KU):
             b = i % STAGES
             ready = full.index(b)
@@ -128,7 +130,7 @@ def _produce(
                     mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
                 mbarrier.expect(ready, BYTES)
                 _fetch_w(big_rows, small_rows, ready, ws, b, row, k, small_sub, KU, N, BIG, True)
-            _fetch_x(x_rows, ready, xs, ws, b, k, KU, XR, BM, KU, BIG)
+            _fetch_x(x_rows, ready, xs, ws, b, k, group % PARTS * SM, KU, XR, SM, KU, BIG)
             i += 1
 
 
@@ -220,15 +222,13 @@ def _small_product(
 def _small_items(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
     limit, xs, ws, full, empty, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
-    KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr, WIDE: gl.constexpr,
+    KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
     """Multiply a worker's small items, from stage i of the ring on, to out."""
     C: gl.constexpr = N * BM // 64
     ROW: gl.constexpr = WG * 64 if BM == 128 else 0
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 32])
-    row = ROW + gl.arange(0, 64, gl.SliceLayout(1, ACC))
-    ok = row < M
-    to = row.to(gl.int64) * out_stride
     column = gl.arange(0, C, gl.SliceLayout(0, ACC)) + (WG * N if BM == 64 else 0)
     second = column >= N  # of the pair's tiles
     to_row = first_row
@@ -240,7 +240,8 @@ def _small_items(
     zeros = gl.zeros([64, C], gl.float32, ACC)
     for group in range(worker, groups, WORKERS):
         a = zeros
-        w_row = group * N * step
+        row = ROW + group % PARTS * BM + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+        w_row = group // PARTS * N * step
         tile = (first_row + w_row) // 128
         tile2 = tile + sub_tiles
         if step == 2:
@@ -263,7 +264,8 @@ def _small_items(
                     tell(empty.index(b))
                 scale = gl.where(second[None, :], scales2[j][:, None], scales[j][:, None])
                 a = add_scaled(p, scale, a)
-        _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, ok, column)
+        to = row.to(gl.int64) * out_stride
+        _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, row < M, column)
 
 
 @gluon.jit
@@ -271,7 +273,7 @@ def _consume(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
     tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, step: gl.constexpr,
     WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    BIG: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
+    BIG: gl.constexpr, PARTS: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     i = worker * 0
@@ -282,7 +284,7 @@ def _consume(
         )  # fmt: skip
     _small_items(
         x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles,
-        tiles, limit, xs, ws, full, empty, worker, i, step, WG, BM, KU, N, STAGES, BIG, WIDE,
+        tiles, limit, xs, ws, full, empty, worker, i, step, WG, BM // PARTS, KU, N, STAGES, BIG, PARTS, WIDE,
     )  # fmt: skip
 
 
@@ -291,7 +293,7 @@ def stream_units(
     x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
     first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, STEP: gl.constexpr,
     XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, BIG: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
+    REGISTERS: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
     WIDE: gl.constexpr,
 ):  # fmt: skip
     """Products of x [M, K] with the rows of w; x_rows, big_rows, small_rows: descriptors of blocks of x and w.
@@ -304,8 +306,9 @@ def stream_units(
     worker = gl.program_id(0)
     gdc_launch_dependents()
     SLOTS: gl.constexpr = STAGES if BIG else STAGES * KU
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, BM, 128], x_rows.layout)
     WR: gl.constexpr = 128 if BIG else N
+    MR: gl.constexpr = BM if BIG else BM // PARTS
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, MR, 128], x_rows.layout)
     ws = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, 2 * WR, 128], small_rows.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -322,14 +325,14 @@ def stream_units(
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 0, BM, KU, N, STAGES, BIG, SWIGLU, MIN, WIDE)),
+                STEP, 0, BM, KU, N, STAGES, BIG, PARTS, SWIGLU, MIN, WIDE)),
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 1, BM, KU, N, STAGES, BIG, SWIGLU, MIN, WIDE)),
+                STEP, 1, BM, KU, N, STAGES, BIG, PARTS, SWIGLU, MIN, WIDE)),
             (_produce, (
                 x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
-                full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG)),
+                full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG, PARTS)),
         ],
         [4, 1],
         [REGISTERS, 24],

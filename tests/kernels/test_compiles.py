@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 CHECK = """
-import re, sys
+import re, subprocess, sys, tempfile
+from pathlib import Path
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,16 +23,24 @@ def compiled(kernel, pointers, numbers, constants, **options):
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if given.get(name, "")[:1] in ("*", "i")}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, {name: given.get(name, "constexpr") for name in names}, places, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 for unit in (8, 4, 2, 1):
     ptx = compiled(kernels.pack._copy_pieces, ["*u8"] * 3, ["i32"] * 6,
-                   {"UNIT": unit, "SCALED": True, "C": 1024, "CS": 32}, num_warps=4)
+                   {"UNIT": unit, "SCALED": True, "C": 1024, "CS": 32}, num_warps=4).asm["ptx"]
     print("gather", unit, len(re.findall(r"ld[.]global[.]v", ptx)))
 for two in (False, True):
     compiled(kernels.combine._combine, ["*bf16", "*i32", "*fp32", "*fp32", "*bf16"], ["i32"],
              {"K": 8, "WEIGHTED": not two, "TWO": two, "WIDE": tl.float32, "C": 1024}, num_warps=8,
              enable_fp_fusion=False)
+tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+kernel = compiled(kernels.combine._combine, ["*bf16", "*i32", "*fp32", "*bf16", "*bf16"], ["i32"],
+                  {"K": 8, "WEIGHTED": True, "TWO": False, "WIDE": tl.float32, "C": 1024}, num_warps=8,
+                  enable_fp_fusion=False, maxnreg=40)
+with tempfile.NamedTemporaryFile() as file:
+    Path(file.name).write_bytes(kernel.asm["cubin"])
+    sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
+print("rows", len(re.findall("LDG.E.64", sass[:sass.index("FMUL")])))
 print("combine")
 compiled(kernels.block_gemm._tile_gemm,
          ["tensordesc<fp8e4nv[64,128]>", "*fp32", "tensordesc<fp8e4nv[128,128]>", "*fp32", "*fp32", "*i32"],
@@ -178,6 +187,7 @@ def test_kernels_compile_for_hopper(tmp_path):
     wide = re.search(r"gather 8 (\d+)", "\n".join(lines))
     assert wide is not None
     assert int(wide[1]) > 0, "rows are read in pieces of less than 16 bytes"
+    assert "rows 8" in lines, "combine begins to add before it has asked for all rows"
 
 
 def test_a_number_of_rows_does_not_ask_for_a_kernel_of_its_own(tmp_path):

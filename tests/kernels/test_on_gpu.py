@@ -24,7 +24,10 @@ FP8 = 2e-2
 def outliers(n, width, dtype):
     x = torch.randn(n, width) * torch.randn(n, 1).exp()
     x[torch.rand(n, width) < 0.002] *= 1e3
-    x[n // 2] = 0
+    x[n // 2, ::2] = 0
+    x[n // 2, 1::2] = -0.0
+    x[n // 3] *= 2.0**-126  # scales of 2**-126 and little more
+    x[n - 1] *= 2.0**-60 if n > 3 else 1
     return x.to(dtype)
 
 

@@ -5,16 +5,16 @@ import pytest
 from kernels.stream import WORKERS, share
 
 
-def spans(num_rows, halves):
-    """(worker, first row, end) in a half, of every item."""
-    s = share(num_rows, halves)
+def spans(num_rows, halves, parts=1):
+    """(worker, first row, end) in a half, of every item; small ones once for each part of the rows of x."""
+    s = share(num_rows, halves, parts)
     step = 3 - halves
     for item in range(s.rounds):
         for worker in range(WORKERS):
             first = (item * WORKERS + worker) * 128 * step
             yield worker, first, first + 128 * step
     for group in range(s.groups):
-        first = s.first_row + group * s.n * step
+        first = s.first_row + group // parts * s.n * step
         yield group % WORKERS, first, first + s.n * step
 
 
@@ -29,6 +29,17 @@ def test_every_row_has_one_worker(num_rows, halves):
         row for _, first, end in spans(num_rows, halves) for row in range(first, min(end, rows))
     ]
     assert taken == list(range(rows))
+
+
+@pytest.mark.parametrize("num_rows", [128, 384, 2816, 4096, 36864])
+def test_every_row_has_one_worker_for_each_part_of_x(num_rows):
+    first_row = share(num_rows, 2).first_row  # small items begin here, whatever the parts
+    taken = sorted(
+        row
+        for _, first, end in spans(num_rows, 2, parts=2)
+        for row in range(first, min(end, num_rows // 2))
+    )
+    assert taken == sorted([*range(num_rows // 2), *range(first_row, num_rows // 2)])
 
 
 @pytest.mark.parametrize(
