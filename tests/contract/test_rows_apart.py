@@ -6,6 +6,7 @@ The device is the CPU unless ATOLL_TEST_DEVICE names another: the form on the wi
 import asyncio
 import ctypes
 import os
+import random
 import struct
 import subprocess
 
@@ -664,6 +665,60 @@ def test_memory_that_is_not_what_the_peer_meant_is_not_used(tmp_path, monkeypatc
         link.post(Header(Kind.EXPERT_OUT), buffer)
         buffer.release()
         await there.until(lambda: bool(there.got))
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+@pytest.mark.parametrize("kind", [DeviceUcxNet, ReachingUcxNet], ids=["fetched", "reached"])
+def test_a_long_run_of_messages_of_all_sizes_held_for_a_while(tmp_path, kind):
+    """Through the inbox many times over, all its slots used again, with what finds no room going by UCX between."""
+    net, draw = kind(tmp_path), random.Random(7)
+    sizes = [
+        (draw.choice((0, 1, 100, 5000, 90_000)), draw.choice((0, 1, 3000, 60_000, 140_000)))
+        for _ in range(700)
+    ]
+
+    class Holding(HoldingPeer):
+        def on_message(self, link, header, payload):
+            rows, tables = sizes[header.block]
+            assert header.block == self.num, "out of order"
+            self.num += 1
+            byte = header.block % 251
+            if payload is None:
+                assert rows == tables == 0
+            else:
+                assert payload.array.tobytes() == bytes([byte]) * tables
+                assert payload.rows_nbytes == rows
+                self.held.append((payload, byte))
+            while len(self.held) > draw.randrange(12):
+                self.give_back(self.held.pop(draw.randrange(len(self.held))))
+            self._note("message", link)
+
+        def give_back(self, held):
+            payload, byte = held
+            if payload.rows is not None:  # not before now: they are still what they were
+                assert payload.rows.tensor.eq(byte).all()
+            payload.release()
+
+    async def main():
+        here, there = RowsPeer(), Holding()
+        there.num, there.held = 0, []
+        limits = LinkLimits(window=32, max_queued=64, max_payload_nbytes=16 << 20)
+        dialler, listener = net.transport(limits), net.transport(limits)
+        address = await listener.listen(net.address(), ROUTER, there)
+        link = await dialler.connect(address, hello(), here, timeout_s=5)
+        for block, (rows, tables) in enumerate(sizes):
+            byte = bytes([block % 251])
+            buffer = payload_of(dialler.pool, byte * rows, byte * tables)
+            link.post(Header(Kind.EXPERT_OUT, block=block), buffer)
+            buffer.release()
+            if len(link._queue) > 30 or draw.random() < 0.2:
+                await there.until(lambda: there.num >= block - draw.randrange(20))  # noqa: B023
+        await there.until(lambda: there.num == len(sizes))
+        for held in there.held:
+            there.give_back(held)
+        await poll_until(lambda: not dialler.pool.rows_outstanding)
 
     run(net, main)
     check_no_block_leaked(net)
