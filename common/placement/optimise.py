@@ -19,12 +19,12 @@ import numpy as np
 from common.errors import ConfigError
 from common.placement.baselines import eplb_layer
 from common.placement.layer_nodes import LayerNodes, LayerTask, place_nodes
-from common.placement.links import RowBytes, build_links
+from common.placement.links import Links, RowBytes, build_links
 from common.placement.packing import Slots, pack_layer
 from common.placement.plan import Layer, Plan
 from common.placement.routing_trace import RoutingTrace
 from common.placement.score import worker_loads
-from common.placement.swap import Budget
+from common.placement.swap import Budget, Floats
 from common.placement.topology import Topology
 
 
@@ -94,13 +94,21 @@ def optimise(
     total = np.zeros(len(nodes))
     holders: dict[int, Layer] = {}
     for i, placed in enumerate(run(place_nodes, tasks)):
-        if placed is None:
-            layer = eplb_layer(loads[i], slots[i], trace.num_groups, options.replicas)
-        else:
-            layer = pack_layer(placed, loads[i], slots[i], links.sources, total, keep=before[i])
-        total += worker_loads(layer, nodes, loads[i], links.sources)[1] / slots[i].speeds
+        layer = eplb_layer(loads[i], slots[i], trace.num_groups, options.replicas)
+        if placed is not None:
+            ours = pack_layer(placed, loads[i], slots[i], links.sources, total, keep=before[i])
+            # bounded by EPLB's placement, but of no more replicas than there are GPUs for
+            most = [_busy(one, loads[i], slots[i], links).max() for one in (ours, layer)]
+            if tasks[i].replicas == options.replicas or most[0] <= most[1]:
+                layer = ours
+        total += _busy(layer, loads[i], slots[i], links)
         holders[trace.layers[i]] = layer
     return Plan(epoch, holders, nodes)
+
+
+def _busy(layer: Layer, load: Floats, slots: Slots, links: Links) -> Floats:
+    """Rows per token of each worker, over its speed."""
+    return worker_loads(layer, slots.nodes, load, links.sources)[1] / slots.speeds
 
 
 def _held(previous: Plan | None, layer: int, num_experts: int) -> Layer | None:

@@ -104,6 +104,15 @@ def test_a_plan_keeps_every_constraint_or_one_sentence_says_why_not(trace, topol
         assert link_s <= their_link_s * (1 + 1e-9), layer
 
 
+def test_more_replicas_than_there_are_gpus_for_are_no_worse_than_eplbs():
+    """EPLB puts the seventh copy where it happens to level what six would not."""
+    trace = RoutingTrace(np.array([[[1, 0]]], np.int16), (3,), 2, 1)
+    spec = NodeSpec(1, 3, GPUS["H100"], 1, 12.5e9, 0, 0)
+    plan = optimise(trace, Topology((spec,)), Options(experts_per_gpu=3, replicas=5, budget=QUICK))
+    loads = worker_loads(plan.holders[3], (0, 0, 0), trace.loads[0], np.ones(1))[1]
+    assert loads.tolist() == pytest.approx([2 / 3] * 3)
+
+
 @settings(max_examples=25, deadline=None)
 @given(traces(), topologies(), options())
 def test_the_same_input_gives_the_same_plan(trace, topology, options):
