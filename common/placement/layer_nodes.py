@@ -118,16 +118,15 @@ def _largest(layer: Layer, load: Floats, slots: Slots, sources: Floats) -> float
 def _better(layer: Layer, bound: Bound, task: LayerTask) -> bool:
     """Whether the busiest link carries less."""
     nodes, links = task.slots.nodes, task.links
-    runs = bound.parts[1:]
+    # all tokens by themselves: which replica a row takes goes by its place, so runs do not add up to them
     loads = np.asarray(
         [
-            [links.loads(node_rows(one, nodes, run, links.sources)) for run in runs]
+            [links.loads(node_rows(one, nodes, part, links.sources)) for part in bound.parts]
             for one in (layer, bound.layer)
         ]
     )
     ours, theirs = loads.max(axis=2, initial=0.0)
-    whole = np.average(loads, axis=1, weights=list(map(len, runs))).max(axis=1, initial=0.0)
-    return bool(whole[0] <= whole[1] * _WORTH and (ours <= theirs).all())
+    return bool(ours[0] <= theirs[0] * _WORTH and (ours <= theirs).all())
 
 
 def _searched(task: LayerTask) -> tuple[Rows, Ints | None, Floats]:

@@ -113,6 +113,29 @@ def test_more_replicas_than_there_are_gpus_for_are_no_worse_than_eplbs():
     assert loads.tolist() == pytest.approx([2 / 3] * 3)
 
 
+def test_a_plan_is_judged_by_the_tokens_as_a_whole():
+    """Which replica a token takes goes by its place: runs of these tokens were better than EPLB's, all were not."""
+    experts = "14103141141310410213313101133134144142313430103113411304131334143141"
+    ids = np.array([*map(int, experts)], np.int16).reshape(1, -1, 2)
+    trace = RoutingTrace(ids, (3,), 5, 1)
+    nodes = (
+        NodeSpec(0, 1, GPUS["H100"], 1, 12.5e9, 0, 0), NodeSpec(0, 5, GPUS["H200"], 1, 12.5e9, 0, 0),
+        NodeSpec(0, 3, GPUS["H200"], 1, 12.5e9, 2, 0), NodeSpec(1, 0, GPUS["H100"], 1, 12.5e9, 2, 0),
+    )  # fmt: skip
+    topology = Topology(nodes)
+    wanted = Options(experts_per_gpu=2, replicas=5, spares=2, excluded=frozenset({1}), budget=QUICK)
+    (slots,) = layer_slots(topology, 10, 1, wanted)
+    links = build_links(topology, wanted.row)
+    most = [
+        links.loads(node_rows(one, topology.worker_nodes, trace.expert_ids[0], links.sources)).max()
+        for one in (
+            optimise(trace, topology, wanted).holders[3],
+            eplb_layer(trace.loads[0], slots, 1, wanted.replicas),
+        )
+    ]
+    assert most[0] <= most[1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(traces(), topologies(), options())
 def test_the_same_input_gives_the_same_plan(trace, topology, options):
