@@ -143,15 +143,18 @@ class BaseLink(Link, ABC):
             header.payload_nbytes = header.rows_nbytes + payload.nbytes
         if header.kind not in ANSWERS:  # an answer brings back the number of its request
             header.answer = 0 if landing is None else self._land(landing)
-        if self._queue or self._credits.available == 0:
-            self._enqueue(header, payload, landing)
-            return
-        buffer = self._message(payload)
         try:
-            header.pack_into(buffer.view)
-        except WireError:
-            buffer.release()
-            if landing is not None:
+            if self._queue or self._credits.available == 0:
+                self._enqueue(header, payload, landing)
+                return
+            buffer = self._message(payload)
+            try:
+                header.pack_into(buffer.view)
+            except WireError:
+                buffer.release()
+                raise
+        except (Overloaded, WireError):
+            if landing is not None:  # nobody will answer
                 self._landings.pop(header.answer).release()
             raise
         self._credits.available -= 1

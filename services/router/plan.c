@@ -119,7 +119,7 @@ static Segment *segments_of(
     for (Py_ssize_t i = 0; i < num; i++) {
         Py_ssize_t at = last[experts[i]] - 1;
         if (at < 0 || found[at].worker != workers[i]) {
-            for (at = 0; at < size && (found[at].expert != experts[i] || found[at].worker != workers[i]); at++)
+            for (at = at < 0 ? size : 0; at < size && (found[at].expert != experts[i] || found[at].worker != workers[i]); at++)
                 ;
             if (at == size)
                 found[size++] = (Segment){workers[i], experts[i], 0, at};

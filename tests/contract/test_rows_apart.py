@@ -13,7 +13,7 @@ import subprocess
 import pytest
 import torch
 
-from common.errors import AtollError, ConfigError, LinkClosed
+from common.errors import AtollError, ConfigError, LinkClosed, Overloaded
 from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, open_seam, synchronise
@@ -437,6 +437,24 @@ def test_rows_that_landed_nowhere_close_the_link(tmp_path):
         payload.release()
 
     run(net, main, leak_free=False)
+
+
+def test_a_full_queue_gives_the_landing_back(net):
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        link, dialler, _ = await linked(net, here, there)
+        place = dialler.pool.acquire_rows(4096)
+        for _ in range(LIMITS.window + LIMITS.max_queued):
+            link.post(Header(Kind.EXPERT_IN), landing=place)
+        held = place.block._count
+        with pytest.raises(Overloaded, match="the limit is 16"):
+            link.post(Header(Kind.EXPERT_IN), landing=place)
+        assert place.block._count == held
+        link.close("enough")
+        place.release()
+
+    run(net, main, leak_free=False)
+    check_no_block_leaked(net)
 
 
 def test_a_link_that_closes_gives_all_memory_back(net):
