@@ -28,8 +28,8 @@ _MOST_VIEWS = 32  # of a block, which the next payload of the same shape finds a
 class DeviceBlock:
     """A stretch of device memory owned by reference count (one reference at `take`)."""
 
-    foreign: Any = None  # a `ForeignBlock`'s link, and the port's name of it, 0 of a landing
-    offer: int = 0
+    owner: Any = None  # of a `NeighbourBlock`: the link to whose peer the memory belongs
+    offer: int = 0  # likewise: the port's name of rows to be returned, 0 of a landing
     __slots__ = (
         "_count",
         "_give_back",
@@ -80,19 +80,19 @@ class DeviceBlock:
             self._give_back(self)
 
 
-class ForeignBlock(DeviceBlock):
-    """Memory of the process at the other end of the link `foreign`, which this device reaches.
+class NeighbourBlock(DeviceBlock):
+    """Memory of the process at the other end of the link `owner`, which this device reaches.
 
     Kernels and copies read it, or write to it where it is a landing; rows are not sent on from there.
     """
 
-    __slots__ = ("foreign", "offer")
+    __slots__ = ("offer", "owner")
 
     def __init__(
         self, link: object, tensor: torch.Tensor, give_back: Callable[[DeviceBlock], None]
     ) -> None:
         super().__init__(tensor, give_back)
-        self.foreign = link
+        self.owner = link
         self.offer = 0
 
     def take_again(self) -> bool:

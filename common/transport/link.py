@@ -162,7 +162,7 @@ class BaseLink(Link, ABC):
 
     def _has_landed(self, rows: "DeviceRows") -> bool:
         """Whether they were written where the peer wants them. Raises LinkClosed when somebody else wanted them."""
-        link = rows.block.foreign
+        link = rows.block.owner
         if link is None:
             return False
         if link is not self:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common.transport.device import DeviceBlock, DeviceRows, ForeignBlock, tensor_at
+from common.transport.device import DeviceBlock, DeviceRows, NeighbourBlock, tensor_at
 from common.transport.port import Foreign, RowsPort
 
 _PROOF_NBYTES = 16
@@ -27,7 +27,7 @@ class Neighbour:
     def __init__(self, port: RowsPort, sender: int, device: torch.device) -> None:
         """`sender`: the peer's number in its tags, in place. `device`: of rows."""
         self._port, self._device = port, device
-        self._known: dict[tuple[int, int], ForeignBlock] = {}
+        self._known: dict[tuple[int, int], NeighbourBlock] = {}
         self._proof = secrets.token_bytes(_PROOF_NBYTES)
         self._file = os.memfd_create("atoll-inbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -72,19 +72,19 @@ class Neighbour:
             wanted = DeviceRows(self._block(link, landing, landing_nbytes), 0, landing_nbytes)
         return DeviceRows(block, 0, nbytes), wanted
 
-    def _block(self, link: object, address: int, nbytes: int) -> ForeignBlock:
+    def _block(self, link: object, address: int, nbytes: int) -> NeighbourBlock:
         """With one reference. The same memory comes again and again, and a view of it takes longer than a look-up."""
         block = self._known.get((address, nbytes))
         if block is not None and block.take_again():
             return block
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        block = ForeignBlock(link, tensor_at(address, nbytes, self._device), self._returned)
+        block = NeighbourBlock(link, tensor_at(address, nbytes, self._device), self._returned)
         self._known[address, nbytes] = block
         return block
 
     def _returned(self, block: DeviceBlock) -> None:
-        assert isinstance(block, ForeignBlock), "a block of our own"
+        assert isinstance(block, NeighbourBlock), "a block of our own"
         offer, block.offer = block.offer, 0
         if offer:  # else a landing
             self._port.return_rows(offer)

@@ -95,7 +95,9 @@ static PyObject *port_receive(Port *self, PyObject *const *args, Py_ssize_t num_
     return PyLong_FromLong(status == UCS_OK && info.length != nbytes ? UCS_ERR_MESSAGE_TRUNCATED : status);
 }
 
-/* send_rows(endpoint, tag, address, nbytes, rows, rows_nbytes, on_device, shared, landing, landing_nbytes, lands, ended) */
+/* send_rows(endpoint, tag, head, head_nbytes, rows, nbytes, on_device, shared, landing, landing_nbytes, landing_shared,
+ * ended)
+ */
 static PyObject *port_send_rows(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
     if (!check_arguments(num_args, 12))

@@ -20,13 +20,13 @@ are, and those of an answer may be in their landing when the answer comes.
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.errors import LinkClosed, WireError
 from common.transport.base import Handler, Hello
 from common.transport.buffers import Buffer
 from common.transport.link import BaseLink, LinkState
-from common.transport.port import CANCELED, IN_PROGRESS
+from common.transport.port import CANCELED, IN_PROGRESS, Foreign
 from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
 from common.wire.header import HEADER_NBYTES, Header
 
@@ -65,7 +65,7 @@ class UcxMessages(BaseLink):
         self._port = plane.port
         self._sender = sender  # the id that the peer puts into its tags
         self._endpoint: Endpoint | None = None
-        self._to: Any = None  # the port's name of the endpoint
+        self._to: Foreign = None  # the port's name of the endpoint
         self._neighbour: Neighbour | None = None  # the peer, on this host
         self._is_met = False
         self._reaches_here = False  # the peer, into our device memory, without our having a say
@@ -84,7 +84,7 @@ class UcxMessages(BaseLink):
         if rows is None:
             self._send_message(buffer, tag)
             return
-        if rows.block.foreign is not None:  # they are where the peer wants them
+        if rows.block.owner is not None:  # they are where the peer wants them
             send = partial(self._send_message, buffer, tag)
         elif HEADER_NBYTES + buffer.nbytes <= self._port.max_head:
             send = partial(self._send_with_rows, buffer, tag, landing)
@@ -117,7 +117,7 @@ class UcxMessages(BaseLink):
         tag |= _KIND_WITH_ROWS << KIND_SHIFT
         head = tag, buffer.address, HEADER_NBYTES + buffer.nbytes
         self._send_rows(rows.retain(), *head, landing)
-        buffer.headroom_busy = False  # UCX has a copy
+        buffer.headroom_busy = False  # the port has a copy
         buffer.release()
 
     def _send_rows(
@@ -144,7 +144,7 @@ class UcxMessages(BaseLink):
         else:
             ended(status)
 
-    def _share(self, rows: "DeviceRows") -> Any:  # noqa: ANN401  -- the port's
+    def _share(self, rows: "DeviceRows") -> Foreign:
         """What a neighbour needs to reach these rows: the key to all of their block, made once."""
         block = rows.block
         if block.shared is None and self._is_met:
@@ -178,7 +178,7 @@ class UcxMessages(BaseLink):
 
     # -- receiving
 
-    def arrive(self, tag: int, nbytes: int, message: Any) -> None:  # noqa: ANN401  -- the port's
+    def arrive(self, tag: int, nbytes: int, message: Foreign) -> None:
         """A message of this link was probed: receive it, or close the link when it must not be received."""
         arrival = self._arrival(tag, KIND_MESSAGE, nbytes)
         if arrival is None:
@@ -189,7 +189,7 @@ class UcxMessages(BaseLink):
             ended(status)
 
     def announced(self, tag: int, head: bytes, nbytes: int, data: int) -> None:
-        """UCX announces rows, with their message unless that goes apart."""
+        """Rows are announced, with their message unless that goes apart."""
         number = tag & _SEQUENCE_MASK
         if tag >> KIND_SHIFT == _KIND_ROWS and self._is_expected(number, self._announced):
             self._announced[number] = data, nbytes
@@ -247,7 +247,7 @@ class UcxMessages(BaseLink):
         if header is None:
             return
         arrival.header = header
-        if buffer.rows is not None and not header.landed and buffer.rows.block.foreign is None:
+        if buffer.rows is not None and not header.landed and buffer.rows.block.owner is None:
             self._receive_rows(number, arrival)
         elif number in self._announced:
             self._fail(WireError(f"rows {number} of {self._peer.process} are not in their header"))

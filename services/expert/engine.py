@@ -60,7 +60,7 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         answer = row_segment(header.num_rows, header.width, EXPERT_OUT_ROWS[header.wire])
         rows = rows_of(payload, layout.rows)
         scales = scales_of(payload, layout.rows) if is_fp8 else None
-        if payload.rows.block.foreign is not None and not bank.copies(rows, scales):
+        if payload.rows.block.owner is not None and not bank.copies(rows, scales):
             rows = rows.view(torch.uint8).clone().view(rows.dtype)  # they would be read many times
             scales = None if scales is None else scales.clone()
         return Call(rows, scales, pairs, landing_of(payload, answer))

@@ -367,7 +367,7 @@ def test_rows_in_reach_are_read_where_they_are_and_kept_until_then(tmp_path, clo
         await there.until(lambda: len(there.got) == 1)
         ((_, payload),) = there.got
         assert payload.rows.address == address
-        assert payload.rows.block.foreign is there.links[0]
+        assert payload.rows.block.owner is there.links[0]
         assert dialler.pool.rows_outstanding == 1
         assert listener.pool.rows_outstanding == 0
         with pytest.raises(LinkClosed, match="for a link that is gone"):

@@ -63,7 +63,7 @@ class Side:
         pass
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
-        if payload is None or payload.rows is None or payload.rows.block.foreign is None:
+        if payload is None or payload.rows is None or payload.rows.block.owner is None:
             self.take(link, header, payload)
             return
         pool, nbytes = self.transport.pool, payload.rows.nbytes
