@@ -139,6 +139,13 @@ def payload_of(pool, rows: bytes, tables: bytes):
     return buffer
 
 
+def post(link, header, pool, rows: bytes, tables: bytes, landing=None):
+    """One message, whose payload is the link's from now on."""
+    buffer = payload_of(pool, rows, tables)
+    link.post(header, buffer, landing=landing)
+    buffer.release()
+
+
 async def linked(net, here, there, **options):
     dialler, listener = net.transport(**options), net.transport()
     address = await listener.listen(net.address(), ROUTER, there)
@@ -157,9 +164,7 @@ def test_rows_and_tables_arrive_together_and_in_order(net):
         for block, (rows, tables) in enumerate(
             bodies
         ):  # more than the window: some wait for credit
-            buffer = payload_of(dialler.pool, rows, tables)
-            link.post(Header(Kind.EXPERT_OUT, block=block), buffer)
-            buffer.release()
+            post(link, Header(Kind.EXPERT_OUT, block=block), dialler.pool, rows, tables)
             await asyncio.sleep(0)
         await there.until(lambda: len(there.got) == len(bodies))
         for block, (header, rows, tables) in enumerate(there.got):
@@ -215,10 +220,8 @@ def test_an_answer_of_another_size_closes_the_link(net, nbytes):
         )
         pools.append(listener.pool)
         place = dialler.pool.acquire_rows(4096)
-        buffer = payload_of(dialler.pool, bytes(5000), b"")
-        link.post(Header(Kind.EXPERT_IN), buffer, landing=place)
+        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(5000), b"", landing=place)
         place.release()
-        buffer.release()
         await here.until(lambda: bool(here.closed))
         assert "4096 are wanted" in str(here.closed[0][1])
 
@@ -233,10 +236,8 @@ def test_a_failure_needs_no_rows(net):
         pools.append(listener.pool)
         for _ in range(2):
             place = dialler.pool.acquire_rows(4096)
-            buffer = payload_of(dialler.pool, bytes(100), b"")
-            link.post(Header(Kind.EXPERT_IN), buffer, landing=place)
+            post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
             place.release()
-            buffer.release()
         await here.until(lambda: len(here.got) == 2)
         assert [(h.kind, rows, tables) for h, rows, tables in here.got] == [
             (Kind.FAILED, b"", b"x")
@@ -250,9 +251,7 @@ def test_an_answer_to_nothing_closes_the_link(net):
     async def main():
         here, there = RowsPeer(), RowsPeer()
         link, dialler, _ = await linked(net, here, there)
-        buffer = payload_of(dialler.pool, bytes(100), b"")
-        link.post(Header(Kind.EXPERT_OUT, answer=7), buffer)
-        buffer.release()
+        post(link, Header(Kind.EXPERT_OUT, answer=7), dialler.pool, bytes(100), b"")
         await there.until(lambda: bool(there.closed))
         assert "answer 7, which nobody waits for" in str(there.closed[0][1])
 
@@ -284,9 +283,7 @@ def test_rows_to_a_process_without_device_buffers_close_the_link(net):
         address = await listener.listen(net.address(), ROUTER, there)
         link = await dialler.connect(address, hello(), here, timeout_s=5)
         await there.until(lambda: bool(there.links))
-        buffer = payload_of(dialler.pool, bytes(100), b"")
-        link.post(Header(Kind.EXPERT_IN), buffer)
-        buffer.release()
+        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"")
         await there.until(lambda: bool(there.closed))
         assert "to a process without device buffers" in str(there.closed[0][1])
 
@@ -307,9 +304,13 @@ def test_rows_shorter_than_their_header_says_close_the_link(tmp_path, num_tables
             rows.release()
 
         link._send_rows = cut
-        buffer = payload_of(dialler.pool, b"r" * 100_000, b"t" * num_tables)
-        link.post(Header(Kind.EXPERT_IN, num_rows=1), buffer)
-        buffer.release()
+        post(
+            link,
+            Header(Kind.EXPERT_IN, num_rows=1),
+            dialler.pool,
+            b"r" * 100_000,
+            b"t" * num_tables,
+        )
         await there.until(lambda: bool(there.closed))
         assert "99999 bytes of rows, the header says 100000" in str(there.closed[0][1])
         assert not there.got
@@ -390,9 +391,7 @@ def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path):
         link, dialler, listener = await linked(net, here, there)
         place = dialler.pool.acquire_rows(4096)
         for _ in range(3):  # the same places again
-            buffer = payload_of(dialler.pool, bytes(100), b"")
-            link.post(Header(Kind.EXPERT_IN), buffer, landing=place)
-            buffer.release()
+            post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
             await there.until(lambda: bool(there.got))
             ((header, payload),) = there.got
             there.got.clear()
@@ -422,9 +421,7 @@ def test_rows_that_landed_nowhere_close_the_link(tmp_path):
         here, there = RowsPeer(), HoldingPeer()
         link, dialler, listener = await linked(net, here, there)
         place = dialler.pool.acquire_rows(4096)
-        buffer = payload_of(dialler.pool, bytes(100), b"")
-        link.post(Header(Kind.EXPERT_IN), buffer, landing=place)
-        buffer.release()
+        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
         place.release()
         await there.until(lambda: bool(there.got))
         ((header, payload),) = there.got
@@ -463,10 +460,10 @@ def test_a_link_that_closes_gives_all_memory_back(net):
         link, dialler, _ = await linked(net, here, there)
         for _ in range(LIMITS.window + 3):  # the last ones wait for credit
             place = dialler.pool.acquire_rows(100_000)
-            buffer = payload_of(dialler.pool, bytes(1 << 20), b"tables")
-            link.post(Header(Kind.EXPERT_IN), buffer, landing=place)
+            post(
+                link, Header(Kind.EXPERT_IN), dialler.pool, bytes(1 << 20), b"tables", landing=place
+            )
             place.release()
-            buffer.release()
         link.close("enough")
         await here.until(lambda: bool(here.closed))
         await there.until(lambda: bool(there.closed))
@@ -593,9 +590,13 @@ def test_more_than_an_inbox_holds_comes_in_order(tmp_path):
         address = await listener.listen(net.address(), ROUTER, there)
         link = await dialler.connect(address, hello(), RowsPeer(), timeout_s=5)
         for block, (rows, tables) in enumerate(sizes):  # nobody reads before the last is posted
-            buffer = payload_of(dialler.pool, bytes([block + 1]) * rows, bytes([block]) * tables)
-            link.post(Header(Kind.EXPERT_OUT, block=block), buffer)
-            buffer.release()
+            post(
+                link,
+                Header(Kind.EXPERT_OUT, block=block),
+                dialler.pool,
+                bytes([block + 1]) * rows,
+                bytes([block]) * tables,
+            )
         await there.until(lambda: len(there.got) == len(sizes))
         for block, (header, rows, tables) in enumerate(there.got):
             assert header.block == block
@@ -627,9 +628,7 @@ def test_a_peer_that_offers_no_memory_or_nonsense(tmp_path, monkeypatch, offer):
                 await dialler.connect(address, hello(), here, timeout_s=5)
             return
         link = await dialler.connect(address, hello(), here, timeout_s=5)
-        buffer = payload_of(dialler.pool, b"r" * 70_000, b"t")
-        link.post(Header(Kind.EXPERT_OUT), buffer)
-        buffer.release()
+        post(link, Header(Kind.EXPERT_OUT), dialler.pool, b"r" * 70_000, b"t")
         await there.until(lambda: bool(there.got))
         assert there.got[0][1:] == (b"r" * 70_000, b"t")
         assert not link._is_met
@@ -656,9 +655,7 @@ def test_one_side_alone_may_reach_the_other(tmp_path, monkeypatch):
         assert (link._is_met, far._is_met) == (False, True)
         for sender, pool, peer in ((link, dialler.pool, there), (far, listener.pool, here)):
             for block in range(3):
-                buffer = payload_of(pool, b"r" * 70_000, b"t")
-                sender.post(Header(Kind.EXPERT_OUT, block=block), buffer)
-                buffer.release()
+                post(sender, Header(Kind.EXPERT_OUT, block=block), pool, b"r" * 70_000, b"t")
             await peer.until(lambda peer=peer: len(peer.got) == 3)
             assert {(rows, tables) for _, rows, tables in peer.got} == {(b"r" * 70_000, b"t")}
 
@@ -679,9 +676,7 @@ def test_memory_that_is_not_what_the_peer_meant_is_not_used(tmp_path, monkeypatc
         link, dialler, _ = await linked(net, here, there)
         assert not link._is_met
         assert not there.links[0]._is_met
-        buffer = payload_of(dialler.pool, b"r" * 70_000, b"t")
-        link.post(Header(Kind.EXPERT_OUT), buffer)
-        buffer.release()
+        post(link, Header(Kind.EXPERT_OUT), dialler.pool, b"r" * 70_000, b"t")
         await there.until(lambda: bool(there.got))
 
     run(net, main)
@@ -728,9 +723,9 @@ def test_a_long_run_of_messages_of_all_sizes_held_for_a_while(tmp_path, kind):
         link = await dialler.connect(address, hello(), here, timeout_s=5)
         for block, (rows, tables) in enumerate(sizes):
             byte = bytes([block % 251])
-            buffer = payload_of(dialler.pool, byte * rows, byte * tables)
-            link.post(Header(Kind.EXPERT_OUT, block=block), buffer)
-            buffer.release()
+            post(
+                link, Header(Kind.EXPERT_OUT, block=block), dialler.pool, byte * rows, byte * tables
+            )
             if len(link._queue) > 30 or draw.random() < 0.2:
                 await there.until(lambda: there.num >= block - draw.randrange(20))  # noqa: B023
         await there.until(lambda: there.num == len(sizes))
