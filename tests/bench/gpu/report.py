@@ -87,7 +87,10 @@ def serving() -> str:
         if file != "serving_demo":
             name = f"{facts['model']}, {facts['layers']} layers"
             experts = f" with 32 experts of each layer, {facts['distinct']} of them distinct"
-        notes.append(f"{name}: {facts['workers']} expert workers{experts}; {where(facts)}")
+        batches = facts["rows"][0]["microbatches"]
+        notes.append(
+            f"{name}, micro-batches {batches}: {facts['workers']} expert workers{experts}; {where(facts)}"
+        )
         for r in facts["rows"]:
             seen = r.get("trace", {}).get("overlap", [{}])[0]
             stalled = r["tpot_ms"] <= 0  # a short run took longer than a long one
