@@ -90,7 +90,11 @@ class DataPlane:
             return None
         from common.transport.neighbour import Neighbour  # which imports torch
 
-        return Neighbour(self.port, sender, cast("DevicePool", self.pool).device)
+        try:
+            return Neighbour(self.port, sender, cast("DevicePool", self.pool).device)
+        except OSError as exc:  # too many open files, no memory
+            log.warning("a peer on this host will be reached by UCX alone: %s", exc)
+            return None
 
     def opened(self, link: UcxLink) -> None:
         """Report it, then deliver what overtook the control socket."""

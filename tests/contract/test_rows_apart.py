@@ -5,6 +5,7 @@ The device is the CPU unless ATOLL_TEST_DEVICE names another: the form on the wi
 
 import asyncio
 import ctypes
+import errno
 import os
 import random
 import struct
@@ -635,6 +636,27 @@ def test_a_peer_that_offers_no_memory_or_nonsense(tmp_path, monkeypatch, offer):
 
     run(net, main)
     check_no_block_leaked(net)
+
+
+def test_without_memory_to_share_all_goes_by_ucx(tmp_path, monkeypatch, caplog):
+    net = DeviceUcxNet(tmp_path)
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+
+    async def main():
+        here, there = RowsPeer(), RowsPeer()
+        link, dialler, _ = await linked(net, here, there)
+        post(link, Header(Kind.EXPERT_OUT), dialler.pool, b"r" * 70_000, b"t")
+        await there.until(lambda: bool(there.got))
+        assert there.got[0][1:] == (b"r" * 70_000, b"t")
+        assert not link._is_met
+
+    run(net, main)
+    check_no_block_leaked(net)
+    assert "reached by UCX alone: [Errno 24] Too many open files" in caplog.text
 
 
 def test_one_side_alone_may_reach_the_other(tmp_path, monkeypatch):
