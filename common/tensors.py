@@ -126,7 +126,9 @@ class RowPick:
 
     __slots__ = ("_rows", "_scales")
 
-    def __init__(self, source: Buffer, segment: RowSegment, index: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, source: Buffer, segment: RowSegment, index: npt.NDArray[np.integer[Any]]
+    ) -> None:
         self._rows = byte_rows(source, segment).take(index, axis=0)
         self._scales = (
             scale_rows(source, segment).take(index, axis=0)

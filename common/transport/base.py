@@ -22,6 +22,7 @@ from common.wire.header import Header
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
+    from common.transport.volley import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,10 @@ class Link(Protocol):
         waits in the link's bounded queue. Raises LinkClosed after the link closed, Overloaded when the queue is full,
         WireError when a header field is out of range (nothing was sent).
         """
+        ...
+
+    def take_part(self, part: "Part") -> bool:
+        """Send a message with the others of its volley, which has not left; False: post it by itself."""
         ...
 
     def send_control(self, message: dict[str, Any]) -> None:

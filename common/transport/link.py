@@ -27,6 +27,7 @@ from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, K
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
+    from common.transport.volley import Part
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,11 @@ class BaseLink(Link, ABC):
             raise
         self._credits.available -= 1
         self._send(buffer, landing)
+
+    def take_part(self, part: "Part") -> bool:
+        """Send a message with the others of its volley; False: post it by itself."""
+        del part
+        return False
 
     def _has_landed(self, rows: "DeviceRows") -> bool:
         """Whether they were written where the peer wants them. Raises LinkClosed when somebody else wanted them."""

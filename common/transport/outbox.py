@@ -9,7 +9,7 @@ blocks in flight are bounded by micro-batches.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 from common.errors import LinkClosed
 from common.transport.base import Link
@@ -17,17 +17,44 @@ from common.transport.buffers import Buffer
 from common.wire.header import Header
 
 if TYPE_CHECKING:
-    from common.transport.device import DeviceRows
+    from common.transport.volley import Part
 
 
 @dataclass(slots=True)
-class Call:
-    """One message waiting for its answer; `payload` is kept for a re-send, `landing` is where the answer's rows go."""
+class Message:
+    """A call that goes by itself; it owns a reference to `payload`, which is kept for a re-send."""
 
     header: Header
     payload: Buffer
     since_ns: int
-    landing: "DeviceRows | None" = None
+    landing: None = None
+
+    @property
+    def number(self) -> int:
+        """What the answer names as its block."""
+        return self.header.block
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are asked about."""
+        return self.header.num_rows
+
+    @property
+    def num_pairs(self) -> int:
+        """Of these rows, as the kind counts them."""
+        return self.header.num_pairs
+
+    def post(self, link: Link) -> None:
+        """Raises what `Link.post` does."""
+        link.post(self.header, self.payload)
+
+    def release(self) -> None:
+        """The answer is in, or not wanted any more."""
+        self.payload.release()
+
+
+Call = Union[Message, "Part"]
+"""One message waiting for its answer since then; `landing` is where the rows of the answer go, None: anywhere."""
 
 
 class Outbox:
@@ -46,23 +73,17 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def send(
-        self,
-        header: Header,
-        payload: Buffer,
-        now_ns: int,
-        *,
-        landing: "DeviceRows | None" = None,
-    ) -> None:
+    def send(self, call: "Call") -> None:
         """Keep the message (taking over the caller's references) and post it if the link is open.
 
         Raises Overloaded when the link's queue is full; the message is then not kept.
         """
-        call = self._calls[header.block] = Call(header, payload, now_ns, landing)
+        number = call.number
+        self._calls[number] = call
         try:
             self._post(call)
         except BaseException:
-            self.drop(header.block)
+            self.drop(number)
             raise
 
     def owed(self, block: int) -> Call | None:
@@ -76,9 +97,7 @@ class Outbox:
         """
         call = self._calls.pop(block, None)
         if call is not None:
-            call.payload.release()
-            if call.landing is not None:
-                call.landing.release()
+            call.release()
         return call
 
     def drop(self, block: int) -> None:
@@ -121,6 +140,6 @@ class Outbox:
         if self.link is None:
             return
         try:
-            self.link.post(call.header, call.payload, landing=call.landing)
+            call.post(self.link)
         except LinkClosed:
             self.link = None  # its on_close is on the way; the message waits for the next link

@@ -11,20 +11,12 @@
  *
  * An endpoint, a message or rows are numbers to Python. An odd one belongs to a neighbour: what it names is aligned.
  */
-#include "telling.h"
+#include "volley.h"
 
 #include <dlfcn.h>
 #include <structmember.h>
 
 #define MAX_PROGRESS 64
-#define ROWS_ID 16       /* of active messages; UCXX takes the first few numbers */
-#define MAX_HEAD 65536   /* bytes of a message that travel with rows; UCX may have less room */
-
-/* What an odd number names, else NULL. */
-static void *neighbour_s(void *number)
-{
-    return (uintptr_t)number & 1 ? (char *)number - 1 : NULL;
-}
 
 static int check_arguments(Py_ssize_t given, Py_ssize_t wanted)
 {
@@ -102,49 +94,24 @@ static PyObject *port_send_rows(Port *self, PyObject *const *args, Py_ssize_t nu
 {
     if (!check_arguments(num_args, 12))
         return NULL;
-    ucp_ep_h endpoint = PyLong_AsVoidPtr(args[0]);
-    ucp_tag_t tag = PyLong_AsUnsignedLongLong(args[1]);
+    void *to = PyLong_AsVoidPtr(args[0]);
+    Head head;
+    head.tag = PyLong_AsUnsignedLongLong(args[1]);
     void *address = PyLong_AsVoidPtr(args[2]);
     Py_ssize_t nbytes = PyLong_AsSsize_t(args[3]);
-    void *rows = PyLong_AsVoidPtr(args[4]);
-    size_t rows_nbytes = PyLong_AsSize_t(args[5]);
-    void *landing = PyLong_AsVoidPtr(args[8]);
-    size_t landing_nbytes = PyLong_AsSize_t(args[9]);
+    Offer offer = {
+        PyLong_AsVoidPtr(args[4]), PyLong_AsSize_t(args[5]), args[7], PyLong_AsVoidPtr(args[8]), PyLong_AsSize_t(args[9]),
+        args[10]};
     if (PyErr_Occurred())
         return NULL;
     if (nbytes < 0 || nbytes > self->max_head)
         return PyErr_Format(PyExc_ValueError, "%zd bytes with rows, at most %zd", nbytes, self->max_head);
-    Operation *op = take(self, args[11], rows, rows_nbytes);
+    Operation *op = take(self, args[11], offer.rows, offer.nbytes);
     if (op == NULL)
         return NULL;
     op->memory = memory_of(args[6]);
-    Neighbour *neighbour = neighbour_s(endpoint);
-    if (neighbour != NULL) {
-        Slot *slot = args[7] == Py_None ? NULL : free_slot(neighbour);
-        if (slot != NULL) {
-            name_place(&slot->rows, (Shared *)args[7], rows, rows_nbytes);
-            slot->landing.nbytes = 0;
-            if (args[10] != Py_None)
-                name_place(&slot->landing, (Shared *)args[10], landing, landing_nbytes);
-            if (offer_rows(neighbour, op, tag, address, nbytes))
-                return PyLong_FromLong(UCS_INPROGRESS);
-        }
-        endpoint = neighbour->endpoint;
-    }
-    char head[sizeof tag + MAX_HEAD];
-    memcpy(head, &tag, sizeof tag);
-    memcpy(head + sizeof tag, address, nbytes);
-    ucp_request_param_t param = {
-        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE
-                        | UCP_OP_ATTR_FIELD_FLAGS,
-        .flags = UCP_AM_SEND_FLAG_RNDV | UCP_AM_SEND_FLAG_COPY_HEADER,
-        .cb.send = on_sent,
-        .user_data = op,
-        .memory_type = op->memory,
-    };
-    ucs_status_ptr_t request =
-        ucp.rows_send(endpoint, ROWS_ID, head, sizeof tag + nbytes, rows, rows_nbytes, &param);
-    return PyLong_FromLong(posted(op, request));
+    memcpy(head.message, address, nbytes);
+    return PyLong_FromLong(post_rows(op, to, &head, nbytes, &offer));
 }
 
 /* receive_rows(data, address, nbytes, on_device, ended) */
@@ -408,6 +375,7 @@ static PyMethodDef port_methods[] = {
     {"send", (PyCFunction)(void (*)(void))port_send, METH_FASTCALL, NULL},
     {"receive", (PyCFunction)(void (*)(void))port_receive, METH_FASTCALL, NULL},
     {"send_rows", (PyCFunction)(void (*)(void))port_send_rows, METH_FASTCALL, NULL},
+    {"send_together", (PyCFunction)port_send_together, METH_VARARGS, NULL},
     {"receive_rows", (PyCFunction)(void (*)(void))port_receive_rows, METH_FASTCALL, NULL},
     {"reach_rows", (PyCFunction)port_reach_rows, METH_O, NULL},
     {"return_rows", (PyCFunction)port_return_rows, METH_O, NULL},

@@ -81,6 +81,21 @@ class RowsPort(Port, Protocol):
         """
         ...
 
+    def send_together(
+        self,
+        template: bytearray,
+        on_device: bool,
+        parts: list[tuple[Any, ...]],
+        calls: list[Any],
+        /,
+    ) -> list[int]:
+        """`send_rows` for many messages that differ little from the header `template`; returns their statuses.
+
+        A part: (to, tag, block, target, num_rows, num_pairs, credits, answer, address, nbytes, shared, landing,
+        landing_nbytes, landing_shared, what follows the header).
+        """
+        ...
+
     def receive_rows(
         self, data: int, address: int, nbytes: int, on_device: bool, ended: Ended, /
     ) -> int:

@@ -17,7 +17,7 @@ A neighbour's messages (`common.transport.neighbour`) have the same tags. Its ro
 are, and those of an answer may be in their landing when the answer comes.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,12 +28,13 @@ from common.transport.buffers import Buffer
 from common.transport.link import BaseLink, LinkState
 from common.transport.port import CANCELED, IN_PROGRESS, Foreign
 from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
-from common.wire.header import HEADER_NBYTES, Header
+from common.wire.header import HEADER_NBYTES, Header, Kind
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
     from common.transport.neighbour import Neighbour
     from common.transport.ucx_plane import DataPlane
+    from common.transport.volley import Part, Ticket
 
 _KIND_WITH_ROWS, _KIND_ROWS = 2, 3  # KIND_MESSAGE (1): header and payload, or header and tables
 SENDER_SHIFT = 32
@@ -143,6 +144,51 @@ class UcxMessages(BaseLink):
             self._reactor.kick()
         else:
             ended(status)
+
+    def take_part(self, part: "Part") -> bool:
+        credits = self._credits
+        if (
+            not self._is_met or self._queue or credits.available == 0 or self._endpoint is None
+            or HEADER_NBYTES + len(part.tail) > self._port.max_head
+        ):  # fmt: skip
+            return False
+        credits.available -= 1
+        number = self._num_sent
+        self._num_sent = (number + 1) & _SEQUENCE_MASK
+        answer = 0 if part.landing is None else self._land(part.landing)
+        part.rows.retain()
+        tag = _KIND_WITH_ROWS << KIND_SHIFT | self._tag_base | number
+        part.volley.tickets.append((self, tag, credits.collect(), answer, part))
+        return True
+
+    def send_together(self, request: Header, kind: Kind, tickets: "Sequence[Ticket]") -> None:
+        """The device has written the rows of messages that links of this process took."""
+        parts, calls = [], []
+        for link, tag, credits, answer, part in tickets:
+            rows, landing = part.rows, part.landing
+            if link._endpoint is None:  # closed before
+                rows.release()
+                continue
+            place = (
+                (0, 0, None)
+                if landing is None
+                else (landing.address, landing.nbytes, self._share(landing))
+            )
+            parts.append(
+                (link._to, tag, part.number, part.target, part.num_rows, part.num_pairs, credits, answer,
+                 rows.address, rows.nbytes, self._share(rows), *place, part.tail)
+            )  # fmt: skip
+            calls.append(partial(link._rows_sent, rows))
+        if not parts:
+            return
+        template = bytearray(HEADER_NBYTES)
+        request.derive(kind, target=0, payload_nbytes=0).pack_into(template)
+        on_device = tickets[0][4].rows.on_device
+        statuses = self._port.send_together(template, on_device, parts, calls)
+        self._reactor.kick()
+        for status, ended in zip(statuses, calls, strict=True):
+            if status != IN_PROGRESS:
+                ended(status)
 
     def _share(self, rows: "DeviceRows") -> Foreign:
         """What a neighbour needs to reach these rows: the key to all of their block, made once."""

@@ -22,7 +22,7 @@ from common.errors import WireError
 from common.wire.header import Wire
 
 SCALE_BLOCK = 128
-_ALIGN = 16
+SECTION = 16  # every section of a payload begins at a multiple of it
 
 
 class RowType(IntEnum):
@@ -47,7 +47,7 @@ def combined_rows(wire: Wire, device: str) -> RowType:
 
 def align(offset: int) -> int:
     """The next multiple of 16 at or after `offset`, so that every section can be viewed with its own dtype."""
-    return -(-offset // _ALIGN) * _ALIGN
+    return -(-offset // SECTION) * SECTION
 
 
 def num_scales(width: int) -> int:

@@ -23,7 +23,7 @@ from common.tensors import TORCH_DTYPES, check_rows, numbers, put_bytes, row_byt
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DevicePool
-from common.transport.outbox import Outbox
+from common.transport.outbox import Message, Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import (
     DispatchLayout,
@@ -213,7 +213,7 @@ class MoeClient:
                 asked = self._asked()
                 for outbox in asked:  # each keeps a header of its own
                     mine = header if len(asked) == 1 else replace(header)
-                    outbox.send(mine, buffer.retain(), now_ns)
+                    outbox.send(Message(mine, buffer.retain(), now_ns))
         except AtollError as exc:
             self._fail(header.block, exc)  # all routers or none
         finally:

@@ -33,7 +33,15 @@ class Answers:
         """PARTIAL: the node's sum, rounded to what travels between nodes."""
         header, buffer = self._node_sum(work, work, Kind.PARTIAL, PARTIAL_ROWS[work.request.wire])
         node, num_pairs = work.origin.peer.node, work.request.num_pairs
-        self.counters.crossed(node, header, num_pairs, inward=False)
+        self.counters.crossed(
+            node,
+            header.kind,
+            header,
+            header.num_rows,
+            num_pairs,
+            header.payload_nbytes,
+            inward=False,
+        )
         return header, buffer
 
     def is_whole(self, source: SourceWork) -> bool:

@@ -6,25 +6,21 @@ peer twice, as happens when a share is asked anew after a worker died. Decides n
 """
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 
-from common.transport.buffers import Buffer
-from common.transport.device import DeviceRows
 from common.transport.outbox import Outbox
+from common.wire.header import Kind
 from services.router import payloads
 from services.router.block import Int32s, NodeWork, SourceWork
 from services.router.counters import Counters
 from services.router.plan import NodeShare, WorkerShare
 from services.router.routes import Fleet, Ints
-from services.router.rows import Piece
+from services.router.rows import Gathered, Question
+from services.router.tables import Piece
 
-A = TypeVar("A")
-B = TypeVar("B")
 # More for another router, which watches its own experts and knows better who owes what.
 _PATIENCE_S = 0.5
 _ROUTER = 0x8000  # tells a router's numbers from an attention worker's
@@ -80,45 +76,62 @@ class Calls:
     # ---- asking --------------------------------------------------------------------------------
 
     def ask_experts(
-        self, work: NodeWork, shares: Sequence[WorkerShare], pieces: Sequence[Piece],
-        buffers: list[Buffer], landings: list[DeviceRows | None], now_ns: int,
+        self, work: NodeWork, shares: Sequence[WorkerShare], pieces: Sequence[Piece], gathered: Gathered,
+        now_ns: int,
     ) -> None:  # fmt: skip
-        """Post the EXPERT_IN of each share, whose rows are in its buffer. Raises Overloaded."""
-        with closing(_each(shares, pieces, buffers, landings)) as questions:
-            for share, piece, buffer, landing in questions:
-                header = payloads.expert_in(work.request, share, piece, buffer)
-                header.block = call = self.number()
-                work.waiting[call] = share
+        """Post the EXPERT_IN of each share, whose rows are its piece of those gathered. Raises Overloaded."""
+        waiting, outputs, fleet = work.waiting, work.outputs, self.fleet
+        num_messages = nbytes = 0
+        try:
+            for share, piece in zip(shares, pieces, strict=True):
+                worker, tail = share.worker, payloads.expert_in_tail(share)
+                self._next = call = self._next + 1
+                waiting[call] = share
                 self.works[call] = work
-                self.fleet.outstanding[share.worker] += header.num_rows
-                self.fleet.asked[share.worker] += header.num_rows
-                self.counters.posted(header)
+                num_rows = share.stop - share.start
+                fleet.outstanding[worker] += num_rows
+                fleet.asked[worker] += num_rows
+                num_messages += 1
+                nbytes += piece.nbytes + len(tail)
+                question = Question(call, worker, len(share.segments), tail, piece, share.start)
                 try:
-                    self.experts[share.worker].send(header, buffer, now_ns, landing=landing)
+                    self.experts[worker].send(gathered.call(question, outputs, now_ns))
                 except BaseException:
-                    self._settled_expert(share.worker, call, header.num_rows)
+                    self._settled_expert(worker, call, num_rows)
                     raise
+        finally:
+            gathered.leave()
+            self.counters.asked(work.request.layer, num_messages, nbytes)
 
     def ask_routers(
-        self, source: SourceWork, shares: dict[int, NodeShare], table: Int32s,
-        buffers: list[Buffer], landings: list[DeviceRows | None], now_ns: int,
+        self, source: SourceWork, shares: dict[int, NodeShare], pieces: Sequence[Piece], gathered: Gathered,
+        table: Int32s, now_ns: int,
     ) -> None:  # fmt: skip
         """Post the RELAY of each share, by question. Raises Overloaded.
 
         `table` is the choice of workers, whose load is counted where there are replicas.
         """
-        with closing(_each(shares, shares.values(), buffers, landings)) as questions:
-            for call, share, buffer, landing in questions:
-                header = payloads.relay(source.request, share, buffer)
-                header.block = call
+        request, outputs = source.request, source.outputs[-1]
+        num_messages = nbytes = 0
+        try:
+            for (call, share), piece in zip(shares.items(), pieces, strict=True):
+                tail, num_pairs = payloads.relay_tail(share), len(share.pair_rows)
                 if source.payload is not None:
                     load = np.bincount(table[share.experts], minlength=len(self.nodes))
                     self._loads[call] = load
                     np.add(self.fleet.outstanding, load, out=self.fleet.outstanding)
                     np.add(self.fleet.asked, load, out=self.fleet.asked)
-                self.counters.crossed(share.node, header, header.num_pairs, inward=False)
-                self.counters.posted(header)
-                self.routers[share.node].send(header, buffer, now_ns, landing=landing)
+                size = piece.nbytes + len(tail)
+                num_messages += 1
+                nbytes += size
+                self.counters.crossed(
+                    share.node, Kind.RELAY, request, len(share.rows), num_pairs, size, inward=False
+                )
+                question = Question(call, share.node, num_pairs, tail, piece, piece.start)
+                self.routers[share.node].send(gathered.call(question, outputs, now_ns))
+        finally:
+            gathered.leave()
+            self.counters.asked(request.layer, num_messages, nbytes)
 
     def overdue(self, now_ns: int, limit_s: float) -> Iterator[tuple[int, str]]:
         """Questions that a peer has owed for longer than `limit_s`, and the sentence that says who."""
@@ -141,7 +154,7 @@ class Calls:
         """The worker's answer is good, or no longer wanted. False when nothing was owed."""
         asked = self.experts[worker].settle(call)
         if asked is not None:
-            self._settled_expert(worker, call, asked.header.num_rows)
+            self._settled_expert(worker, call, asked.num_rows)
         return asked is not None
 
     def settle_router(self, node: int, call: int) -> bool:
@@ -155,18 +168,3 @@ class Calls:
     def _settled_expert(self, worker: int, call: int, num_rows: int) -> None:
         self.works.pop(call, None)
         self.fleet.outstanding[worker] -= num_rows
-
-
-def _each(
-    calls: Iterable[A], parts: Iterable[B], buffers: list[Buffer], landings: list[DeviceRows | None]
-) -> Generator[tuple[A, B, Buffer, DeviceRows | None]]:
-    """Questions, each with its rows and where the answer goes; closed early (a full queue), it releases the rest."""
-    left = list(zip(calls, parts, buffers, landings, strict=True))[::-1]
-    try:
-        while left:
-            yield left.pop()
-    finally:
-        for _, _, buffer, landing in left:
-            buffer.release()
-            if landing is not None:
-                landing.release()

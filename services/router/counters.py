@@ -7,7 +7,7 @@ node: the common way, against which de-duplication and pre-reduction are measure
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common.wire.blocks import DISPATCH_ROWS, EXPERT_OUT_ROWS, RowType, row_segment
+from common.wire.blocks import DISPATCH_ROWS, EXPERT_OUT_ROWS, row_segment
 from common.wire.header import Header, Kind
 
 
@@ -58,20 +58,29 @@ class Counters:
         self.bytes_out += header.payload_nbytes
         self.operations[header.layer] = self.operations.get(header.layer, 0) + 1
 
-    def crossed(self, node: int, header: Header, num_pairs: int, *, inward: bool) -> None:
-        """A RELAY or PARTIAL for `num_pairs` pairs crossed the link to `node`."""
+    def asked(self, layer: int, num_messages: int, nbytes: int) -> None:
+        """The same of many about one layer, with payloads of `nbytes` together."""
+        self.messages_out += num_messages
+        self.bytes_out += nbytes
+        self.operations[layer] = self.operations.get(layer, 0) + num_messages
+
+    def crossed(
+        self, node: int, kind: Kind, about: Header, num_rows: int, num_pairs: int, nbytes: int, *, inward: bool,
+    ) -> None:  # fmt: skip
+        """A RELAY or PARTIAL of `num_rows` for `num_pairs` pairs of the block `about` crossed the link to `node`."""
         both = self.links.get(node)
         if both is None:
             both = self.links[node] = (LinkTraffic(), LinkTraffic())
         traffic = both[inward]
         traffic.messages += 1
-        traffic.rows += header.num_rows
-        traffic.bytes += header.payload_nbytes
+        traffic.rows += num_rows
+        traffic.bytes += nbytes
         traffic.unicast_rows += num_pairs
-        traffic.unicast_bytes += _row_nbytes(header) * num_pairs
-        if header.kind is Kind.RELAY and not inward:
+        row_types = DISPATCH_ROWS if kind is Kind.RELAY else EXPERT_OUT_ROWS
+        traffic.unicast_bytes += row_segment(1, about.width, row_types[about.wire]).end * num_pairs
+        if kind is Kind.RELAY and not inward:
             self.relays += 1
-            self.rows_to_nodes += header.num_rows
+            self.rows_to_nodes += num_rows
             self.pairs_to_nodes += num_pairs
 
     def to_json(self) -> dict[str, Any]:
@@ -88,11 +97,3 @@ class Counters:
                 for node, (out, into) in sorted(self.links.items())
             },
         }
-
-
-def _row_nbytes(header: Header) -> int:
-    """Bytes of one row as unicast would send it: the dispatch type out, the experts' output type back."""
-    row_type: RowType = (DISPATCH_ROWS if header.kind is Kind.RELAY else EXPERT_OUT_ROWS)[
-        header.wire
-    ]
-    return row_segment(1, header.width, row_type).end

@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from common.errors import AtollError, LinkClosed, WireError
 from common.obs.trace import Recorder
 from common.placement.plan import Plan
@@ -30,11 +28,10 @@ from services.router.counters import Counters
 from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
-from services.router.plan import NodeShare, WorkerShare, fan_out, split_by_node
+from services.router.plan import NodeShare, fan_out, split_by_node
 from services.router.routes import Routes
-from services.router.rows import Piece, Rows, expert_pieces, open_rows
-
-_NO_ROWS = np.empty(0, np.int64)
+from services.router.rows import Rows, open_rows, rows_again
+from services.router.tables import side_by_side
 
 
 @dataclass(slots=True)
@@ -173,18 +170,21 @@ class Dataflow:
     ) -> None:
         """RELAYs for the shares of other nodes, and places for the partials of all."""
         request, row_type = source.request, PARTIAL_ROWS[source.request.wire]
-        tables = source.place(calls, self.node, some=self.num_rails > 1), None
+        slots = source.place(calls, self.node, some=self.num_rails > 1)
         relays = {call: share for call, share in calls.items() if not self._is_ours(share)}
-        pieces = payloads.relay_pieces(request, list(relays.values()))
-        index = np.concatenate([_NO_ROWS, *(share.rows for share in relays.values())])
-        buffers, outputs = self._rows.fan_out(payload, source.rows, index, pieces, tables, row_type)
+        rows = [share.rows for share in relays.values()]
+        tables = side_by_side(rows, request.width, source.rows.row_type, slots)
+        gathered, outputs = self._rows.fan_out(
+            payload, source.rows, tables, request, Kind.RELAY, row_type
+        )
         source.add(outputs, calls, self.node)
-        landings = self._rows.landings(outputs, pieces)
-        self.calls.ask_routers(source, relays, table, buffers, landings, self.clock_ns())
+        self.calls.ask_routers(source, relays, tables.pieces, gathered, table, self.clock_ns())
 
     def _on_relay(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
         rows, share = payloads.read_relay(header, payload, self.node, self.num_experts)
-        self.counters.crossed(link.peer.node, header, header.num_pairs, inward=True)
+        self.counters.crossed(
+            link.peer.node, header.kind, header, header.num_rows, header.num_pairs, header.payload_nbytes, inward=True,
+        )  # fmt: skip
         self._start_work(header.block, link, header, routes, share, payload, rows)
 
     def _start_work(
@@ -192,18 +192,15 @@ class Dataflow:
         payload: Buffer, segment: RowSegment,
     ) -> None:  # fmt: skip
         """Fan a node's share out to its workers; its rows index the segment."""
-        calls = self.calls
-        table = routes.workers(request.layer, share.experts, calls.fleet)
-        workers = table.take(share.experts)
-        plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
-        pieces = expert_pieces(plan.shares, request.width, request.wire)
-        index, tables = share.rows.take(plan.rows), (plan.slots, plan.weights)
-        row_type = EXPERT_OUT_ROWS[request.wire]
-        buffers, outputs = self._rows.fan_out(payload, segment, index, pieces, tables, row_type)
+        table = routes.workers(request.layer, share.experts, self.calls.fleet)
+        plan = fan_out(share, table, request.width, segment.row_type)
+        gathered, outputs = self._rows.fan_out(
+            payload, segment, plan.tables, request, Kind.EXPERT_IN, EXPERT_OUT_ROWS[request.wire]
+        )
         work = NodeWork(key, request, link, routes, len(share.rows), outputs)
         self._works[key] = work
-        self._ask_experts(work, plan.shares, pieces, buffers)
-        self.counters.rows_to_experts += len(plan.rows)
+        self.calls.ask_experts(work, plan.shares, plan.tables.pieces, gathered, self.clock_ns())
+        self.counters.rows_to_experts += plan.tables.num_places
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -214,7 +211,7 @@ class Dataflow:
             self.counters.late += 1
             return
         row_type = EXPERT_OUT_ROWS[work.request.wire]
-        num_rows, width = owed.header.num_rows, work.request.width
+        num_rows, width = owed.num_rows, work.request.width
         payload, segment = check_rows(payload, num_rows, width, row_type, "EXPERT_OUT")
         self._put(work, owed, payload, segment)
         self.calls.settle_expert(worker, call)
@@ -237,7 +234,7 @@ class Dataflow:
     def _put(self, item: Work, owed: Call, payload: Buffer, segment: RowSegment) -> None:
         """Copy an answer to where it is summed, unless its rows came there."""
         if payload.rows is None or payload.rows is not owed.landing:
-            item.put(owed.header.block, payload, segment)
+            item.put(owed.number, payload, segment)
             if payload.rows is not None:  # the device has yet to read them
                 release_behind(self.seam, payload.retain())
 
@@ -248,10 +245,12 @@ class Dataflow:
             self.counters.late += 1
             return
         row_type = PARTIAL_ROWS[source.request.wire]
-        num_rows, width = owed.header.num_rows, source.request.width
+        num_rows, width = owed.num_rows, source.request.width
         payload, segment = check_rows(payload, num_rows, width, row_type, "PARTIAL")
         self._put(source, owed, payload, segment)
-        self.counters.crossed(node, header, owed.header.num_pairs, inward=True)
+        self.counters.crossed(
+            node, header.kind, header, num_rows, owed.num_pairs, header.payload_nbytes, inward=True
+        )
         self.calls.settle_router(node, call)
         source.timing.include(header)
         self._partial_arrived(source, call)
@@ -285,12 +284,10 @@ class Dataflow:
             for call, old, parts in calls_to_move(item, self.calls.fleet):
                 asked = self.experts[old.worker].owed(call)
                 assert asked is not None, "a question that is in no outbox"
-                request = item.request
-                pieces = expert_pieces(parts, request.width, request.wire, first=old.start)
-                buffers = payloads.rows_again(self._rows, asked.header, asked.payload, pieces)
+                pieces, gathered = rows_again(self._rows, item.request, asked, old, parts)
                 self.calls.settle_expert(old.worker, call)
                 del item.waiting[call]
-                self._ask_experts(item, parts, pieces, buffers)
+                self.calls.ask_experts(item, parts, pieces, gathered, self.clock_ns())
                 self.counters.rerouted += 1
         elif item.payload is not None:
             for call, share, shares, table in shares_to_move(item, self.calls.fleet):
@@ -381,12 +378,6 @@ class Dataflow:
                 self.calls.settle_expert(share.worker, call)
 
     # ---- sending -------------------------------------------------------------------------------
-
-    def _ask_experts(
-        self, work: NodeWork, shares: list[WorkerShare], pieces: list[Piece], buffers: list[Buffer]
-    ) -> None:
-        landings = self._rows.landings(work.outputs, shares)
-        self.calls.ask_experts(work, shares, pieces, buffers, landings, self.clock_ns())
 
     def _post(self, link: Link, header: Header, buffer: Buffer) -> None:
         """Post an answer; an origin that is gone will ask again, so a closed link loses nothing."""

@@ -1,27 +1,24 @@
-"""Requests of a router as bytes: what a DISPATCH or RELAY says, and the buffers of RELAY and EXPERT_IN.
+"""Requests of a router as bytes: what a DISPATCH or RELAY says, and what follows the rows of RELAY and EXPERT_IN.
 
 Layouts are `common.wire.blocks`; who gets what is `services.router.plan`. Readers raise WireError for what a correct
 peer would not send.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import WireError
-from common.tensors import numbers, put_bytes
+from common.tensors import numbers
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
+    SECTION,
     RowSegment,
     check_payload,
     dispatch_layout,
-    expert_in_layout,
     relay_layout,
 )
-from common.wire.header import Header, Kind
+from common.wire.header import Header
 from services.router.plan import NodeShare, WorkerShare, check_experts, check_pairs
-from services.router.rows import Piece, Rows
 
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -61,42 +58,15 @@ def read_relay(
     return layout.rows, NodeShare(node, np.arange(header.num_rows), pair_rows, experts, weights)
 
 
-def relay_pieces(request: Header, shares: Sequence[NodeShare]) -> list[Piece]:
-    """The RELAY of each share, whose rows are in places one behind the other."""
-    pieces, start = [], 0
-    for share in shares:
-        num_rows, num_pairs = len(share.rows), len(share.pair_rows)
-        layout = relay_layout(num_rows, request.width, num_pairs, request.wire)
-        pieces.append(Piece(start, start + num_rows, layout.rows, layout.nbytes))
-        start += num_rows
-    return pieces
+def relay_tail(share: NodeShare) -> bytes:
+    """What follows the rows in the RELAY for a node's share: its pairs."""
+    return b"".join(
+        part + bytes(-len(part) % SECTION)
+        for part in (share.pair_rows.tobytes(), share.experts.tobytes(), share.weights.tobytes())
+    )
 
 
-def relay(request: Header, share: NodeShare, buffer: Buffer) -> Header:
-    """The RELAY that asks another node for its share of a DISPATCH: its pairs go into `buffer`, behind the rows."""
-    num_rows, num_pairs = len(share.rows), len(share.pair_rows)
-    layout = relay_layout(num_rows, request.width, num_pairs, request.wire)
-    put_bytes(buffer, layout.pair_rows, share.pair_rows)
-    put_bytes(buffer, layout.experts, share.experts)
-    put_bytes(buffer, layout.weights, share.weights)
-    return request.derive(
-        Kind.RELAY, target=share.node, num_rows=num_rows, num_pairs=num_pairs, payload_nbytes=layout.nbytes
-    )  # fmt: skip
-
-
-def expert_in(request: Header, share: WorkerShare, piece: Piece, buffer: Buffer) -> Header:
-    """The EXPERT_IN for one worker's share: its segments go into `buffer`, behind the rows of `piece`."""
-    segments = share.segments
-    put_bytes(buffer, piece.segment.end, segments)
-    return request.derive(
-        Kind.EXPERT_IN, target=share.worker, num_rows=share.stop - share.start, num_pairs=len(segments),
-        payload_nbytes=piece.nbytes,
-    )  # fmt: skip
-
-
-def rows_again(
-    memory: Rows, asked: Header, payload: Buffer, pieces: Sequence[Piece]
-) -> list[Buffer]:
-    """The rows of an EXPERT_IN that was made here, for others: `pieces` count places from its first."""
-    layout = expert_in_layout(asked.num_rows, asked.width, asked.num_pairs, asked.wire)
-    return memory.gather(payload, layout.rows, np.arange(asked.num_rows), pieces)
+def expert_in_tail(share: WorkerShare) -> bytes:
+    """The same of the EXPERT_IN for a worker's share: its segments."""
+    tail = share.segments.tobytes()
+    return tail + bytes(-len(tail) % SECTION)

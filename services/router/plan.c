@@ -7,7 +7,7 @@
 #include <Python.h>
 #include <stdint.h>
 
-#define MOST_IDS (1 << 20) /* experts; a table is made for them */
+#define TABLE_ALIGN 256
 
 static void *bytes_of(PyObject *array)
 {
@@ -77,10 +77,10 @@ done:
     return result;
 }
 
-/* A worker's pairs of one expert. */
+/* Where the pairs of one expert go. */
 typedef struct {
     int32_t worker, expert;
-    Py_ssize_t count, start; /* of pairs; `start` moves on as they are placed */
+    Py_ssize_t start; /* of its places */
 } Segment;
 
 static int compare(const void *a, const void *b)
@@ -90,77 +90,70 @@ static int compare(const void *a, const void *b)
                                   : (x->expert > y->expert) - (x->expert < y->expert);
 }
 
-/* The segments of all pairs by ascending worker, then expert. NULL with an exception. Pair i is in the segment
- * ranks[of_pairs[i]].
- *
- * One pass: an expert's last segment is remembered, and another is looked for only when replicas share its rows.
- */
-static Segment *segments_of(
-    const int32_t *workers, const int32_t *experts, Py_ssize_t num, int32_t *of_pairs, int32_t **ranks,
-    Py_ssize_t *num_segments)
+/* counts[e]: the pairs of expert e; returns how many experts have any, -1 with an exception. */
+static Py_ssize_t count_pairs(
+    const int32_t *experts, Py_ssize_t num, const int32_t *workers, Py_ssize_t num_experts, Py_ssize_t *counts)
 {
-    int32_t greatest = 0, *last = NULL, *rank = NULL;
-    Segment *found = NULL, *result = NULL;
-    Py_ssize_t size = 0;
+    Py_ssize_t hit = 0;
     for (Py_ssize_t i = 0; i < num; i++) {
-        if (experts[i] < 0 || experts[i] >= MOST_IDS || workers[i] < 0) {
-            PyErr_Format(PyExc_ValueError, "expert %d of worker %d", experts[i], workers[i]);
-            return NULL;
+        int32_t expert = experts[i];
+        if (expert < 0 || expert >= num_experts || workers[expert] < 0) {
+            PyErr_Format(PyExc_ValueError, "expert %d of %zd, or nobody computes it", expert, num_experts);
+            return -1;
         }
-        greatest = Py_MAX(greatest, experts[i]);
+        hit += counts[expert]++ == 0;
     }
-    last = PyMem_Calloc((size_t)greatest + 1, sizeof *last); /* from 1 */
-    found = PyMem_Malloc(Py_MAX(num, 1) * sizeof *found);
-    rank = PyMem_Malloc(Py_MAX(num, 1) * sizeof *rank);
-    if (last == NULL || found == NULL || rank == NULL) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    for (Py_ssize_t i = 0; i < num; i++) {
-        Py_ssize_t at = last[experts[i]] - 1;
-        if (at < 0 || found[at].worker != workers[i]) {
-            for (at = at < 0 ? size : 0; at < size && (found[at].expert != experts[i] || found[at].worker != workers[i]); at++)
-                ;
-            if (at == size)
-                found[size++] = (Segment){workers[i], experts[i], 0, at};
-            last[experts[i]] = (int32_t)at + 1;
-        }
-        found[at].count++;
-        of_pairs[i] = (int32_t)at;
-    }
-    qsort(found, size, sizeof *found, compare);
-    for (Py_ssize_t at = 0, start = 0; at < size; at++) {
-        rank[found[at].start] = (int32_t)at; /* `start` was where it had been found */
-        found[at].start = start;
-        start += found[at].count;
-    }
-    *num_segments = size;
-    *ranks = rank;
-    rank = NULL;
-    result = found;
-    found = NULL;
-done:
-    PyMem_Free(last);
-    PyMem_Free(found);
-    PyMem_Free(rank);
-    return result;
+    return hit;
 }
 
-/* The shares of workers, [(worker, start, stop, first segment, end)], and in `table` each segment's (expert, rows). */
-static PyObject *cut(const Segment *segments, Py_ssize_t num, int32_t *table)
+/* The segments of all pairs by ascending worker, then expert; starts[e] is where expert e's places begin. */
+static void place_segments(
+    const Py_ssize_t *counts, const int32_t *workers, Py_ssize_t num_experts, Segment *segments, Py_ssize_t *starts)
+{
+    Py_ssize_t num = 0, start = 0;
+    for (Py_ssize_t e = 0; e < num_experts; e++)
+        if (counts[e] != 0)
+            segments[num++] = (Segment){workers[e], (int32_t)e, 0};
+    qsort(segments, num, sizeof *segments, compare);
+    for (Py_ssize_t i = 0; i < num; i++) {
+        segments[i].start = starts[segments[i].expert] = start;
+        start += counts[segments[i].expert];
+    }
+}
+
+static Py_ssize_t aligned(Py_ssize_t nbytes, Py_ssize_t to)
+{
+    return (nbytes + to - 1) / to * to;
+}
+
+/* The shares of workers, [(worker, start, stop, first segment, end, place, bytes)]; each segment's (expert, rows) into
+ * `table`, and each share's piece into `pieces`, which is as long as there are segments. `end` is that of the block.
+ */
+static PyObject *cut(
+    const Segment *segments, Py_ssize_t num, const Py_ssize_t *counts, Py_ssize_t row_nbytes, Py_ssize_t scale_nbytes,
+    int32_t *table, int64_t *pieces, Py_ssize_t *end)
 {
     PyObject *shares = PyList_New(0);
-    for (Py_ssize_t first = 0, end, start = 0, stop; shares != NULL && first < num; first = end, start = stop) {
-        stop = start;
-        for (end = first; end < num && segments[end].worker == segments[first].worker; end++) {
-            table[2 * end] = segments[end].expert;
-            table[2 * end + 1] = (int32_t)segments[end].count;
-            stop += segments[end].count;
+    *end = 0;
+    for (Py_ssize_t first = 0, last; shares != NULL && first < num; first = last) {
+        Py_ssize_t start = segments[first].start, rows = 0;
+        for (last = first; last < num && segments[last].worker == segments[first].worker; last++) {
+            Py_ssize_t count = counts[segments[last].expert];
+            table[2 * last] = segments[last].expert;
+            table[2 * last + 1] = (int32_t)count;
+            rows += count;
         }
-        PyObject *share = Py_BuildValue("innnn", segments[first].worker, start, stop, first, end);
+        Py_ssize_t scales = aligned(rows * row_nbytes, 16);
+        Py_ssize_t nbytes = aligned(scales + rows * scale_nbytes, 16);
+        int64_t piece[] = {start, rows, *end, *end + scales};
+        memcpy(pieces, piece, sizeof piece);
+        pieces += 4;
+        PyObject *share =
+            Py_BuildValue("innnnnn", segments[first].worker, start, start + rows, first, last, *end, nbytes);
         if (share == NULL || PyList_Append(shares, share) < 0)
             Py_CLEAR(shares);
         Py_XDECREF(share);
+        *end += aligned(nbytes, TABLE_ALIGN);
     }
     return shares;
 }
@@ -180,54 +173,64 @@ static Py_ssize_t most_pairs(const int32_t *pair_rows, Py_ssize_t num, Py_ssize_
     return most;
 }
 
-/* fan_out(pair_rows, experts, weights, workers, num_rows) -> (rows, shares, table, most, slots, weights) */
+/* fan_out(pair_rows, experts, weights, workers, rows, row_nbytes, scale_nbytes)
+ *     -> (memory of the tables, (index, pieces, slots, weights), most, segments, shares, bytes of the block)
+ *
+ * workers [num_experts], rows [num_rows]; the tables are those of `services.router.tables`.
+ */
 static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    Py_buffer in[4];
-    Py_ssize_t num_rows;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*n", &in[0], &in[1], &in[2], &in[3], &num_rows))
+    Py_buffer in[5];
+    Py_ssize_t row_nbytes, scale_nbytes;
+    if (!PyArg_ParseTuple(
+            args, "y*y*y*y*y*nn", &in[0], &in[1], &in[2], &in[3], &in[4], &row_nbytes, &scale_nbytes))
         return NULL;
-    Py_ssize_t num = in[0].len / 4, most = 0, num_segments = 0;
+    Py_ssize_t num = in[0].len / 4, num_experts = in[3].len / 4, num_rows = in[4].len / 4, num_segments, most, end;
     const int32_t *pair_rows = in[0].buf, *experts = in[1].buf, *weights = in[2].buf, *workers = in[3].buf;
-    PyObject *rows = NULL, *shares = NULL, *table = NULL, *slots = NULL, *slot_weights = NULL, *result = NULL;
+    const int32_t *rows = in[4].buf;
+    PyObject *memory = NULL, *table = NULL, *shares = NULL, *result = NULL;
     Segment *segments = NULL;
-    int32_t *ranks = NULL, *of_pairs = PyMem_Malloc(Py_MAX(num, 1) * sizeof *of_pairs);
-    if (of_pairs == NULL) {
+    Py_ssize_t *counts = PyMem_Calloc(2 * num_experts + 1, sizeof *counts), *starts = counts + num_experts;
+    if (counts == NULL) {
         PyErr_NoMemory();
         goto done;
     }
-    if (!same_length(in, 4) || (most = most_pairs(pair_rows, num, num_rows)) == 0
-        || (segments = segments_of(workers, experts, num, of_pairs, &ranks, &num_segments)) == NULL)
+    if (!same_length(in, 3) || (most = most_pairs(pair_rows, num, num_rows)) == 0
+        || (num_segments = count_pairs(experts, num, workers, num_experts, counts)) < 0)
         goto done;
-    rows = new_array(num);
+    segments = PyMem_Malloc((num_segments + 1) * sizeof *segments);
+    Py_ssize_t pieces_at = aligned(num * 4, TABLE_ALIGN), slots_at = pieces_at + aligned(num_segments * 32, TABLE_ALIGN);
+    Py_ssize_t weights_at = slots_at + aligned(num_rows * most * 4, TABLE_ALIGN);
+    memory = PyByteArray_FromStringAndSize(NULL, weights_at + aligned(num_rows * most * 4, TABLE_ALIGN));
     table = new_array(2 * num_segments);
-    slots = new_array(num_rows * most);
-    slot_weights = new_array(num_rows * most);
-    if (rows == NULL || table == NULL || slots == NULL || slot_weights == NULL
-        || (shares = cut(segments, num_segments, bytes_of(table))) == NULL)
+    if (segments == NULL || memory == NULL || table == NULL)
         goto done;
-    int32_t *to_rows = bytes_of(rows), *to_slots = bytes_of(slots), *to_weights = bytes_of(slot_weights);
+    place_segments(counts, workers, num_experts, segments, starts);
+    char *to = bytes_of(memory);
+    shares = cut(
+        segments, num_segments, counts, row_nbytes, scale_nbytes, bytes_of(table), (int64_t *)(to + pieces_at), &end);
+    if (shares == NULL)
+        goto done;
+    int32_t *to_index = (int32_t *)to, *to_slots = (int32_t *)(to + slots_at), *to_weights = (int32_t *)(to + weights_at);
     memset(to_slots, 0xFF, num_rows * most * 4); /* -1 */
     memset(to_weights, 0, num_rows * most * 4);
     for (Py_ssize_t i = 0, rank = 0; i < num; i++) {
-        Py_ssize_t place = segments[ranks[of_pairs[i]]].start++;
-        to_rows[place] = pair_rows[i];
-        rank = i > 0 && pair_rows[i] == pair_rows[i - 1] ? rank + 1 : 0;
-        to_slots[pair_rows[i] * most + rank] = (int32_t)place;
-        to_weights[pair_rows[i] * most + rank] = weights[i];
+        int32_t row = pair_rows[i];
+        Py_ssize_t place = starts[experts[i]]++;
+        to_index[place] = rows[row];
+        rank = i > 0 && row == pair_rows[i - 1] ? rank + 1 : 0;
+        to_slots[row * most + rank] = (int32_t)place;
+        to_weights[row * most + rank] = weights[i];
     }
-    result = Py_BuildValue("OOOnOO", rows, shares, table, most, slots, slot_weights);
+    result = Py_BuildValue("O(nnnn)nOOn", memory, (Py_ssize_t)0, pieces_at, slots_at, weights_at, most, table, shares, end);
 done:
-    PyMem_Free(of_pairs);
-    PyMem_Free(ranks);
+    PyMem_Free(counts);
     PyMem_Free(segments);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         PyBuffer_Release(&in[i]);
-    Py_XDECREF(rows);
-    Py_XDECREF(shares);
+    Py_XDECREF(memory);
     Py_XDECREF(table);
-    Py_XDECREF(slots);
-    Py_XDECREF(slot_weights);
+    Py_XDECREF(shares);
     return result;
 }
 

@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from common.compiled import compiled
 from common.errors import WireError
+from common.wire.blocks import RowType, num_scales
+from services.router.tables import Piece, Tables, tables_of
 
 _compiled = compiled(Path(__file__).with_name("plan.c"))  # None: numpy alone
+_NOT_HELD = "a RELAY for experts that this node does not hold"
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -47,16 +50,14 @@ class WorkerShare:
 
 @dataclass(slots=True)
 class FanOut:
-    """A node's pairs in the order in which they are sent: by worker, expert, row. A *place* is a position in it.
+    """A node's pairs in the order in which they are sent: by worker, expert, row.
 
-    `slots[i, j]` is the place of row i's j-th pair in ascending expert id, -1 beyond its last; `weights` likewise, 0
-    there. That table is the order of the weighted sum.
+    In `tables` the index is of the block's rows, and a piece is the rows of a share; slots have each row's pairs in
+    ascending expert id, which is the order of the weighted sum.
     """
 
-    rows: Int32s  # [num_pairs]: index of each place's row in the node's rows
     shares: list[WorkerShare]
-    slots: Int32s  # [num_rows, most pairs of a row]
-    weights: Floats  # the same shape
+    tables: Tables
 
 
 def check_experts(experts: Int32s, num_experts: int) -> None:
@@ -152,51 +153,55 @@ def check_pairs(pair_rows: Int32s, experts: Int32s, *, num_rows: int, num_expert
         raise WireError("pairs are not sorted by row and expert")
 
 
-def fan_out(
-    pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, workers: Int32s
-) -> FanOut:
+def fan_out(share: NodeShare, workers: Int32s, width: int, row_type: RowType) -> FanOut:
     """Divide a node's pairs by expert worker; every row has at least one pair.
 
-    `workers` [num_pairs] says who computes each pair: the rows of one expert may be divided among its replicas. Raises
-    WireError where it says nobody.
+    `workers` [num_experts] says who computes an expert's pairs. Raises WireError where it says nobody.
     """
-    if int(workers.min()) < 0:
-        raise WireError("a RELAY for experts that this node does not hold")
     if _compiled is not None:
-        return _fan_out_compiled(pair_rows, experts, weights, num_rows, workers)
-    order = _radix_order(workers, experts)  # rows stay ascending within an expert
-    hit, ids = workers.take(order), experts.take(order)
+        return _fan_out_compiled(share, workers, width, row_type)
+    experts = share.experts
+    of_pairs = workers.take(experts)
+    if int(of_pairs.min()) < 0:
+        raise WireError(_NOT_HELD)
+    order = _radix_order(of_pairs, experts)  # rows stay ascending within an expert
+    hit, ids = of_pairs.take(order), experts.take(order)
     is_first = np.empty(len(order), np.bool_)
     is_first[0] = True
-    np.not_equal(hit[1:], hit[:-1], out=is_first[1:])
-    is_first[1:] |= ids[1:] != ids[:-1]
+    np.not_equal(ids[1:], ids[:-1], out=is_first[1:])
     starts = is_first.nonzero()[0]
     table = np.empty((len(starts), 2), np.int32)
     table[:, 0] = ids.take(starts)
     table[:-1, 1] = starts[1:] - starts[:-1]
     table[-1, 1] = len(order) - starts[-1]
-    slots, slot_weights = _slot_table(pair_rows, weights, order, num_rows)
+    slots, weights = _slot_table(share.pair_rows, share.weights, order, len(share.rows))
     shares = _worker_shares(hit.take(starts), starts, len(order), table)
-    return FanOut(pair_rows.take(order), shares, slots, slot_weights)
+    index, spans = share.rows.take(share.pair_rows.take(order)), [(s.start, s.stop) for s in shares]
+    return FanOut(shares, tables_of(index, spans, width, row_type, slots, weights))
 
 
-def _fan_out_compiled(
-    pair_rows: Int32s, experts: Int32s, weights: Floats, num_rows: int, workers: Int32s
-) -> FanOut:
+def _fan_out_compiled(share: NodeShare, workers: Int32s, width: int, row_type: RowType) -> FanOut:
     assert _compiled is not None, "no compiler"
-    rows, cuts, table, most, slots, slot_weights = _compiled.fan_out(
-        pair_rows, experts, weights, workers, num_rows
-    )
-    segments = np.frombuffer(table, np.int32).reshape(-1, 2)
-    shares = [
-        WorkerShare(worker, start, stop, segments[first:end])
-        for worker, start, stop, first, end in cuts
-    ]
-    shape = (num_rows, most)
-    return FanOut(
-        np.frombuffer(rows, np.int32), shares, np.frombuffer(slots, np.int32).reshape(shape),
-        np.frombuffer(slot_weights, np.float32).reshape(shape),
-    )  # fmt: skip
+    scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
+    rows = share.rows.astype(np.int32)
+    try:
+        memory, ats, most, table, cuts, nbytes = _compiled.fan_out(
+            share.pair_rows,
+            share.experts,
+            share.weights,
+            workers,
+            rows,
+            width * int(row_type),
+            scales,
+        )
+    except ValueError as exc:
+        raise WireError(f"{_NOT_HELD}: {exc}") from exc
+    segments, shares, pieces = np.frombuffer(table, np.int32).reshape(-1, 2), [], []
+    for worker, start, stop, first, end, place, piece_nbytes in cuts:
+        shares.append(WorkerShare(worker, start, stop, segments[first:end]))
+        pieces.append(Piece(start, stop, place, piece_nbytes))
+    shape, num_places = (len(rows), most), len(share.experts)
+    return FanOut(shares, Tables(memory, ats, num_places, shape, True, pieces, nbytes))
 
 
 def _radix_order(major: Int32s, minor: Int32s) -> Ints:

@@ -7,58 +7,45 @@ side, where the weighted sum reads them. The tables of both kernels go to the de
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, put_bytes, rows_of
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
+from common.transport.device import DeviceBlock, DevicePool, release_behind
+from common.transport.outbox import Call, Message
 from common.transport.seam import Seam
+from common.transport.volley import Part, Volley
 from common.wire.blocks import (
     DISPATCH_ROWS,
     EXPERT_OUT_ROWS,
     PARTIAL_ROWS,
     RowSegment,
     RowType,
-    expert_in_layout,
     num_scales,
     row_segment,
 )
-from common.wire.header import HEADER_NBYTES, Wire
+from common.wire.header import HEADER_NBYTES, Header, Kind, Wire
 from kernels import ops
 from services.router.plan import WorkerShare
+from services.router.tables import Piece, Tables, tables_of
 
 Tensor = torch.Tensor
-Array = npt.NDArray[Any]
 _MOST_WARMED = 8  # pairs of a row, as top-k is in most models
-_ALIGN = 256  # of pieces in device memory, so that copies are as wide as they can be
 
 
 @dataclass(slots=True)
-class Piece:
-    """One message: the rows of places `start` to `stop`, laid out as `segment`, in a payload of `nbytes`."""
+class Question:
+    """What one message asks: the rows of `piece` of `target`; `tail` is what follows them in the payload."""
 
-    start: int
-    stop: int
-    segment: RowSegment
-    nbytes: int
-
-
-Span = WorkerShare | Piece  # places `start` to `stop`
-
-
-def expert_pieces(
-    shares: Sequence[WorkerShare], width: int, wire: Wire, *, first: int = 0
-) -> list[Piece]:
-    """The EXPERT_IN of each share; `first` is the place that the first of the rows at hand belongs to."""
-    pieces = []
-    for share in shares:
-        layout = expert_in_layout(share.stop - share.start, width, len(share.segments), wire)
-        pieces.append(Piece(share.start - first, share.stop - first, layout.rows, layout.nbytes))
-    return pieces
+    number: int
+    target: int
+    num_pairs: int
+    tail: bytes
+    piece: Piece
+    answer: int  # the first place of its answer, in outputs
 
 
 def sum_dtype(wire: Wire) -> torch.dtype:
@@ -76,6 +63,7 @@ class Outputs:
     rows: Tensor
     slots: Tensor
     weights: Tensor | None
+    row_nbytes: int
     held: list[DeviceBlock] = field(default_factory=list)
     bytes: memoryview | None = None  # of `rows` in host memory
 
@@ -85,29 +73,35 @@ class Outputs:
         if self.bytes is None:
             self.rows[start : start + num_rows].copy_(rows_of(payload, segment))
             return
-        row_nbytes = segment.width * int(segment.row_type)
-        first, nbytes = start * row_nbytes, num_rows * row_nbytes
+        first, nbytes = start * self.row_nbytes, num_rows * self.row_nbytes
         self.bytes[first : first + nbytes] = payload.view[HEADER_NBYTES : HEADER_NBYTES + nbytes]
+
+
+class Gathered(Protocol):
+    """The rows of all messages of one kind about a request."""
+
+    def call(self, question: Question, outputs: Outputs | None, now_ns: int) -> Call:
+        """A message with its rows, and where in `outputs` those of its answer go."""
+        ...
+
+    def leave(self) -> None:
+        """Every call has been posted, or will not be."""
+        ...
 
 
 class Rows(Protocol):
     """The memory of one kind."""
 
     def gather(
-        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
-    ) -> list[Buffer]:
-        """Payloads with row index[place] of `segment` at each place; their tables are still to be written."""
+        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind
+    ) -> Gathered:
+        """Row index[place] of `segment` at each place, for messages of `kind` about `request`."""
         ...
 
     def fan_out(
-        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece],
-        tables: tuple[Array, Array | None], row_type: RowType,
-    ) -> tuple[list[Buffer], Outputs]:  # fmt: skip
-        """`gather`, and room for the answers in `row_type`; `tables` are slots and weights of their sum."""
-        ...
-
-    def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
-        """Where the answers for these places go (a reference each), None where they are copied."""
+        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
+    ) -> tuple[Gathered, Outputs]:  # fmt: skip
+        """`gather`, and room for the answers in `row_type`, a place for each of the rows."""
         ...
 
     def written(self, buffer: Buffer, *outputs: Outputs) -> None:
@@ -126,6 +120,33 @@ class Rows(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Picked:
+    """Rows in host memory, which travel inside their messages."""
+
+    pool: BufferPool
+    rows: RowPick
+    segment: RowSegment
+    request: Header
+    kind: Kind
+
+    def call(self, question: Question, outputs: Outputs | None, now_ns: int) -> Call:
+        start, stop, _, nbytes = question.piece
+        buffer = self.pool.acquire(nbytes + len(question.tail))
+        segment = row_segment(stop - start, self.segment.width, self.segment.row_type)
+        self.rows.copy_to(buffer, segment, start, stop)
+        buffer.view[HEADER_NBYTES + nbytes : HEADER_NBYTES + buffer.nbytes] = question.tail
+        header = self.request.derive(
+            self.kind, target=question.target, num_rows=stop - start, num_pairs=question.num_pairs,
+            payload_nbytes=buffer.nbytes,
+        )  # fmt: skip
+        header.block = question.number
+        return Message(header, buffer, now_ns)
+
+    def leave(self) -> None:
+        pass
+
+
 class HostRows:
     """Rows in host memory: they travel inside their messages."""
 
@@ -133,30 +154,23 @@ class HostRows:
         self._pool = pool
 
     def gather(
-        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
-    ) -> list[Buffer]:
-        picked = RowPick(payload, segment, index)
-        buffers = []
-        for piece in pieces:
-            buffer = self._pool.acquire(piece.nbytes)
-            picked.copy_to(buffer, piece.segment, piece.start, piece.stop)
-            buffers.append(buffer)
-        return buffers
+        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind
+    ) -> Gathered:
+        picked = RowPick(payload, segment, tables.index)
+        return _Picked(self._pool, picked, segment, request, kind)
 
     def fan_out(
-        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece],
-        tables: tuple[Array, Array | None], row_type: RowType,
-    ) -> tuple[list[Buffer], Outputs]:  # fmt: skip
+        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
+    ) -> tuple[Gathered, Outputs]:  # fmt: skip
+        num_places, weights = tables.num_places, tables.weights
         # torch views nothing as another dtype
-        memory = np.empty(max(1, len(index)) * segment.width * int(row_type), np.uint8)
+        memory = np.empty(max(1, num_places) * segment.width * int(row_type), np.uint8)
         rows = torch.from_numpy(memory).view(TORCH_DTYPES[row_type]).view(-1, segment.width)
-        slots, weights = torch.from_numpy(tables[0]), tables[1]
         factors = None if weights is None else torch.from_numpy(weights)
-        outputs = Outputs(rows[: len(index)], slots, factors, bytes=memory.data)
-        return self.gather(payload, segment, index, pieces), outputs
-
-    def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
-        return [None] * len(spans)
+        slots = torch.from_numpy(tables.slots)
+        nbytes = segment.width * int(row_type)
+        outputs = Outputs(rows[:num_places], slots, factors, nbytes, bytes=memory.data)
+        return self.gather(payload, segment, tables, request, kind), outputs
 
     def written(self, buffer: Buffer, *outputs: Outputs) -> None:
         pass
@@ -168,6 +182,24 @@ class HostRows:
         pass
 
 
+class _Pieces(Volley):
+    """Rows in device memory."""
+
+    __slots__ = ()
+
+    def call(self, question: Question, outputs: Outputs | None, now_ns: int) -> Call:
+        start, stop, place, nbytes = question.piece
+        landing, num_rows = None, stop - start
+        if outputs is not None:
+            row_nbytes = outputs.row_nbytes
+            if row_nbytes % 16 == 0:  # else an answer is longer than its rows
+                landing = outputs.held[0].rows(question.answer * row_nbytes, num_rows * row_nbytes)
+        return Part(
+            self, question.number, question.target, num_rows, question.num_pairs,
+            self.block.rows(place, nbytes), question.tail, landing, now_ns,
+        )  # fmt: skip
+
+
 class RowsApart:
     """Rows in the memory of a device: each message's travel apart from it."""
 
@@ -176,78 +208,55 @@ class RowsApart:
         self._seam = seam
 
     def gather(
-        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece]
-    ) -> list[Buffer]:
-        table, places, nbytes = _layout(pieces)
-        ats, tables, staging = self._copy(index.astype(np.int32, copy=False), table)
-        held = payload.retain(), staging, tables
-        return self._gather(payload, segment, tables, ats, pieces, places, nbytes, held)
+        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind
+    ) -> Gathered:
+        copy, staging = self._copy(tables)
+        held = payload.retain(), staging, copy
+        return self._gather(payload, segment, tables, copy, request, kind, held)
 
     def fan_out(
-        self, payload: Buffer, segment: RowSegment, index: Array, pieces: Sequence[Piece],
-        tables: tuple[Array, Array | None], row_type: RowType,
-    ) -> tuple[list[Buffer], Outputs]:  # fmt: skip
-        table, places, nbytes = _layout(pieces)
-        given = [array for array in tables if array is not None]
-        ats, copy, staging = self._copy(index.astype(np.int32, copy=False), table, *given)
+        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
+    ) -> tuple[Gathered, Outputs]:  # fmt: skip
+        copy, staging = self._copy(tables)
         held = payload.retain(), staging
-        buffers = self._gather(payload, segment, copy, ats, pieces, places, nbytes, held)
-        num_places = len(index)
-        block = self._pool.take(num_places * segment.width * int(row_type))
-        rows = block.matrix(TORCH_DTYPES[row_type], 0, num_places, segment.width)
-        slots = copy.matrix(torch.int32, ats[2], *given[0].shape)
-        weights = copy.matrix(torch.float32, ats[3], *given[1].shape) if given[1:] else None
-        return buffers, Outputs(rows, slots, weights, [block, copy])
-
-    def landings(self, outputs: Outputs, spans: Sequence[Span]) -> list[DeviceRows | None]:
-        nbytes = outputs.rows.shape[1] * outputs.rows.itemsize
-        if nbytes % 16:  # an answer is longer than its rows
-            return [None] * len(spans)
-        block = outputs.held[0]
-        return [block.rows(s.start * nbytes, (s.stop - s.start) * nbytes) for s in spans]
+        gathered = self._gather(payload, segment, tables, copy, request, kind, held)
+        row_nbytes = segment.width * int(row_type)
+        block = self._pool.take(tables.num_places * row_nbytes)
+        rows = block.matrix(TORCH_DTYPES[row_type], 0, tables.num_places, segment.width)
+        slots = copy.matrix(torch.int32, tables.ats[2], *tables.shape)
+        weights = None
+        if tables.weighted:
+            weights = copy.matrix(torch.float32, tables.ats[3], *tables.shape)
+        return gathered, Outputs(rows, slots, weights, row_nbytes, [block, copy])
 
     def _gather(
-        self, payload: Buffer, segment: RowSegment, tables: DeviceBlock, ats: Sequence[int],
-        pieces: Sequence[Piece], places: list[int], nbytes: int, held: Sequence[Buffer | DeviceBlock],
-    ) -> list[Buffer]:  # fmt: skip
-        """The index and the kernel's table are in `tables` at the first two of `ats`; `held` are released behind it."""
+        self, payload: Buffer, segment: RowSegment, tables: Tables, copy: DeviceBlock,
+        request: Header, kind: Kind, held: Sequence[Buffer | DeviceBlock],
+    ) -> Gathered:  # fmt: skip
+        """`copy` is of the tables; `held` are released behind the kernel."""
         source = check_rows_apart("a block", payload, segment)
-        if not pieces:
-            release_behind(self._seam, *held)
-            return []
-        block = self._pool.take(nbytes)
-        is_fp8 = segment.row_type is RowType.FP8
-        ops.gather_pieces(
-            source.block.tensor, block.tensor, tables.tensor,
-            index_offset=ats[0], pieces_offset=ats[1], num_pieces=len(pieces),
-            max_rows=max(p.stop - p.start for p in pieces),
-            row_nbytes=segment.width * int(segment.row_type),
-            source_offset=source.offset + segment.rows_offset,
-            scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
-            source_scales=source.offset + segment.scales_offset,
-        )  # fmt: skip
-        fence = release_behind(self._seam, *held)
-        buffers = []
-        for piece, place in zip(pieces, places, strict=True):
-            rows = block.rows(place, piece.segment.end)
-            rows.fence = fence
-            buffers.append(self._pool.acquire_with(rows, piece.nbytes - piece.segment.end))
-        block.release()
-        return buffers
+        block = self._pool.take(tables.nbytes)
+        if tables.pieces:
+            is_fp8 = segment.row_type is RowType.FP8
+            ops.gather_pieces(
+                source.block.tensor, block.tensor, copy.tensor,
+                index_offset=tables.ats[0], pieces_offset=tables.ats[1], num_pieces=len(tables.pieces),
+                max_rows=max(p.stop - p.start for p in tables.pieces),
+                row_nbytes=segment.width * int(segment.row_type),
+                source_offset=source.offset + segment.rows_offset,
+                scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
+                source_scales=source.offset + segment.scales_offset,
+            )  # fmt: skip
+        return _Pieces(request, kind, self._pool, block, release_behind(self._seam, *held))
 
-    def _copy(self, *arrays: Array) -> tuple[list[int], DeviceBlock, Buffer]:
-        """Arrays on the device, in one block, and where each begins in it.
+    def _copy(self, tables: Tables) -> tuple[DeviceBlock, Buffer]:
+        """The tables on the device.
 
-        The caller releases the block, and the memory that it is copied from.
+        The caller releases both, the block and the memory that it is copied from.
         """
-        ats, end = [], 0
-        for array in arrays:
-            ats.append(end)
-            end += -(-array.nbytes // _ALIGN) * _ALIGN
-        staging = self._pool.acquire(end)
-        for array, at in zip(arrays, ats, strict=True):
-            put_bytes(staging, at, array)
-        return ats, self._pool.upload(staging), staging
+        staging = self._pool.acquire(len(tables.memory))
+        put_bytes(staging, 0, np.frombuffer(tables.memory, np.uint8))
+        return self._pool.upload(staging), staging
 
     def written(self, buffer: Buffer, *outputs: Outputs) -> None:
         assert buffer.rows is not None, "an answer without rows apart"
@@ -270,14 +279,15 @@ class RowsApart:
         """Gather one row for all places, and add up answers that are zero."""
         segment = row_segment(num_rows, width, DISPATCH_ROWS[wire])
         payload = self._pool.acquire(segment.end, rows_nbytes=segment.end)
-        shares = [WorkerShare(0, 0, num_rows, np.array([[0, num_rows]], np.int32))]
         slots = np.zeros((num_rows, pairs), np.int32)
-        index = np.zeros(num_rows, np.int32)
-        pieces = expert_pieces(shares, width, wire)
-        tables = slots, slots.astype(np.float32)
-        buffers, outputs = self.fan_out(
-            payload, segment, index, pieces, tables, EXPERT_OUT_ROWS[wire]
+        tables = tables_of(
+            np.zeros(num_rows, np.int32), [(0, num_rows)], width, DISPATCH_ROWS[wire], slots, slots.astype(np.float32),
+        )  # fmt: skip
+        request = Header(Kind.DISPATCH, wire)
+        gathered, outputs = self.fan_out(
+            payload, segment, tables, request, Kind.EXPERT_IN, EXPERT_OUT_ROWS[wire]
         )
+        gathered.leave()
         rows, partial, wide = (
             outputs.rows.zero_(),
             TORCH_DTYPES[PARTIAL_ROWS[wire]],
@@ -290,7 +300,18 @@ class RowsApart:
             out = rows.new_empty((num_rows, width), dtype=answer)
             ops.combine(rows.to(partial), outputs.slots, None, out, rows[:1].to(wide))
         self.release(outputs)
-        release_behind(self._seam, payload, *buffers)
+        release_behind(self._seam, payload)
+
+
+def rows_again(
+    memory: Rows, request: Header, asked: Call, old: WorkerShare, parts: Sequence[WorkerShare]
+) -> tuple[list[Piece], Gathered]:
+    """The rows of an EXPERT_IN that was asked of `old`, for others."""
+    row_type = DISPATCH_ROWS[request.wire]
+    spans = [(part.start - old.start, part.stop - old.start) for part in parts]
+    tables = tables_of(np.arange(asked.num_rows), spans, request.width, row_type)
+    segment = row_segment(asked.num_rows, request.width, row_type)
+    return tables.pieces, memory.gather(asked.payload, segment, tables, request, Kind.EXPERT_IN)
 
 
 def _taken(outputs: Sequence[Outputs]) -> list[DeviceBlock]:
@@ -299,18 +320,6 @@ def _taken(outputs: Sequence[Outputs]) -> list[DeviceBlock]:
     for o in outputs:
         o.held = []
     return held
-
-
-def _layout(pieces: Sequence[Piece]) -> tuple[Array, list[int], int]:
-    """Pieces one behind the other: the kernel's table int64 [pieces, 4], the byte where each begins, bytes in all."""
-    table, places, end = [], [], 0
-    for piece in pieces:
-        segment = piece.segment
-        rows, scales = end + segment.rows_offset, end + segment.scales_offset
-        table.append((piece.start, piece.stop - piece.start, rows, scales))
-        places.append(end)
-        end += -(-segment.end // _ALIGN) * _ALIGN
-    return np.array(table, np.int64), places, end
 
 
 def open_rows(pool: BufferPool, seam: Seam) -> Rows:

@@ -26,6 +26,7 @@ from common.transport.buffers import Buffer
 from common.transport.device import DevicePool
 from common.transport.link import BaseLink, LinkLimits
 from common.transport.outbox import Outbox
+from common.transport.volley import Part
 from common.wire.blocks import RowType, dispatch_layout, row_segment
 from common.wire.header import Header, Kind, Wire
 from kernels import ops
@@ -44,7 +45,22 @@ class SilentLink(BaseLink):
         peer = Hello(ProcessId(role, index), node, 1, "m", 1, "fp8")
         super().__init__(mine, peer, handler, pool, LinkLimits(window=1 << 16))
         self.posted: list[Header] = []
+        self.parts: list[tuple[Part, int]] = []  # and the numbers of their answers
         self._opened(peer)
+
+    def take_part(self, part: Part) -> bool:
+        self._credits.available -= 1
+        self.parts.append((part, 0 if part.landing is None else self._land(part.landing)))
+        return True
+
+    def requests(self) -> list[Header]:
+        """What was posted, or taken as part of a volley."""
+        found, self.posted = self.posted, []
+        for part, answer in self.parts:
+            found.append(part.header)
+            part.header.answer = answer
+        self.parts = []
+        return found
 
     def _transmit(self, buffer: Buffer, landing: object) -> None:
         header = Header.unpack_from(buffer.view, max_payload_nbytes=1 << 30)
@@ -147,7 +163,7 @@ def main() -> None:
             started = time.perf_counter()
             origin.take(message)
             split = time.perf_counter()
-            requests = [(link, link.posted.pop()) for link in links if link.posted]
+            requests = [(link, header) for link in links for header in link.requests()]
             answers = [(link, answer(pool, request)) for link, request in requests]
             ready = time.perf_counter()
             for link, buffer in answers[:-1]:

@@ -13,7 +13,7 @@ from common.tensors import numbers
 from common.transport.base import Hello
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool
-from common.transport.outbox import Outbox
+from common.transport.outbox import Message, Outbox
 from common.wire.blocks import EXPERT_OUT_ROWS, RowType, dispatch_layout, row_segment
 from common.wire.header import Header, Kind, Wire
 from services.attention.moe_client import MoeClient
@@ -29,6 +29,9 @@ class RecordingLink:
         self.peer = Hello(ProcessId(role, index), node, 1, "m", 1, "fp32")
         self.posted = []
         self.error = None
+
+    def take_part(self, part) -> bool:
+        return False
 
     def post(self, header, payload=None, *, landing=None) -> None:
         if self.error is not None:
@@ -158,7 +161,7 @@ def test_a_link_that_closed_unnoticed_keeps_the_message(pool):
     outbox, link = Outbox("expert-0"), RecordingLink(Role.EXPERT)
     outbox.opened(link)
     link.error = LinkClosed("gone")
-    outbox.send(Header(Kind.EXPERT_IN, block=1), pool.acquire(4), 0)
+    outbox.send(Message(Header(Kind.EXPERT_IN, block=1), pool.acquire(4), 0))
     assert repr(outbox) == "<Outbox to expert-0 [1 owed | waiting for the link]>"
     assert outbox.settle(1) is not None
     assert outbox.settle(1) is None

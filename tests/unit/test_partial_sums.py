@@ -12,10 +12,10 @@ from common.transport.device import DevicePool
 from common.transport.seam import Seam
 from common.wire.blocks import DISPATCH_ROWS, PARTIAL_ROWS, row_segment
 from common.wire.header import Header, Kind, Wire
-from services.router import payloads
 from services.router.block import SourceWork
 from services.router.plan import NodeShare, split_pairs
-from services.router.rows import open_rows, sum_dtype
+from services.router.rows import Question, open_rows, sum_dtype
+from services.router.tables import side_by_side
 
 WIDTH, HOME, ROWS, NODES = 40, 2, 23, 6
 
@@ -40,17 +40,22 @@ def ask(source, memory, payload, calls, some):
     wire = source.request.wire
     source.shares |= calls
     source.waiting |= calls.keys()
-    tables = source.place(calls, HOME, some=some), None
+    slots = source.place(calls, HOME, some=some)
     relays = {call: share for call, share in calls.items() if share.node != HOME}
-    pieces = payloads.relay_pieces(source.request, list(relays.values()))
-    index = np.concatenate([np.empty(0, np.int64), *(share.rows for share in relays.values())])
-    buffers, outputs = memory.fan_out(
-        payload, source.rows, index, pieces, tables, PARTIAL_ROWS[wire]
+    rows = [share.rows for share in relays.values()]
+    tables = side_by_side(rows, WIDTH, source.rows.row_type, slots)
+    gathered, outputs = memory.fan_out(
+        payload, source.rows, tables, source.request, Kind.RELAY, PARTIAL_ROWS[wire]
     )
     source.add(outputs, calls, HOME)
-    for buffer in buffers:
-        buffer.release()
-    return dict(zip(relays, memory.landings(outputs, pieces), strict=True))
+    landings = {}
+    for number, piece in zip(relays, tables.pieces, strict=True):
+        question = Question(number, 0, 1, b"", piece, piece.start)
+        call = gathered.call(question, outputs, 0)
+        landings[number] = None if call.landing is None else call.landing.retain()
+        call.release()
+    gathered.leave()
+    return landings
 
 
 def arrive(source, pool, call, partial, landing, rng):

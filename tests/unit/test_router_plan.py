@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import WireError
+from common.wire.blocks import RowType
 from services.router import plan
 from services.router.plan import (
+    NodeShare,
     WorkerShare,
     check_experts,
     check_pairs,
@@ -17,6 +19,9 @@ from services.router.plan import (
     split_share,
     split_unicast,
 )
+from services.router.routes import NOT_OURS
+
+_C = plan._compiled
 
 
 @pytest.fixture(autouse=True, scope="module", params=["compiled", "numpy"])
@@ -74,8 +79,7 @@ def test_every_pair_goes_to_one_node_in_order(block):
 def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
     experts, weights, worker_of, _ = block
     (share,) = split_by_node(experts, weights, np.zeros_like(experts))
-    workers = worker_of[share.experts]
-    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
+    plan = fan_out(share, worker_of, 40, RowType.FP8)
     stop = 0
     for work in plan.shares:
         assert work.start == stop
@@ -86,7 +90,7 @@ def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
     assert stop == len(share.pair_rows)
     assert len({work.worker for work in plan.shares}) == len(plan.shares)
     place_experts = np.concatenate([np.repeat(*work.segments.T) for work in plan.shares])
-    pairs = set(zip(plan.rows.tolist(), place_experts.tolist(), strict=True))
+    pairs = set(zip(plan.tables.index.tolist(), place_experts.tolist(), strict=True))
     assert pairs == set(zip(share.pair_rows.tolist(), share.experts.tolist(), strict=True))
 
 
@@ -94,16 +98,15 @@ def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
 def test_slots_hold_each_rows_pairs_in_ascending_expert_order(block):
     experts, weights, worker_of, _ = block
     (share,) = split_by_node(experts, weights, np.zeros_like(experts))
-    workers = worker_of[share.experts]
-    plan = fan_out(share.pair_rows, share.experts, share.weights, len(share.rows), workers)
+    plan = fan_out(share, worker_of, 40, RowType.FP8)
     place_experts = np.concatenate([np.repeat(*work.segments.T) for work in plan.shares])
     for row in range(len(share.rows)):
         mine = share.pair_rows == row
-        places = plan.slots[row][plan.slots[row] >= 0]
-        assert (plan.rows[places] == row).all()
+        places = plan.tables.slots[row][plan.tables.slots[row] >= 0]
+        assert (plan.tables.index[places] == row).all()
         assert place_experts[places].tolist() == share.experts[mine].tolist()
-        assert plan.weights[row][: len(places)].tolist() == share.weights[mine].tolist()
-        assert (plan.weights[row][len(places) :] == 0).all()
+        assert plan.tables.weights[row][: len(places)].tolist() == share.weights[mine].tolist()
+        assert (plan.tables.weights[row][len(places) :] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,30 @@ def test_unicast_sends_a_copy_per_expert_of_another_node(block, home):
 
 
 def test_pairs_that_nobody_computes():
-    rows, experts, workers = (np.array(v, np.int32) for v in ([0, 1], [3, 4], [2, -1]))
+    rows, experts, workers = (
+        np.array(v, np.int32) for v in ([0, 1], [3, 4], [0, 0, 0, 2, NOT_OURS])
+    )
+    share = NodeShare(0, np.arange(2), rows, experts, np.ones(2, np.float32))
     with pytest.raises(WireError, match="experts that this node does not hold"):
-        fan_out(rows, experts, np.ones(2, np.float32), 2, workers)
+        fan_out(share, workers, 40, RowType.BF16)
+
+
+@given(blocks(), st.sampled_from(RowType), st.integers(1, 300), st.data())
+def test_both_forms_make_the_same_tables(block, row_type, width, data):
+    experts, weights, worker_of, node_of_worker = block
+    nodes = node_of_worker[worker_of][experts]
+    share = data.draw(st.sampled_from(split_by_node(experts, weights, nodes)))
+    mine, theirs = fan_out(share, worker_of, width, row_type), None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_compiled", None if plan._compiled else _C)
+        theirs = fan_out(share, worker_of, width, row_type)
+    for a, b in zip(mine.shares, theirs.shares, strict=True):
+        assert (a.worker, a.start, a.stop) == (b.worker, b.start, b.stop)
+        assert (a.segments == b.segments).all()
+    a, b = mine.tables, theirs.tables
+    assert a.pieces == b.pieces
+    assert (a.shape, a.num_places, a.nbytes) == (b.shape, b.num_places, b.nbytes)
+    for name in ("index", "slots", "weights"):
+        assert (getattr(a, name) == getattr(b, name)).all(), name
+    rows = [np.frombuffer(t.memory, np.int64, 4 * len(t.pieces), t.ats[1]).tolist() for t in (a, b)]
+    assert rows[0] == rows[1]

@@ -90,12 +90,12 @@ class CountingAttention(Attention):
             outbox.send = self._counted(outbox.send)  # type: ignore[method-assign]
 
     def _counted(self, send: Any) -> Any:
-        def call(header: Any, *args: Any, **kwargs: Any) -> None:
+        def count(call: Any) -> None:
             self.counts["messages_out"] += 1
-            self.counts["bytes_out"] += header.payload_nbytes
-            send(header, *args, **kwargs)
+            self.counts["bytes_out"] += call.header.payload_nbytes
+            send(call)
 
-        return call
+        return count
 
     def on_message(self, link: Any, header: Any, payload: Any) -> None:
         self.counts["messages_in"] += 1

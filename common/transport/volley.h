@@ -1,0 +1,139 @@
+/* Rows and their message, posted: one, or those of a volley (`common.transport.volley`) with one call from Python. */
+#include "telling.h"
+
+#define ROWS_ID 16     /* of active messages; UCXX takes the first few numbers */
+#define MAX_HEAD 65536 /* bytes of a message that travel with rows; UCX may have less room */
+
+/* A header as `common.wire.header` packs it. */
+typedef struct {
+    uint8_t fixed[16]; /* what all messages of a volley have in common, and below */
+    uint64_t block, trace;
+    uint32_t num_rows, num_pairs;
+    uint16_t target, attempt, microbatch;
+    uint8_t landed, unused;
+    uint64_t payload_nbytes;
+    uint32_t credits;
+    uint8_t none[28];
+    uint64_t rows_nbytes;
+    uint32_t answer;
+    uint8_t rest[28];
+} MessageHeader;
+_Static_assert(sizeof(MessageHeader) == 128, "a header has 128 bytes");
+
+/* Rows, and where those of the answer are wanted; with Shared or None. */
+typedef struct {
+    void *rows;
+    size_t nbytes;
+    PyObject *shared;
+    void *landing;
+    size_t landing_nbytes;
+    PyObject *landing_shared;
+} Offer;
+
+/* A message of UCX's: the tag, then ours. */
+typedef struct {
+    ucp_tag_t tag;
+    char message[MAX_HEAD];
+} Head;
+
+/* What an odd number names, else NULL. */
+static void *neighbour_s(void *number)
+{
+    return (uintptr_t)number & 1 ? (char *)number - 1 : NULL;
+}
+
+/* Post `nbytes` of a message with its rows, in the slot of a neighbour or else by UCX; gives a status. */
+static int post_rows(Operation *op, void *to, const Head *head, size_t nbytes, const Offer *offer)
+{
+    ucp_ep_h endpoint = to;
+    Neighbour *neighbour = neighbour_s(to);
+    if (neighbour != NULL) {
+        Slot *slot = offer->shared == Py_None ? NULL : free_slot(neighbour);
+        if (slot != NULL) {
+            name_place(&slot->rows, (Shared *)offer->shared, offer->rows, offer->nbytes);
+            slot->landing.nbytes = 0;
+            if (offer->landing_shared != Py_None)
+                name_place(&slot->landing, (Shared *)offer->landing_shared, offer->landing, offer->landing_nbytes);
+            if (offer_rows(neighbour, op, head->tag, head->message, nbytes))
+                return UCS_INPROGRESS;
+        }
+        endpoint = neighbour->endpoint;
+    }
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE
+                        | UCP_OP_ATTR_FIELD_FLAGS,
+        .flags = UCP_AM_SEND_FLAG_RNDV | UCP_AM_SEND_FLAG_COPY_HEADER,
+        .cb.send = on_sent,
+        .user_data = op,
+        .memory_type = op->memory,
+    };
+    return posted(
+        op, ucp.rows_send(endpoint, ROWS_ID, head, sizeof head->tag + nbytes, offer->rows, offer->nbytes, &param));
+}
+
+/* One part of a volley: (to, tag, block, target, num_rows, num_pairs, credits, answer, rows, nbytes, shared, landing,
+ * landing_nbytes, landing_shared, tail). A status, or -1 with an exception (UCX's errors are others).
+ */
+static int post_part(Port *self, Head *head, PyObject *part, PyObject *ended, ucs_memory_type_t memory, int *status)
+{
+    MessageHeader *header = (MessageHeader *)head->message;
+    void *to, *rows, *landing;
+    unsigned long long numbers[12];
+    PyObject *shared, *landing_shared;
+    Py_buffer tail;
+    if (!PyArg_ParseTuple(
+            part, "KKKKKKKKKKOKKOy*", &numbers[0], &numbers[1], &numbers[2], &numbers[3], &numbers[4], &numbers[5],
+            &numbers[6], &numbers[7], &numbers[8], &numbers[9], &shared, &numbers[10], &numbers[11], &landing_shared,
+            &tail))
+        return -1;
+    to = (void *)(uintptr_t)numbers[0];
+    rows = (void *)(uintptr_t)numbers[8];
+    landing = (void *)(uintptr_t)numbers[10];
+    size_t nbytes = sizeof *header + tail.len;
+    Operation *op = NULL;
+    if (numbers[3] > UINT16_MAX || (Py_ssize_t)nbytes > self->max_head)
+        PyErr_Format(PyExc_ValueError, "target %llu and %zu bytes with rows, at most %zd", numbers[3], nbytes, self->max_head);
+    else
+        op = take(self, ended, rows, numbers[9]);
+    if (op != NULL) {
+        op->memory = memory;
+        head->tag = numbers[1];
+        header->block = numbers[2];
+        header->target = numbers[3];
+        header->num_rows = numbers[4];
+        header->num_pairs = numbers[5];
+        header->credits = numbers[6];
+        header->answer = numbers[7];
+        header->rows_nbytes = numbers[9];
+        header->payload_nbytes = numbers[9] + tail.len;
+        memcpy(header + 1, tail.buf, tail.len);
+        Offer offer = {rows, numbers[9], shared, landing, numbers[11], landing_shared};
+        *status = post_rows(op, to, head, nbytes, &offer);
+    }
+    PyBuffer_Release(&tail);
+    return op == NULL ? -1 : 0;
+}
+
+/* send_together(template, on_device, parts, calls) -> statuses; the calls of pending parts are made when they end. */
+static PyObject *port_send_together(Port *self, PyObject *args)
+{
+    PyObject *template, *on_device, *parts, *calls;
+    if (!PyArg_ParseTuple(args, "O!O!O!O!", &PyByteArray_Type, &template, &PyBool_Type, &on_device, &PyList_Type, &parts,
+                          &PyList_Type, &calls))
+        return NULL;
+    Py_ssize_t num = PyList_GET_SIZE(parts);
+    if (PyByteArray_GET_SIZE(template) != sizeof(MessageHeader) || PyList_GET_SIZE(calls) != num)
+        return PyErr_Format(PyExc_ValueError, "a header has %zu bytes, and every part a call", sizeof(MessageHeader));
+    PyObject *statuses = PyList_New(num);
+    Head head;
+    memcpy(head.message, PyByteArray_AS_STRING(template), sizeof(MessageHeader));
+    for (Py_ssize_t i = 0; statuses != NULL && i < num; i++) {
+        int status;
+        ucs_memory_type_t memory = on_device == Py_True ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST;
+        if (post_part(self, &head, PyList_GET_ITEM(parts, i), PyList_GET_ITEM(calls, i), memory, &status) < 0)
+            Py_CLEAR(statuses);
+        else
+            PyList_SET_ITEM(statuses, i, PyLong_FromLong(status));
+    }
+    return statuses;
+}

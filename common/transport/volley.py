@@ -1,0 +1,110 @@
+"""Messages whose rows are pieces of one block of device memory: they leave together when the device has written it.
+
+Each is a `Call` of an outbox like any other. Between neighbours all go with one call of the port and without a buffer
+or a header of their own; what goes by itself (no credit, another way than shared memory, asked again) gets both then.
+"""
+
+from typing import TYPE_CHECKING
+
+from common.transport.base import Link
+from common.transport.buffers import Buffer
+from common.transport.device import DeviceBlock, DevicePool, DeviceRows
+from common.transport.seam import Fence
+from common.wire.header import HEADER_NBYTES, Header, Kind
+
+if TYPE_CHECKING:
+    from common.transport.ucx_messages import UcxMessages
+
+Ticket = tuple[
+    "UcxMessages", int, int, int, "Part"
+]  # link, tag, credits to return, number of the answer
+
+
+class Volley:
+    """Messages of one kind about `request`. Made with a reference to the block, given up by `leave`."""
+
+    __slots__ = ("block", "fence", "has_left", "kind", "pool", "request", "tickets")
+
+    def __init__(
+        self, request: Header, kind: Kind, pool: DevicePool, block: DeviceBlock, fence: Fence
+    ) -> None:
+        """`fence` is passed when the block is written."""
+        self.request, self.kind, self.pool = request, kind, pool
+        self.block, self.fence = block, fence
+        self.has_left = False
+        self.tickets: list[Ticket] = []  # of messages that links have taken
+
+    def leave(self) -> None:
+        """Every message is posted: send what links have taken as soon as the block is written."""
+        self.has_left = True
+        if self.tickets:
+            self.fence.then(self._send)
+        self.block.release()
+
+    def _send(self) -> None:
+        first, *_ = self.tickets[0]
+        first.send_together(self.request, self.kind, self.tickets)
+
+
+class Part:
+    """One message: see `common.transport.outbox.Call`."""
+
+    __slots__ = (
+        "_header",
+        "_payload",
+        "landing",
+        "num_pairs",
+        "num_rows",
+        "number",
+        "rows",
+        "since_ns",
+        "tail",
+        "target",
+        "volley",
+    )
+
+    def __init__(
+        self, volley: Volley, number: int, target: int, num_rows: int, num_pairs: int,
+        rows: DeviceRows, tail: bytes, landing: DeviceRows | None, since_ns: int,
+    ) -> None:  # fmt: skip
+        """Takes over the references. `number` is the header's block; `tail` is what follows the rows in the payload."""
+        self.volley, self.number, self.target = volley, number, target
+        self.num_rows, self.num_pairs = num_rows, num_pairs
+        self.rows, self.tail, self.landing, self.since_ns = rows, tail, landing, since_ns
+        self._header: Header | None = None
+        self._payload: Buffer | None = None
+
+    @property
+    def header(self) -> Header:
+        """Made at the first need."""
+        if self._header is None:
+            volley = self.volley
+            self._header = volley.request.derive(
+                volley.kind, target=self.target, num_rows=self.num_rows, num_pairs=self.num_pairs,
+                payload_nbytes=self.rows.nbytes + len(self.tail),
+            )  # fmt: skip
+            self._header.block = self.number
+        return self._header
+
+    @property
+    def payload(self) -> Buffer:
+        """Likewise."""
+        if self._payload is None:
+            self.rows.fence = self.volley.fence
+            buffer = self.volley.pool.acquire_with(self.rows.retain(), len(self.tail))
+            buffer.view[HEADER_NBYTES : HEADER_NBYTES + len(self.tail)] = self.tail
+            self._payload = buffer
+        return self._payload
+
+    def post(self, link: Link) -> None:
+        """Raises what `Link.post` does."""
+        if self.volley.has_left or not link.take_part(self):
+            link.post(self.header, self.payload, landing=self.landing)
+
+    def release(self) -> None:
+        """Drop what is held for another try."""
+        self.rows.release()
+        if self.landing is not None:
+            self.landing.release()
+        if self._payload is not None:
+            self._payload.release()

@@ -1,0 +1,259 @@
+"""Messages that leave together: what arrives is what each by itself would bring, and nothing is lost or leaks."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.transport.device import synchronise
+from common.transport.outbox import Outbox
+from common.transport.seam import Fence, Seam
+from common.transport.volley import Part, Volley
+from common.wire.header import Header, Kind, Wire
+from tests.contract.harness import ROUTER, hello, run
+from tests.contract.test_rows_apart import (
+    DeviceInprocNet,
+    DeviceUcxNet,
+    ManualEvent,
+    ReachingUcxNet,
+    RowsPeer,
+    answering,
+    check_no_block_leaked,
+)
+
+REQUEST = Header(
+    Kind.DISPATCH, Wire.BF16, 7, 3, 1024, 1 << 50, 1 << 40, 128, 1024, attempt=2, microbatch=1
+)
+WRITTEN = Fence(passed=True)
+
+
+@pytest.fixture(
+    params=[DeviceInprocNet, DeviceUcxNet, ReachingUcxNet], ids=["inproc", "ucx", "reaching"]
+)
+def net(request, tmp_path):
+    return request.param(tmp_path)
+
+
+class Fleet:
+    """A dialler with a link and an outbox to each of some listeners."""
+
+    def __init__(self, net, there):
+        self.net, self.there, self.here = net, there, RowsPeer()
+
+    async def open(self, **options):
+        self.dialler, self.links = self.net.transport(**options), []
+        self.listeners = [self.net.transport() for _ in self.there]
+        self.outboxes = [Outbox(f"expert-{i}") for i in range(len(self.there))]
+        for listener, peer, outbox in zip(self.listeners, self.there, self.outboxes, strict=True):
+            address = await listener.listen(self.net.address(), ROUTER, peer)
+            link = await self.dialler.connect(address, hello(), self.here, timeout_s=5)
+            await peer.until(lambda peer=peer: bool(peer.links))
+            outbox.opened(link)
+            self.links.append(link)
+
+    def ask(self, bodies, *, fence=WRITTEN, landing_nbytes=0):
+        """bodies: (who, rows, tail). The block, landings' block and the calls."""
+        pool = self.dialler.pool
+        block = pool.take(sum(len(rows) for _, rows, _ in bodies))
+        landings = pool.take(max(1, landing_nbytes * len(bodies)))
+        volley, calls, place = Volley(REQUEST, Kind.EXPERT_IN, pool, block, fence), [], 0
+        for number, (who, rows, tail) in enumerate(bodies):
+            block.tensor[place : place + len(rows)].copy_(
+                torch.frombuffer(bytearray(rows), dtype=torch.uint8)
+            )
+            landing = None
+            if landing_nbytes:
+                landing = landings.rows(number * landing_nbytes, landing_nbytes)
+            piece = block.rows(place, len(rows))
+            calls.append(Part(volley, 900 + number, who, len(rows), 5, piece, tail, landing, 0))
+            place += len(rows)
+        synchronise(pool.device)
+        for (who, _, _), call in zip(bodies, calls, strict=True):
+            self.outboxes[who].send(call)
+        volley.leave()
+        return block, landings, calls
+
+    def settle(self):
+        for outbox in self.outboxes:
+            outbox.clear()
+
+
+def expected(number, who, rows, tail):
+    return replace(
+        REQUEST, kind=Kind.EXPERT_IN, block=900 + number, target=who, num_rows=len(rows), num_pairs=5,
+        payload_nbytes=len(rows) + len(tail), rows_nbytes=len(rows),
+    )  # fmt: skip
+
+
+def check_got(peer, who, bodies):
+    mine = [(n, rows, tail) for n, (w, rows, tail) in enumerate(bodies) if w == who]
+    assert len(peer.got) == len(mine)
+    for (header, rows, tables), (number, want_rows, want_tail) in zip(peer.got, mine, strict=True):
+        assert (rows, tables) == (want_rows, want_tail)
+        want = expected(number, who, want_rows, want_tail)
+        assert replace(header, answer=0, credits=0) == want
+
+
+def random_bodies(rng, num, peers):
+    return [
+        (rng.randrange(peers), *(rng.randbytes(rng.choice(n)) for n in ([16, 4096, 100_000], [0, 8, 40_000])))
+        for _ in range(num)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_arrives_as_if_posted_by_itself(net, seed):
+    rng = random.Random(seed)
+    bodies = random_bodies(rng, 30, 3)  # more than a window: some go by themselves
+
+    async def main():
+        there = [RowsPeer() for _ in range(3)]
+        fleet = Fleet(net, there)
+        await fleet.open()
+        block, landings, _ = fleet.ask(bodies)
+        for who, peer in enumerate(there):
+            await peer.until(lambda w=who, p=peer: len(p.got) == sum(b[0] == w for b in bodies))
+            check_got(peer, who, bodies)
+        fleet.settle()
+        landings.release()
+        del block
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_answers_land_where_each_is_wanted(net):
+    async def main():
+        pools = []
+        there = [RowsPeer(answering(lambda w=w: pools[w])) for w in range(2)]
+        fleet = Fleet(net, there)
+        await fleet.open()
+        pools += [listener.pool for listener in fleet.listeners]
+        bodies = [(n % 2, bytes([n]) * 40_000, b"tail-of8") for n in range(8)]
+        _, landings, calls = fleet.ask(bodies, landing_nbytes=40_000)
+        await fleet.here.until(lambda: len(fleet.here.got) == 8)
+        assert sorted(offset for _, offset in fleet.here.places) == [n * 40_000 for n in range(8)]
+        assert {block for block, _ in fleet.here.places} == {landings}
+        landed = landings.tensor[: 8 * 40_000].view(8, 40_000).cpu()
+        assert landed.eq(255 - torch.arange(8, dtype=torch.uint8)[:, None]).all()
+        assert {header.block for header, _, _ in fleet.here.got} == {c.number for c in calls}
+        fleet.settle()
+        landings.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_all_wait_for_the_block_and_other_messages_for_them(tmp_path):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        ManualEvent.passed = False
+        there = [RowsPeer(), RowsPeer()]
+        fleet = Fleet(net, there)
+        seam = Seam(ManualEvent)
+        await fleet.open(seam=seam)
+        bodies = [(0, b"0" * 160, b""), (1, b"1" * 160, b"abcdefgh"), (0, b"2" * 160, b"")]
+        block, landings, _ = fleet.ask(bodies, fence=seam.fence())
+        fleet.links[0].post(Header(Kind.DISPATCH, block=5))
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert not there[0].got
+        assert not there[1].got
+        block.tensor[:160] = ord("w")
+        ManualEvent.passed = True
+        await there[0].until(lambda: len(there[0].got) == 3)
+        await there[1].until(lambda: len(there[1].got) == 1)
+        assert [rows for _, rows, _ in there[0].got] == [b"w" * 160, b"2" * 160, b""]
+        assert there[1].got[0][1:] == (b"1" * 160, b"abcdefgh")
+        fleet.settle()
+        landings.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_a_link_that_closes_before_the_block_is_written_takes_nothing_along(tmp_path):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        ManualEvent.passed = False
+        there = [RowsPeer(), RowsPeer()]
+        fleet = Fleet(net, there)
+        seam = Seam(ManualEvent)
+        await fleet.open(seam=seam)
+        bodies = [(w, bytes([w]) * 1600, b"12345678") for w in (0, 1, 0, 1)]
+        _, landings, _ = fleet.ask(bodies, fence=seam.fence(), landing_nbytes=160)
+        fleet.links[0].close("enough")
+        fleet.outboxes[0].closed(fleet.links[0])
+        await fleet.here.until(lambda: bool(fleet.here.closed))
+        ManualEvent.passed = True
+        await there[1].until(lambda: len(there[1].got) == 2)
+        assert [(h.block, rows) for h, rows, _ in there[1].got] == [
+            (901, b"\1" * 1600), (903, b"\1" * 1600),
+        ]  # fmt: skip
+        # the other target is back: its messages go again, by themselves, with the next attempt
+        again = RowsPeer()
+        address = await fleet.listeners[0].listen(net.address(), ROUTER, again)
+        fleet.outboxes[0].opened(
+            await fleet.dialler.connect(address, hello(), fleet.here, timeout_s=5)
+        )
+        await again.until(lambda: len(again.got) == 2)
+        assert [(h.block, h.attempt, rows, tail) for h, rows, tail in again.got] == [
+            (n, REQUEST.attempt + 1, b"\0" * 1600, b"12345678") for n in (900, 902)
+        ]
+        fleet.settle()
+        landings.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_what_is_settled_while_the_block_is_written_keeps_its_rows_till_they_are_sent(tmp_path):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        ManualEvent.passed = False
+        peer = RowsPeer()
+        fleet = Fleet(net, [peer])
+        seam = Seam(ManualEvent)
+        await fleet.open(seam=seam)
+        block, landings, _ = fleet.ask([(0, b"x" * 1600, b"")], fence=seam.fence())
+        fleet.settle()
+        assert fleet.dialler.pool.take(1600) is not block, "its message is still to be sent"
+        ManualEvent.passed = True
+        await peer.until(lambda: len(peer.got) == 1)
+        assert peer.got[0][1] == b"x" * 1600
+        landings.release()
+
+    run(net, main, leak_free=False)
+
+
+def test_more_than_the_slots_of_a_neighbour_go_by_ucx(tmp_path):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        from common.transport.link import LinkLimits
+
+        peer = RowsPeer()
+        fleet = Fleet(net, [peer])
+        fleet.dialler = None
+        wide = LinkLimits(window=600)
+        listener = net.transport(wide)
+        dialler = net.transport(wide)
+        address = await listener.listen(net.address(), ROUTER, peer)
+        link = await dialler.connect(address, hello(), fleet.here, timeout_s=5)
+        await peer.until(lambda: bool(peer.links))
+        fleet.dialler, fleet.links, fleet.outboxes = dialler, [link], [Outbox("expert-0")]
+        fleet.outboxes[0].opened(link)
+        bodies = [(0, n.to_bytes(4, "little") * 40, b"12345678") for n in range(500)]
+        _, landings, _ = fleet.ask(bodies)
+        await peer.until(lambda: len(peer.got) == 500)
+        check_got(peer, 0, bodies)
+        fleet.settle()
+        landings.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
