@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
-from kernels.launch import launch
+from kernels.launch import Launcher
 from kernels.quant import quantise_blocks
 from kernels.reference.combine import OTHER
 from kernels.reference.quant import BLOCK, SCALE_MIN, rows_view
@@ -80,6 +80,9 @@ def _combine_fp8(
     tl.store(SCALES + row * per_row + block, scale, mask=block < per_row)
 
 
+_launch_combine = Launcher(_combine)
+
+
 def _warps(num_rows: int) -> int:
     return 4 if num_rows >= _SPLIT_ROWS else 8
 
@@ -98,13 +101,26 @@ def combine(
     width = source.shape[1]
     if n == 0:
         return
-    exact = any(t is not None and t.dtype is torch.float64 for t in (out, source, more))
-    launch(
-        _combine, (n, triton.cdiv(width, _COLUMNS), 1),
-        (source, slots, slots if weights is None else weights, source if more is None else more, out), (width,),
-        (depth, weights is not None, more is not None, tl.float64 if exact else tl.float32, _COLUMNS),
-        num_warps=_warps(n), enable_fp_fusion=False,
-        maxnreg=40 if n < _SPLIT_ROWS and weights is not None and depth <= 8 and not exact else None, **PROGRAMMATIC,
+    weighted, two, few = weights is not None, more is not None, n < _SPLIT_ROWS
+    pointers = (
+        source,
+        slots,
+        slots if weights is None else weights,
+        source if more is None else more,
+        out,
+    )
+    dtypes = source.dtype, pointers[3].dtype, out.dtype
+
+    def describe() -> tuple[tuple[object, ...], dict[str, object]]:
+        exact = torch.float64 in dtypes
+        constants = depth, weighted, two, tl.float64 if exact else tl.float32, _COLUMNS
+        limit = 40 if few and weighted and depth <= 8 and not exact else None
+        options = {"num_warps": _warps(n), "enable_fp_fusion": False, "maxnreg": limit}
+        return constants, options | PROGRAMMATIC
+
+    _launch_combine(
+        (depth, weighted, two, few, width, dtypes),
+        (n, -(-width // _COLUMNS), 1), pointers, (width,), describe,
     )  # fmt: skip
 
 

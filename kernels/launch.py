@@ -1,46 +1,54 @@
-"""Launches without Triton's binder: what it would compute is looked up by what the compiler specialises on.
+"""Launches without Triton's binder: whoever launches names, by a key, all that the compiler specialises on.
 
 In a loop a launch through the binder takes 20 us, the compiled kernel's own 7.5 (Triton 3.6, Xeon, 2026-11-25).
 """
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
-_compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+_stream_of: Any = getattr(
+    torch._C, "_cuda_getCurrentRawStream", None
+)  # absent where torch is built without CUDA
 
 
-def launch(
-    kernel: Any,  # noqa: ANN401  -- Triton's, untyped
-    grid: tuple[int, int, int],
-    pointers: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
-    constants: tuple[Any, ...],
-    **options: Any,  # noqa: ANN401
-) -> None:
-    """`kernel[grid](*pointers, *numbers, *constants, **options)`, the kernel's parameters being in that order.
+class Launcher:
+    """Launches of one kernel, whose parameters are pointers, numbers and constants, in that order."""
 
-    Triton compiles a kernel anew when a pointer's dtype or its alignment to 16 bytes changes, when a number is 1, a
-    multiple of 16 or wider than 32 bits, and for other constants or options (named in the same order at every launch).
-    """
-    if _INTERPRETED:
-        kernel[grid](*pointers, *numbers, *constants, **options)
-        return
-    addresses = [pointer.data_ptr() for pointer in pointers]
-    device = pointers[0].get_device()
-    key = (
-        id(kernel), device, constants, *options.values(),
-        *[(pointer.dtype, address & 15 == 0) for pointer, address in zip(pointers, addresses, strict=True)],
-        *[n if n == 1 else (n & 15 == 0, -(1 << 31) <= n < 1 << 31) for n in numbers],
-    )  # fmt: skip
-    known = _compiled.get(key)
-    if known is None:
-        compiled = kernel[grid](*pointers, *numbers, *constants, **options)
-        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
-        return
-    run, function, metadata = known
-    stream = driver.active.get_current_stream(device)
-    run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
+    def __init__(self, kernel: Any) -> None:  # noqa: ANN401  -- Triton's, untyped
+        self._kernel = kernel
+        self._known: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
+
+    def __call__(
+        self,
+        key: Hashable,
+        grid: tuple[int, int, int],
+        pointers: tuple[Tensor, ...],
+        numbers: tuple[int, ...],
+        describe: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]],
+    ) -> None:
+        """`kernel[grid](*pointers, *numbers, *constants, **options)`; `describe` gives constants and options.
+
+        Equal keys must mean equal constants, options and dtypes, and numbers that Triton takes for alike: those that it
+        is not told to leave alone are 1, a multiple of 16 or neither, and of 32 bits, for all of a key.
+        """
+        addresses = [pointer.data_ptr() for pointer in pointers]
+        low = 0
+        for address in addresses:
+            low |= address
+        device = pointers[0].get_device()
+        known = None if low & 15 else self._known.get((device, key))
+        if known is None:
+            constants, options = describe()
+            compiled = self._kernel[grid](*pointers, *numbers, *constants, **options)
+            if low & 15 == 0 and not _INTERPRETED:
+                parts = compiled.run, compiled.function, compiled.packed_metadata, constants
+                self._known[device, key] = parts
+            return
+        run, function, metadata, constants = known
+        stream = _stream_of(device)
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)

@@ -70,7 +70,13 @@ def _choose(reference: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(reference)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+        first = args[0]
+        on_gpu = (
+            first.is_cuda
+            if isinstance(first, Tensor)
+            else any(isinstance(a, Tensor) and a.is_cuda for a in args)
+        )
+        if on_gpu:
             return _triton(reference.__name__)(*args, **kwargs)  # type: ignore[return-value]
         return reference(*args, **kwargs)
 

@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
-from kernels.launch import launch
+from kernels.launch import Launcher
 from kernels.reference.pack import route as route_reference
 
+_REST_STEP = 256  # numbers of tables that a program copies at once
+_STEP = tl.constexpr(_REST_STEP)
 _UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -236,30 +238,41 @@ def _units(BYTES, UNIT: tl.constexpr):
     return typed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index_at", "pieces_at", "rest_from", "rest_at", "rest_size"])
 def _copy_pieces(
-    SOURCE, OUT, TABLES, index_at, pieces_at, first, first_scales, size, scale_size, UNIT: tl.constexpr,
-    SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
+    SOURCE, OUT, TABLES, REST, index_at, pieces_at, rest_from, rest_at, rest_size, first, first_scales,
+    size, scale_size, UNIT: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
     SOURCE = _units(SOURCE, UNIT)
     OUT = _units(OUT, UNIT)
     i = tl.program_id(0)
-    piece = _units(TABLES + pieces_at, 8) + tl.program_id(1) * 4
-    if i < tl.load(piece + 1):
-        j = tl.load(_units(TABLES + index_at, 4) + tl.load(piece) + i).to(tl.int64)
-        one = tl.zeros((1,), tl.int64)
-        ok = one == 0
-        out = OUT + tl.multiple_of(tl.load(piece + 2) // UNIT, 16 // UNIT)
-        _move(SOURCE + first, out, one + j, one + i, ok, size, C)
-        if SCALED:
-            scales = OUT + tl.multiple_of(tl.load(piece + 3) // UNIT, 16 // UNIT)
-            _move(SOURCE + first_scales, scales, one + j, one + i, ok, scale_size, CS)
+    if tl.program_id(1) == tl.num_programs(1) - 1:  # behind the pieces: the rest of the tables
+        for start in range(i * _STEP, rest_size, tl.num_programs(0) * _STEP):
+            at = start + tl.arange(0, _STEP)
+            inside = at < rest_size
+            value = tl.load(_units(TABLES + rest_from, 4) + at, mask=inside)
+            tl.store(_units(REST + rest_at, 4) + at, value, mask=inside)
+    else:
+        piece = _units(TABLES + pieces_at, 8) + tl.program_id(1) * 4
+        if i < tl.load(piece + 1):
+            j = tl.load(_units(TABLES + index_at, 4) + tl.load(piece) + i).to(tl.int64)
+            one = tl.zeros((1,), tl.int64)
+            ok = one == 0
+            out = OUT + tl.multiple_of(tl.load(piece + 2) // UNIT, 16 // UNIT)
+            _move(SOURCE + first, out, one + j, one + i, ok, size, C)
+            if SCALED:
+                scales = OUT + tl.multiple_of(tl.load(piece + 3) // UNIT, 16 // UNIT)
+                _move(SOURCE + first_scales, scales, one + j, one + i, ok, scale_size, CS)
+
+
+_launch_pieces = Launcher(_copy_pieces)
 
 
 def gather_pieces(
     source: Tensor,
     out: Tensor,
     tables: Tensor,
+    rest: Tensor | None = None,
     *,
     index_offset: int,
     pieces_offset: int,
@@ -269,20 +282,32 @@ def gather_pieces(
     source_offset: int,
     scale_nbytes: int = 0,
     source_scales: int = 0,
+    rest_from: int = 0,
+    rest_at: int = 0,
+    rest_nbytes: int = 0,
 ) -> None:
     """Gather rows into several blocks of one buffer, in one launch.
 
     In `tables` (uint8) are, from these byte offsets on, index int32 and pieces int64 [num_pieces, 4]: first place in
     `index`, number of rows (at most `max_rows`), byte offset of the rows in `out`, byte offset of their scales. Offsets
-    are multiples of 16. Pieces are not checked: they stay on the device.
+    are multiples of 16. Pieces are not checked: the device reads them. `tables` may be pinned host memory, which
+    kernels read over PCIe sooner than a driver copies it. `rest_nbytes` of it, from `rest_from` on, go to byte
+    `rest_at` of `rest`, for kernels that read them often; all three are multiples of 4.
     """
     unit = _unit(
         row_nbytes, source_offset, scale_nbytes, source_scales, source.data_ptr(), out.data_ptr()
     )
     size, scale_size = row_nbytes // unit, scale_nbytes // unit
-    launch(
-        _copy_pieces, (max_rows, num_pieces, 1), (source, out, tables),
-        (index_offset, pieces_offset, source_offset // unit, source_scales // unit, size, scale_size),
-        (unit, scale_size > 0, triton.next_power_of_2(size), triton.next_power_of_2(max(1, scale_size))),
-        num_warps=4,
+    first, first_scales, rest_size = source_offset // unit, source_scales // unit, rest_nbytes // 4
+
+    def describe() -> tuple[tuple[object, ...], dict[str, object]]:
+        columns = triton.next_power_of_2(size), triton.next_power_of_2(max(1, scale_size))
+        return (unit, scale_size > 0, *columns), {"num_warps": 4}
+
+    _launch_pieces(
+        (unit, size, scale_size, *[n if n == 1 else n & 15 == 0 for n in (first, first_scales)]),
+        (max(max_rows, -(-rest_size // _REST_STEP), 1), num_pieces + 1, 1),
+        (source, out, tables, tables if rest is None else rest),
+        (index_offset, pieces_offset, rest_from, rest_at, rest_size, first, first_scales, size, scale_size),
+        describe,
     )  # fmt: skip

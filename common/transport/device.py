@@ -19,7 +19,6 @@ import torch
 
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.seam import Fence, Seam
-from common.wire.header import HEADER_NBYTES
 
 _MIN_NBYTES = 1 << 16
 _MOST_VIEWS = 32  # of a block, which the next payload of the same shape finds again
@@ -202,12 +201,6 @@ class DevicePool(BufferPool):
         with torch.inference_mode(mode=False):
             tensor = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         return DeviceBlock(tensor, self._take_back_block)
-
-    def upload(self, buffer: Buffer) -> DeviceBlock:
-        """The payload of a buffer on the device, which has yet to copy it: keep the buffer until it has."""
-        block = self.take(buffer.nbytes)
-        self.copy(block.address, buffer.address + HEADER_NBYTES, buffer.nbytes)
-        return block
 
     def adopt(self, tensor: torch.Tensor) -> DeviceRows:
         """Rows that a kernel made: sent from where they lie. `tensor` is contiguous and not written to any more."""

@@ -121,6 +121,7 @@ def gather_pieces(
     source: Tensor,
     out: Tensor,
     tables: Tensor,
+    rest: Tensor | None = None,
     *,
     index_offset: int,
     pieces_offset: int,
@@ -130,13 +131,18 @@ def gather_pieces(
     source_offset: int,
     scale_nbytes: int = 0,
     source_scales: int = 0,
+    rest_from: int = 0,
+    rest_at: int = 0,
+    rest_nbytes: int = 0,
 ) -> None:
     """Gather rows into several blocks of one buffer: `pack` for each of the pieces, whose numbers lie on the device.
 
     In `tables` (uint8) are, from these byte offsets on, index int32 and pieces int64 [num_pieces, 4]: first place in
     `index`, number of rows (at most `max_rows`), byte offset of the rows in `out`, byte offset of their scales. Offsets
-    are multiples of 16.
+    are multiples of 16. `rest_nbytes` of the tables, from `rest_from` on, go to byte `rest_at` of `rest`.
     """
+    if rest is not None:
+        rest[rest_at : rest_at + rest_nbytes] = tables[rest_from : rest_from + rest_nbytes]
     pieces = tables[pieces_offset : pieces_offset + num_pieces * 32].view(torch.int64).view(-1, 4)
     index = tables[index_offset : tables.numel() // 4 * 4].view(torch.int32)
     for start, count, rows_at, scales_at in pieces.tolist():

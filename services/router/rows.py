@@ -2,7 +2,8 @@
 
 In host memory rows are copied at once. In device memory one kernel gathers the rows of every message of a block into
 one stretch, of which each message has its piece; the pieces leave when the kernel is done, and outputs land side by
-side, where the weighted sum reads them. The tables of both kernels go to the device in one copy.
+side, where the weighted sum reads them. The tables of both kernels are read from pinned memory by the first, which
+takes those of the second along.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from common.wire.blocks import (
 from common.wire.header import HEADER_NBYTES, Header, Kind, Wire
 from kernels import ops
 from services.router.plan import WorkerShare
-from services.router.tables import Piece, Tables, tables_of
+from services.router.tables import ALIGN, Piece, Tables, tables_of
 
 Tensor = torch.Tensor
 _MOST_WARMED = 8  # pairs of a row, as top-k is in most models
@@ -210,53 +211,49 @@ class RowsApart:
     def gather(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind
     ) -> Gathered:
-        copy, staging = self._copy(tables)
-        held = payload.retain(), staging, copy
-        return self._gather(payload, segment, tables, copy, request, kind, held)
+        return self._gather(payload, segment, tables, request, kind, None, 0)
 
     def fan_out(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
     ) -> tuple[Gathered, Outputs]:  # fmt: skip
-        copy, staging = self._copy(tables)
-        held = payload.retain(), staging
-        gathered = self._gather(payload, segment, tables, copy, request, kind, held)
-        row_nbytes = segment.width * int(row_type)
-        block = self._pool.take(tables.num_places * row_nbytes)
+        row_nbytes, (_, _, slots_at, weights_at) = segment.width * int(row_type), tables.ats
+        end = (
+            -(-tables.num_places * row_nbytes // ALIGN) * ALIGN
+        )  # the sum's tables lie behind the rows
+        block = self._pool.take(end + len(tables.memory) - slots_at)
+        gathered = self._gather(payload, segment, tables, request, kind, block, end)
         rows = block.matrix(TORCH_DTYPES[row_type], 0, tables.num_places, segment.width)
-        slots = copy.matrix(torch.int32, tables.ats[2], *tables.shape)
-        weights = None
+        slots, weights = block.matrix(torch.int32, end, *tables.shape), None
         if tables.weighted:
-            weights = copy.matrix(torch.float32, tables.ats[3], *tables.shape)
-        return gathered, Outputs(rows, slots, weights, row_nbytes, [block, copy])
+            weights = block.matrix(torch.float32, end + weights_at - slots_at, *tables.shape)
+        return gathered, Outputs(rows, slots, weights, row_nbytes, [block])
 
     def _gather(
-        self, payload: Buffer, segment: RowSegment, tables: Tables, copy: DeviceBlock,
-        request: Header, kind: Kind, held: Sequence[Buffer | DeviceBlock],
+        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind,
+        outputs: DeviceBlock | None, rest_at: int,
     ) -> Gathered:  # fmt: skip
-        """`copy` is of the tables; `held` are released behind the kernel."""
-        source = check_rows_apart("a block", payload, segment)
-        block = self._pool.take(tables.nbytes)
-        if tables.pieces:
-            is_fp8 = segment.row_type is RowType.FP8
-            ops.gather_pieces(
-                source.block.tensor, block.tensor, copy.tensor,
-                index_offset=tables.ats[0], pieces_offset=tables.ats[1], num_pieces=len(tables.pieces),
-                max_rows=max(p.stop - p.start for p in tables.pieces),
-                row_nbytes=segment.width * int(segment.row_type),
-                source_offset=source.offset + segment.rows_offset,
-                scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
-                source_scales=source.offset + segment.scales_offset,
-            )  # fmt: skip
-        return _Pieces(request, kind, self._pool, block, release_behind(self._seam, *held))
-
-    def _copy(self, tables: Tables) -> tuple[DeviceBlock, Buffer]:
-        """The tables on the device.
-
-        The caller releases both, the block and the memory that it is copied from.
-        """
-        staging = self._pool.acquire(len(tables.memory))
+        """The tables of the sum go to byte `rest_at` of `outputs`."""
+        source, is_fp8 = (
+            check_rows_apart("a block", payload, segment),
+            segment.row_type is RowType.FP8,
+        )
+        staging, block = self._pool.acquire(len(tables.memory)), self._pool.take(tables.nbytes)
         put_bytes(staging, 0, np.frombuffer(tables.memory, np.uint8))
-        return self._pool.upload(staging), staging
+        index_at, pieces_at, slots_at, _ = tables.ats
+        ops.gather_pieces(
+            source.block.tensor, block.tensor, torch.from_numpy(staging.array),
+            None if outputs is None else outputs.tensor,
+            index_offset=index_at, pieces_offset=pieces_at, num_pieces=len(tables.pieces),
+            max_rows=max([p.stop - p.start for p in tables.pieces], default=0),
+            row_nbytes=segment.width * int(segment.row_type),
+            source_offset=source.offset + segment.rows_offset,
+            scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
+            source_scales=source.offset + segment.scales_offset,
+            rest_from=slots_at, rest_at=rest_at,
+            rest_nbytes=0 if outputs is None else len(tables.memory) - slots_at,
+        )  # fmt: skip
+        fence = release_behind(self._seam, payload.retain(), staging)
+        return _Pieces(request, kind, self._pool, block, fence)
 
     def written(self, buffer: Buffer, *outputs: Outputs) -> None:
         assert buffer.rows is not None, "an answer without rows apart"

@@ -20,13 +20,15 @@ import kernels.block_gemm, kernels.combine, kernels.pack
 def compiled(kernel, pointers, numbers, constants, **options):
     names = kernel.arg_names
     given = dict(zip(names, pointers + numbers))
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if given.get(name, "")[:1] in ("*", "i")}
+    alike = {p.name for p in kernel.params if p.do_not_specialize}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if given.get(name, "")[:1] in ("*", "i") and name not in alike}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, {name: given.get(name, "constexpr") for name in names}, places, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 for unit in (8, 4, 2, 1):
-    ptx = compiled(kernels.pack._copy_pieces, ["*u8"] * 3, ["i32"] * 6,
+    ptx = compiled(kernels.pack._copy_pieces, ["*u8"] * 4, ["i32"] * 9,
                    {"UNIT": unit, "SCALED": True, "C": 1024, "CS": 32}, num_warps=4).asm["ptx"]
     print("gather", unit, len(re.findall(r"ld[.]global[.]v", ptx)))
 for two in (False, True):

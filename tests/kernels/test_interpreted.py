@@ -57,10 +57,17 @@ got, expected = (torch.zeros(3000, dtype=torch.uint8) for _ in range(2))
 index = torch.tensor([7, 0, 3, 4, 8, 3]).int()
 pieces = torch.tensor([[0, 1, 16, 240], [1, 3, 256, 864], [4, 2, 1024, 1424]])
 tables = torch.cat([pieces.view(-1).view(torch.uint8), torch.zeros(16, dtype=torch.uint8), index.view(torch.uint8)])
+tables = torch.cat([tables, torch.randint(0, 256, (4 * 700,), dtype=torch.uint8)])
 where = {"index_offset": 112, "pieces_offset": 0, "num_pieces": 3, "max_rows": 3}
+rest = {"rest_from": 136, "rest_at": 8, "rest_nbytes": 4 * 699}
+copies = []
 for module, out in ((pack, got), (ref_pack, expected)):
     module.gather_pieces(source, out, tables, **where, **place)
+    copies.append(torch.zeros(4000, dtype=torch.uint8))
+    module.gather_pieces(source, out, tables, copies[-1], **where, **place, **rest)
 assert torch.equal(got, expected) and expected.count_nonzero() > 900, "gather_pieces"
+assert torch.equal(*copies) and copies[0].count_nonzero() > 2600, "the rest of the tables"
+assert torch.equal(copies[0][8:2804], tables[136:2932])
 for name in ("pack", "unpack"):
     got, expected = (torch.zeros(3000, dtype=torch.uint8) for _ in range(2))
     for module, out in ((pack, got), (ref_pack, expected)):
