@@ -3,6 +3,7 @@
 A *row segment* holds `num_rows` rows of `width` elements in a row type. For FP8 the e4m3 bytes come first, then one
 fp32 scale per 1x128 block of columns (the last block may be short), starting at the next multiple of 16 bytes. Every
 payload begins with its row segment, which alone lies in device memory where rows do; the tables stay in host memory.
+There a DISPATCH is sent from where it was written, maybe with room for more rows between its rows and their scales.
 
     DISPATCH   rows | expert ids int32 [num_rows, top_k] | gate weights fp32 [num_rows, top_k]
     RELAY      rows | pairs: row index int32 [num_pairs] | expert ids int32 [num_pairs] | weights fp32 [num_pairs]
@@ -14,7 +15,7 @@ payload begins with its row segment, which alone lies in device memory where row
                on the fp32 wire) | their indices in the DISPATCH int32 [num_pairs], ascending
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 
@@ -75,6 +76,18 @@ def row_segment(num_rows: int, width: int, row_type: RowType, offset: int = 0) -
         return RowSegment(num_rows, width, row_type, offset, rows_end, rows_end)
     scales_end = align(rows_end + num_rows * num_scales(width) * 4)
     return RowSegment(num_rows, width, row_type, offset, rows_end, scales_end)
+
+
+@lru_cache(maxsize=4096)
+def wider_segment(segment: RowSegment, nbytes: int) -> RowSegment:
+    """The same FP8 rows in a segment of `nbytes`, whose scales are at its end: written for more rows than are sent.
+
+    Raises WireError when they do not fit, or nothing would be aligned.
+    """
+    scales = segment.end - segment.scales_offset
+    if nbytes < segment.end or nbytes % SECTION or segment.row_type is not RowType.FP8:
+        raise WireError(f"{nbytes} bytes for {segment.num_rows} rows that take {segment.end}")
+    return replace(segment, scales_offset=nbytes - scales, end=nbytes)
 
 
 @dataclass(frozen=True, slots=True)

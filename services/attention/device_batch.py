@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.transport.device import DeviceBlock, DeviceRows
+from common.wire.blocks import RowSegment, RowType, num_scales, row_segment
 from services.attention.batch import Span
 
 SPLIT_TOKENS = 4096  # contexts are told to the decode kernel in multiples of what one program takes
@@ -64,8 +66,11 @@ class LaneState:
         self.shared = on_device(max_rows, width)
         self.cos = on_device(max_rows, rope // 2, kind=torch.float32)
         self.sin = on_device(max_rows, rope // 2, kind=torch.float32)
-        self.rows = on_device(max_rows, width, kind=torch.float8_e4m3fn)
-        self.scales = on_device(max_rows, -(-width // 128), kind=torch.float32)
+        self.width = width
+        segment = row_segment(max_rows, width, RowType.FP8)
+        self.block = DeviceBlock(
+            on_device(segment.end, kind=torch.uint8), _keep
+        )  # of the experts' rows
         self.experts = on_host(max_rows, top_k, kind=torch.int32)  # written by the device
         self.weights = on_host(max_rows, top_k, kind=torch.float32)
         self.num_rows = self.bucket = self.max_context = 0
@@ -79,6 +84,28 @@ class LaneState:
     def input(self, name: str) -> Tensor:
         """One of token_ids, positions, slots (int64 [bucket]), context (int32 [bucket]), table (int32)."""
         return self._inputs[name][: self.bucket]
+
+    @property
+    def segment(self) -> RowSegment:
+        """Where in `block` a bucket's quantised rows and their scales lie."""
+        return row_segment(self.bucket, self.width, RowType.FP8)
+
+    @property
+    def rows(self) -> Tensor:
+        """The experts' rows, e4m3 [bucket, width], a view."""
+        return self.block.matrix(torch.float8_e4m3fn, 0, self.bucket, self.width)
+
+    @property
+    def scales(self) -> Tensor:
+        """Their scales, fp32 [bucket, ceil(width / 128)], a view."""
+        start, count = self.segment.scales_offset, num_scales(self.width)
+        return self.block.matrix(torch.float32, start, self.bucket, count)
+
+    def outgoing(self) -> DeviceRows:
+        """What is sent of them, a reference: no more scales than rows, which lie behind the bucket's."""
+        segment = row_segment(self.num_rows, self.width, RowType.FP8)
+        idle = self.segment.scales_offset - segment.scales_offset
+        return self.block.rows(0, segment.end + idle)
 
     def last_row_index(self) -> Tensor | None:
         """Last row of each span, int64 on the device; None: every row is one."""
@@ -188,6 +215,10 @@ class LaneState:
         )  # fmt: skip
         rest = sorted(set(range(self.num_rows)) - set(prompt_rows))
         return part, on_device(rest, torch.int64) if rest else None
+
+
+def _keep(block: DeviceBlock) -> None:
+    """It is a lane's for as long as this process lives."""
 
 
 def _slots(pages: np.ndarray, positions: np.ndarray, page_tokens: int) -> np.ndarray:

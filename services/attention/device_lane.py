@@ -71,8 +71,7 @@ class DeviceLane:
         self.model.before_experts(state, segment)
         packed = self._mark()
         block = self.moe.next_block
-        quantised = self.moe.wire is Wire.FP8
-        rows = (state.rows[:n], state.scales[:n]) if quantised else state.x[:n]
+        rows = state.outgoing() if self.moe.wire is Wire.FP8 else state.x[:n]
         answer = self.moe.dispatch(
             layer, self.index, rows, state.experts[:n], state.weights[:n],
             out=state.routed[:n], since=packed,

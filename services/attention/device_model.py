@@ -105,7 +105,7 @@ class DeviceModel:
     def _shared(self, s: LaneState, segment: int) -> None:
         network, b = self.weights.layers[self._moe[segment]].shared, s.bucket
         assert network is not None, "a layer without shared expert"
-        s.shared[:b].copy_(network(s.x[:b], (s.rows[:b], s.scales[:b])))
+        s.shared[:b].copy_(network(s.x[:b], (s.rows, s.scales)))
 
     def head(self, s: LaneState, rows: Tensor | None) -> Tensor:
         """Next-token logits: fp32 [rows, vocab] of some rows (int64 indices; None: the first `num_rows`)."""
@@ -138,9 +138,7 @@ class DeviceModel:
         ids, gate_weights = self._gate(layer, x)
         s.experts[:b].copy_(ids, non_blocking=True)
         s.weights[:b].copy_(gate_weights, non_blocking=True)
-        rows, scales = ops.quantise(x)
-        s.rows[:b].view(torch.uint8).copy_(rows.view(torch.uint8))
-        s.scales[:b].copy_(scales)
+        ops.quantise_rows(x, s.block.tensor, rows_offset=0, scales_offset=s.segment.scales_offset)
 
     def _start(self, s: LaneState, dense_layers: int) -> None:
         """Embedding and the dense layers."""

@@ -22,12 +22,11 @@ from common.obs.trace import Recorder
 from common.tensors import TORCH_DTYPES, check_rows, numbers, put_bytes, row_bytes, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.device import DevicePool
+from common.transport.device import DevicePool, DeviceRows
 from common.transport.outbox import Message, Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import (
     DispatchLayout,
-    RowSegment,
     RowType,
     answer_layout,
     check_payload,
@@ -37,7 +36,7 @@ from common.wire.header import Header, Kind, Wire
 from kernels import ops
 
 Tensor = torch.Tensor
-Rows = Tensor | tuple[Tensor, Tensor]
+Rows = Tensor | DeviceRows
 
 
 @dataclass(slots=True)
@@ -148,9 +147,9 @@ class MoeClient:
     ) -> "asyncio.Future[Tensor]":  # fmt: skip
         """Post a block: rows [n, width], experts int32 [n, k], weights fp32 [n, k]; never waits.
 
-        Where rows lie in device memory `rows` may be quantised already: e4m3 and scales fp32 [n, ceil(width / 128)],
-        contiguous, as `out` is. Experts and weights are in host memory. On a GPU the block is posted when the current
-        stream has written all of them.
+        Where rows lie in device memory `rows` may be quantised already: a segment (maybe a `wider_segment`), sent from
+        where it is, taking over a reference, and not written to before the answer; `out` is contiguous. Experts and
+        weights are in host memory. On a GPU the block is posted when the current stream has written all of them.
 
         The future gets the combined rows, [n, width] in the row type `combined` on the device of `rows`, or
         DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. `since` is when packing
@@ -160,14 +159,13 @@ class MoeClient:
         assert weights.dtype is torch.float32, "gate weights of another type"
         num_rows, top_k = experts.shape
         layout = dispatch_layout(num_rows, self.width, top_k, self.wire)
-        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
-        self._write_rows(rows, buffer, layout.rows)
+        buffer = self._buffer(rows, layout)
         count = num_rows * top_k
         block = self._next_block
         self._next_block += 1
         header = Header(
             Kind.DISPATCH, self.wire, layer, self.epoch, self.width, block, block,
-            num_rows, count, microbatch=microbatch, payload_nbytes=layout.nbytes,
+            num_rows, count, microbatch=microbatch,
         )  # fmt: skip
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
@@ -177,23 +175,20 @@ class MoeClient:
         self.seam.fence().then(partial(self._post, header, buffer, tables, now_ns, since))
         return future
 
-    def _write_rows(self, rows: Rows, buffer: Buffer, segment: RowSegment) -> None:
-        if not isinstance(rows, Tensor):
-            values, scales = rows
-            assert isinstance(self.pool, DevicePool), "quantised rows without device buffers"
-            assert buffer.rows is not None, "a block without rows apart"
-            assert values.is_contiguous(), "rows must be contiguous"
-            assert scales.is_contiguous(), "scales must be contiguous"
-            start = buffer.rows.address
-            self.pool.copy(start + segment.rows_offset, values.data_ptr(), values.nbytes)
-            self.pool.copy(start + segment.scales_offset, scales.data_ptr(), scales.nbytes)
-        elif self.wire is Wire.FP8:
+    def _buffer(self, rows: Rows, layout: DispatchLayout) -> Buffer:
+        """A payload with these rows; the tables are still to be written."""
+        if isinstance(rows, DeviceRows):
+            assert isinstance(self.pool, DevicePool), "rows apart without device buffers"
+            return self.pool.acquire_with(rows, layout.nbytes - layout.rows.end)
+        buffer, segment = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end), layout.rows
+        if self.wire is Wire.FP8:
             ops.quantise_rows(
                 rows, row_bytes(buffer),
                 rows_offset=segment.rows_offset, scales_offset=segment.scales_offset,
             )  # fmt: skip
         else:
             rows_of(buffer, segment).copy_(rows)
+        return buffer
 
     def _post(
         self, header: Header, buffer: Buffer, tables: tuple[DispatchLayout, Tensor, Tensor],
@@ -203,8 +198,9 @@ class MoeClient:
         try:
             if header.block in self._pending:  # else its deadline is over
                 layout, experts, weights = tables
-                put_bytes(buffer, layout.experts, experts.numpy())
-                put_bytes(buffer, layout.weights, weights.numpy())
+                gap = buffer.rows_nbytes and buffer.rows_nbytes - layout.rows.end
+                put_bytes(buffer, gap + layout.experts, experts.numpy())
+                put_bytes(buffer, gap + layout.weights, weights.numpy())
                 if self.trace is not None:
                     self.trace.span(
                         self.packing, header.block, header.layer, header.microbatch, since,

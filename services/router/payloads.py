@@ -16,6 +16,7 @@ from common.wire.blocks import (
     check_payload,
     dispatch_layout,
     relay_layout,
+    wider_segment,
 )
 from common.wire.header import Header
 from services.router.plan import NodeShare, WorkerShare, check_experts, check_pairs
@@ -33,16 +34,20 @@ def read_dispatch(
     """
     top_k, odd = divmod(header.num_pairs, header.num_rows)
     layout = dispatch_layout(header.num_rows, header.width, top_k, header.wire)
-    check_payload("DISPATCH", header.payload_nbytes, layout.nbytes)
+    rows, gap = layout.rows, 0
+    if payload.rows is not None and payload.rows.nbytes != rows.end:
+        rows = wider_segment(rows, payload.rows.nbytes)
+        gap = rows.end - layout.rows.end
+    check_payload("DISPATCH", header.payload_nbytes, layout.nbytes + gap)
     if odd or top_k == 0:
         raise WireError(f"{header.num_pairs} pairs for {header.num_rows} rows")
-    experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
-    weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
+    experts = numbers(payload, gap + layout.experts, header.num_pairs, np.int32)
+    weights = numbers(payload, gap + layout.weights, header.num_pairs, np.float32)
     check_experts(experts, num_experts // slices)
     if slices > 1:
         every = experts[:, None] * np.int32(slices) + np.arange(slices, dtype=np.int32)
         experts, weights, top_k = every.ravel(), weights.repeat(slices), top_k * slices
-    return layout.rows, experts.reshape(-1, top_k), weights.reshape(-1, top_k)
+    return rows, experts.reshape(-1, top_k), weights.reshape(-1, top_k)
 
 
 def read_relay(

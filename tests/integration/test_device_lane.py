@@ -34,7 +34,9 @@ def device_lane(cluster, attention, balance):
     cache = LatentCache(model_config, 16, dtype=torch.bfloat16)
     model = DeviceModel(model_config, weights, cache, max_context=1024)
     attention.moe.combined = RowType.FP32
-    return DeviceLane(0, model, model.state(64), attention.moe, StepTimes(), balance=balance)
+    state = model.state(64)
+    state.buckets = [8, 64]  # a single token is one row of eight, whose scales lie behind all
+    return DeviceLane(0, model, state, attention.moe, StepTimes(), balance=balance)
 
 
 async def decode(lane, pages):

@@ -15,6 +15,7 @@ from common.wire.blocks import (
     num_scales,
     relay_layout,
     row_segment,
+    wider_segment,
 )
 from common.wire.header import Wire
 
@@ -98,3 +99,25 @@ def test_only_the_exact_size_passes(declared):
     check_payload("RELAY", 100, 100)
     with pytest.raises(WireError, match=f"RELAY payload has {declared} bytes, .* implies 100"):
         check_payload("RELAY", declared, 100)
+
+
+@pytest.mark.parametrize("more", [-16, 8])
+def test_rows_that_do_not_fit_their_segment_are_refused(more):
+    segment = row_segment(4, 1216, RowType.FP8)
+    with pytest.raises(WireError, match="bytes for 4 rows that take"):
+        wider_segment(segment, segment.end + more)
+
+
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 600))
+def test_a_wider_segment_has_the_scales_of_more_rows(num_rows, idle, width):
+    segment, whole = (row_segment(n, width, RowType.FP8) for n in (num_rows, num_rows + idle))
+    gap = whole.scales_offset - segment.scales_offset
+    wider = wider_segment(segment, segment.end + gap)
+    assert (wider.scales_offset, wider.rows_offset) == (whole.scales_offset, 0)
+    assert (wider.num_rows, wider.end) == (num_rows, segment.end + gap)
+
+
+def test_only_fp8_rows_have_scales_elsewhere():
+    segment = row_segment(4, 64, RowType.BF16)
+    with pytest.raises(WireError, match="bytes for 4 rows"):
+        wider_segment(segment, segment.end + 16)

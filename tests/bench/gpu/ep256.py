@@ -50,7 +50,7 @@ from services.expert.device_bank import load_device_expert
 from tests.bench.gpu.cluster import DEVICE, GpuCluster, Launch, gpu_config, mps
 from tests.bench.gpu.counts import Statuses, per_block
 from tests.bench.gpu.environment import gpu_facts
-from tests.bench.gpu.round_trip import LAYER, Attention, pinned, synchronise
+from tests.bench.gpu.round_trip import LAYER, Attention, pinned, quantised, synchronise
 from tests.bench.gpu.skew import loads, summary, write_skewed_source
 
 VARIANTS = 4  # different blocks of a lane, in turn
@@ -123,13 +123,14 @@ class Block:
             routed_scaling_factor=model.routed_scaling_factor,
         )  # fmt: skip
         self.ids, self.weights = pinned(ids.cpu()), pinned(weights.float().cpu())
-        self.rows: Any = self.x if DEVICE == "cpu" else ops.quantise(self.x)
+        self.block = None if DEVICE == "cpu" else quantised(self.x)
         self.out = None if DEVICE == "cpu" else torch.empty_like(self.x)
         synchronise()
 
     async def __call__(self, a: Attention, lane: int) -> torch.Tensor:
         """There and back: the combined rows [tokens, width]."""
-        return await a.moe.dispatch(LAYER, lane, self.rows, self.ids, self.weights, out=self.out)
+        rows = self.x if self.block is None else self.block.rows(0, self.block.capacity)
+        return await a.moe.dispatch(LAYER, lane, rows, self.ids, self.weights, out=self.out)
 
 
 async def measure(

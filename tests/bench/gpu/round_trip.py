@@ -31,10 +31,11 @@ from common.model.presets import preset_config, write_random_source
 from common.obs.trace import DIRECTORY, open_recorder
 from common.transport.base import Hello, Link
 from common.transport.buffers import Buffer
+from common.transport.device import DeviceBlock
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
-from common.wire.blocks import combined_rows
+from common.wire.blocks import RowType, combined_rows, row_segment
 from common.wire.header import Header, Wire
 from deploy.trace.blocks import blocks, by_layer
 from deploy.trace.spans import read
@@ -97,7 +98,7 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
     async def lane(index: int) -> None:
         nonlocal left, started
         x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
-        rows, scales = ops.quantise(x)
+        rows = quantised(x)
         out = torch.empty_like(x)
         order = torch.rand(tokens, experts).argsort(1)[:, :top_k].int()
         ids = pinned(order.sort(1).values)
@@ -108,7 +109,9 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
             t, since = time.perf_counter(), time.monotonic_ns()
             if a.moe.trace is not None:  # a trace wants the attention before a block
                 a.moe.trace.span("attention", a.moe.next_block, LAYER, index, since, since)
-            await a.moe.dispatch(LAYER, index, (rows, scales), ids, weights, out=out, since=since)
+            await a.moe.dispatch(
+                LAYER, index, rows.rows(0, rows.capacity), ids, weights, out=out, since=since
+            )
             return (time.perf_counter() - t) * 1e6
 
         for _ in range(WARM_UP):
@@ -158,6 +161,14 @@ async def run(
     return rows
 
 
+def quantised(x: torch.Tensor) -> DeviceBlock:
+    """Rows as an attention worker's graph leaves them: sent from where they are."""
+    segment = row_segment(*x.shape, RowType.FP8)
+    block = DeviceBlock(torch.zeros(segment.end, dtype=torch.uint8, device=DEVICE), lambda _: None)
+    ops.quantise_rows(x, block.tensor, rows_offset=0, scales_offset=segment.scales_offset)
+    return block
+
+
 def synchronise() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -172,7 +183,7 @@ async def ready(a: Attention) -> None:
     width, top_k = a.model.hidden_size, a.model.top_k
     x = torch.zeros(1, width, device=DEVICE, dtype=torch.bfloat16)
     ids = torch.arange(top_k, dtype=torch.int32)[None]
-    await a.moe.dispatch(LAYER, 0, ops.quantise(x), ids, torch.ones(1, top_k))
+    await a.moe.dispatch(LAYER, 0, x, ids, torch.ones(1, top_k))
 
 
 def main() -> None:
