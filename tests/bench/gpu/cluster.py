@@ -31,7 +31,8 @@ from common.config import (
 )
 from common.ids import Role
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # to try the benchmarks without a GPU
+# to try the benchmarks without a GPU; `is_available` would start CUDA in this process, before MPS is there
+DEVICE = "cuda" if torch.cuda.device_count() else "cpu"
 _READY_S = 240.0
 Launch = tuple[str, Role, str, list[str]]  # of a process: name, role, module, arguments
 
@@ -177,6 +178,15 @@ def _free_port() -> int:
         return port
 
 
+def _has_cuda() -> bool:
+    """Whether the driver has been started here: it looks for MPS once, and keeps its device open."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == "/dev/nvidia-uvm":
+                return True
+    return False
+
+
 @contextlib.contextmanager
 def mps() -> Iterator[None]:
     """NVIDIA's MPS daemon with directories of its own, unless one runs already."""
@@ -184,6 +194,8 @@ def mps() -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="mps-") as directory:
+        if _has_cuda():
+            raise RuntimeError("CUDA has started in this process, which would not be a client of MPS")
         os.environ["CUDA_MPS_PIPE_DIRECTORY"] = os.environ["CUDA_MPS_LOG_DIRECTORY"] = directory
         subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
         try:
