@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-import torch
-
 from common.config import (
     AttentionSection,
     ClusterConfig,
@@ -31,8 +29,9 @@ from common.config import (
 )
 from common.ids import Role
 
-# to try the benchmarks without a GPU; `is_available` would start CUDA in this process, before MPS is there
-DEVICE = "cuda" if torch.cuda.device_count() else "cpu"
+# torch would start CUDA in this process to count them, before MPS is there
+NUM_CARDS = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+DEVICE = "cuda" if NUM_CARDS else "cpu"  # to try the benchmarks without a GPU
 _READY_S = 240.0
 Launch = tuple[str, Role, str, list[str]]  # of a process: name, role, module, arguments
 
@@ -64,7 +63,7 @@ def gpu_config(
 
 def card_of(role: Role) -> int:
     """Experts on the second card, where there is one."""
-    return int(role is Role.EXPERT and torch.cuda.device_count() > 1)
+    return int(role is Role.EXPERT and NUM_CARDS > 1)
 
 
 class GpuCluster:
