@@ -194,7 +194,9 @@ def mps() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="mps-") as directory:
         if _has_cuda():
-            raise RuntimeError("CUDA has started in this process, which would not be a client of MPS")
+            raise RuntimeError(
+                "CUDA has started in this process, which would not be a client of MPS"
+            )
         os.environ["CUDA_MPS_PIPE_DIRECTORY"] = os.environ["CUDA_MPS_LOG_DIRECTORY"] = directory
         subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
         try:
@@ -202,3 +204,10 @@ def mps() -> Iterator[None]:
         finally:
             subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False, timeout=30)
             del os.environ["CUDA_MPS_PIPE_DIRECTORY"], os.environ["CUDA_MPS_LOG_DIRECTORY"]
+
+
+def as_client_of_mps() -> None:
+    """Go on in a process of its own under `mps`, which waits for its clients to end, and exit as that does."""
+    if DEVICE == "cuda" and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
+        with mps():
+            sys.exit(subprocess.run(sys.orig_argv, check=False).returncode)

@@ -47,7 +47,7 @@ from common.wire.header import Wire
 from kernels import ops
 from kernels.reference.quant import BLOCK
 from services.expert.device_bank import load_device_expert
-from tests.bench.gpu.cluster import DEVICE, GpuCluster, Launch, gpu_config, mps
+from tests.bench.gpu.cluster import DEVICE, GpuCluster, Launch, as_client_of_mps, gpu_config
 from tests.bench.gpu.counts import Statuses, per_block
 from tests.bench.gpu.environment import gpu_facts
 from tests.bench.gpu.round_trip import LAYER, Attention, pinned, quantised, synchronise
@@ -291,11 +291,12 @@ def main() -> None:
     parser.add_argument("--spin-us", type=int, default=_SPIN_US if DEVICE == "cuda" else -1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    as_client_of_mps()
     nodes, tokens, flights = (
         [int(n) for n in v.split(",")] for v in (args.nodes, args.tokens, args.in_flight)
     )
     results = []
-    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch, mps():
+    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
         model = write_skewed_source(
             Path(scratch) / "model", small_or_v3(args.experts, args.width, args.hidden), args.skew,
             distinct_experts=args.experts,

@@ -32,7 +32,7 @@ from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
 from common.wire.header import Header, Kind, Wire
-from tests.bench.gpu.cluster import DEVICE, mps
+from tests.bench.gpu.cluster import DEVICE, NUM_CARDS, mps
 from tests.bench.gpu.environment import gpu_facts
 
 SECRET = b"of a benchmark between two processes"
@@ -165,7 +165,7 @@ def main() -> None:
             return
         with tempfile.TemporaryDirectory(prefix="atoll-") as scratch, mps():
             address = f"unix:{scratch}/hop.sock"
-            card = str(min(1, max(0, torch.cuda.device_count() - 1)))
+            card = str(min(1, max(0, NUM_CARDS - 1)))
             command = [sys.executable, "-m", "tests.bench.gpu.hop", "--far", address]
             other = subprocess.Popen(
                 command, env=os.environ | {"CUDA_VISIBLE_DEVICES": card}, stdout=subprocess.PIPE

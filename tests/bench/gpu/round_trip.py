@@ -41,7 +41,7 @@ from deploy.trace.blocks import blocks, by_layer
 from deploy.trace.spans import read
 from kernels import ops
 from services.attention.moe_client import MoeClient
-from tests.bench.gpu.cluster import DEVICE, GpuCluster, gpu_config, mps
+from tests.bench.gpu.cluster import DEVICE, GpuCluster, as_client_of_mps, gpu_config
 from tests.bench.gpu.environment import gpu_facts
 
 LAYER = 3
@@ -202,12 +202,13 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="medians of every part of the way")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    as_client_of_mps()
     tokens, flights = ([int(n) for n in v.split(",")] for v in (args.tokens, args.in_flight))
     shape = {
         "n_routed_experts": args.experts, "num_experts_per_tok": min(8, args.experts), "n_group": 1,
         "topk_group": 1, "moe_intermediate_size": args.hidden, "hidden_size": args.width,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch, mps():
+    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
         model = write_random_source(
             Path(scratch) / "model", preset_config("deepseek-v3", layers=4) | shape,
             distinct_experts=args.experts,
