@@ -18,7 +18,7 @@ from services.router.block import Int32s, NodeWork, SourceWork
 from services.router.counters import Counters
 from services.router.plan import NodeShare, WorkerShare
 from services.router.routes import Fleet, Ints
-from services.router.rows import Gathered, Question
+from services.router.rows import Gathered
 from services.router.tables import Piece
 
 # More for another router, which watches its own experts and knows better who owes what.
@@ -93,9 +93,13 @@ class Calls:
                 fleet.asked[worker] += num_rows
                 num_messages += 1
                 nbytes += piece.nbytes + len(tail)
-                question = Question(call, worker, len(share.segments), tail, piece, share.start)
+                num_segments, first = len(share.segments), share.start
                 try:
-                    self.experts[worker].send(gathered.call(question, outputs, now_ns))
+                    self.experts[worker].send(
+                        gathered.call(
+                            call, worker, num_segments, tail, piece, outputs, first, now_ns
+                        )
+                    )
                 except BaseException:
                     self._settled_expert(worker, call, num_rows)
                     raise
@@ -127,8 +131,10 @@ class Calls:
                 self.counters.crossed(
                     share.node, Kind.RELAY, request, len(share.rows), num_pairs, size, inward=False
                 )
-                question = Question(call, share.node, num_pairs, tail, piece, piece.start)
-                self.routers[share.node].send(gathered.call(question, outputs, now_ns))
+                node, first = share.node, piece.start
+                self.routers[node].send(
+                    gathered.call(call, node, num_pairs, tail, piece, outputs, first, now_ns)
+                )
         finally:
             gathered.leave()
             self.counters.asked(request.layer, num_messages, nbytes)

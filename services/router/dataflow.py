@@ -135,17 +135,17 @@ class Dataflow:
         )
         table = routes.senders(header.layer, experts, self.calls.fleet)
         shares = self.split(experts, weights, routes.node_of_worker.take(table.take(experts)))
-        self.counters.blocks += 1
-        if self.rail == 0:
-            self.load.add(header.layer, experts, self.clock_ns())
         source = SourceWork(header, link, routes, rows)
-        if not shares:  # every pair is for the node's other rails
+        if shares:
+            self._sources[header.block] = source
+            if routes.has_replicas(header.layer):
+                source.payload = payload.retain()
+            self._post_shares(source, shares, payload, table)
+        else:  # every pair is for the node's other rails
             self._post(link, *self._answers.combined(source))
-            return
-        self._sources[header.block] = source
-        if routes.has_replicas(header.layer):
-            source.payload = payload.retain()
-        self._post_shares(source, shares, payload, table)
+        self.counters.blocks += 1
+        if self.rail == 0:  # counted while others are at work
+            self.load.add(header.layer, experts, self.clock_ns())
 
     def _post_shares(
         self, source: SourceWork, shares: list[NodeShare], payload: Buffer, table: Int32s

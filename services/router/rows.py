@@ -37,18 +37,6 @@ Tensor = torch.Tensor
 _MOST_WARMED = 8  # pairs of a row, as top-k is in most models
 
 
-@dataclass(slots=True)
-class Question:
-    """What one message asks: the rows of `piece` of `target`; `tail` is what follows them in the payload."""
-
-    number: int
-    target: int
-    num_pairs: int
-    tail: bytes
-    piece: Piece
-    answer: int  # the first place of its answer, in outputs
-
-
 def sum_dtype(wire: Wire) -> torch.dtype:
     """Of a node's sum where it is added to others: not rounded."""
     return torch.float64 if wire is Wire.FP32 else torch.float32
@@ -81,8 +69,14 @@ class Outputs:
 class Gathered(Protocol):
     """The rows of all messages of one kind about a request."""
 
-    def call(self, question: Question, outputs: Outputs | None, now_ns: int) -> Call:
-        """A message with its rows, and where in `outputs` those of its answer go."""
+    def call(
+        self, number: int, target: int, num_pairs: int, tail: bytes, piece: Piece, outputs: Outputs, first: int,
+        now_ns: int,
+    ) -> Call:  # fmt: skip
+        """The message `number` with the rows of `piece`, and `tail` behind them in the payload.
+
+        The rows of its answer go to the places of `outputs` from `first` on.
+        """
         ...
 
     def leave(self) -> None:
@@ -131,17 +125,20 @@ class _Picked:
     request: Header
     kind: Kind
 
-    def call(self, question: Question, outputs: Outputs | None, now_ns: int) -> Call:
-        start, stop, _, nbytes = question.piece
-        buffer = self.pool.acquire(nbytes + len(question.tail))
+    def call(
+        self, number: int, target: int, num_pairs: int, tail: bytes, piece: Piece, outputs: Outputs, first: int,
+        now_ns: int,
+    ) -> Call:  # fmt: skip
+        start, stop, _, nbytes = piece
+        buffer = self.pool.acquire(nbytes + len(tail))
         segment = row_segment(stop - start, self.segment.width, self.segment.row_type)
         self.rows.copy_to(buffer, segment, start, stop)
-        buffer.view[HEADER_NBYTES + nbytes : HEADER_NBYTES + buffer.nbytes] = question.tail
+        buffer.view[HEADER_NBYTES + nbytes : HEADER_NBYTES + buffer.nbytes] = tail
         header = self.request.derive(
-            self.kind, target=question.target, num_rows=stop - start, num_pairs=question.num_pairs,
+            self.kind, target=target, num_rows=stop - start, num_pairs=num_pairs,
             payload_nbytes=buffer.nbytes,
         )  # fmt: skip
-        header.block = question.number
+        header.block = number
         return Message(header, buffer, now_ns)
 
     def leave(self) -> None:
@@ -188,16 +185,17 @@ class _Pieces(Volley):
 
     __slots__ = ()
 
-    def call(self, question: Question, outputs: Outputs | None, now_ns: int) -> Call:
-        start, stop, place, nbytes = question.piece
-        landing, num_rows = None, stop - start
-        if outputs is not None:
-            row_nbytes = outputs.row_nbytes
-            if row_nbytes % 16 == 0:  # else an answer is longer than its rows
-                landing = outputs.held[0].rows(question.answer * row_nbytes, num_rows * row_nbytes)
+    def call(
+        self, number: int, target: int, num_pairs: int, tail: bytes, piece: Piece, outputs: Outputs, first: int,
+        now_ns: int,
+    ) -> Call:  # fmt: skip
+        start, stop, place, nbytes = piece
+        landing, num_rows, row_nbytes = None, stop - start, outputs.row_nbytes
+        if row_nbytes % 16 == 0:  # else an answer is longer than its rows
+            landing = outputs.held[0].rows(first * row_nbytes, num_rows * row_nbytes)
         return Part(
-            self, question.number, question.target, num_rows, question.num_pairs,
-            self.block.rows(place, nbytes), question.tail, landing, now_ns,
+            self, number, target, num_rows, num_pairs,
+            self.block.rows(place, nbytes), tail, landing, now_ns,
         )  # fmt: skip
 
 

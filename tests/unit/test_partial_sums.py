@@ -14,7 +14,7 @@ from common.wire.blocks import DISPATCH_ROWS, PARTIAL_ROWS, row_segment
 from common.wire.header import Header, Kind, Wire
 from services.router.block import SourceWork
 from services.router.plan import NodeShare, split_pairs
-from services.router.rows import Question, open_rows, sum_dtype
+from services.router.rows import open_rows, sum_dtype
 from services.router.tables import side_by_side
 
 WIDTH, HOME, ROWS, NODES = 40, 2, 23, 6
@@ -50,8 +50,7 @@ def ask(source, memory, payload, calls, some):
     source.add(outputs, calls, HOME)
     landings = {}
     for number, piece in zip(relays, tables.pieces, strict=True):
-        question = Question(number, 0, 1, b"", piece, piece.start)
-        call = gathered.call(question, outputs, 0)
+        call = gathered.call(number, 0, 1, b"", piece, outputs, piece.start, 0)
         landings[number] = None if call.landing is None else call.landing.retain()
         call.release()
     gathered.leave()
