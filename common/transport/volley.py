@@ -15,9 +15,8 @@ from common.wire.header import HEADER_NBYTES, Header, Kind
 if TYPE_CHECKING:
     from common.transport.ucx_messages import UcxMessages
 
-Ticket = tuple[
-    "UcxMessages", int, int, int, "Part"
-]  # link, tag, credits to return, number of the answer
+# link, tag, credits to return, number of the answer
+Ticket = tuple["UcxMessages", int, int, int, "Part"]
 
 
 class Volley:
@@ -42,8 +41,9 @@ class Volley:
         self.block.release()
 
     def _send(self) -> None:
-        first, *_ = self.tickets[0]
-        first.send_together(self.request, self.kind, self.tickets)
+        tickets, self.tickets = self.tickets, []  # which know us
+        first, *_ = tickets[0]
+        first.send_together(self.request, self.kind, tickets)
 
 
 class Part:
