@@ -147,6 +147,46 @@ def test_packing_moves_the_same_bytes(n):
 
 
 @on_gpu
+@pytest.mark.parametrize("gap", [0, 3 * 7168])
+@pytest.mark.parametrize(
+    ("n", "width", "counts"), [(128, 7168, [128] * 8), (3, 56, [1, 3]), (1000, 512, [5, 700, 1])]
+)
+def test_pieces_are_gathered_by_tables_in_pinned_memory(n, width, counts, gap):
+    """Twice: the second launch is one that was looked up. Rows and scales come as from a wider segment."""
+    scales_at = -(-n * width // 16) * 16 + gap
+    source = torch.randint(0, 256, (scales_at + n * 8,), dtype=torch.uint8)
+    for _ in range(2):
+        index = torch.randint(0, n, (sum(counts),), dtype=torch.int32)
+        pieces, place, start = [], 0, 0
+        for count in counts:
+            scales = -(-count * width // 16) * 16
+            pieces.append((start, count, place, place + scales))
+            start, place = start + count, place + -(-(scales + count * 8) // 256) * 256
+        rest = torch.randint(0, 256, (4096 + 4 * n,), dtype=torch.uint8)
+        pieces_at = -(-index.numel() * 4 // 256) * 256
+        rest_at = pieces_at + -(-len(pieces) * 32 // 256) * 256
+        tables = torch.zeros(rest_at + rest.numel(), dtype=torch.uint8)
+        tables[: index.numel() * 4] = index.view(torch.uint8)
+        tables[pieces_at : pieces_at + len(pieces) * 32] = (
+            torch.tensor(pieces).view(torch.uint8).flatten()
+        )
+        tables[rest_at:] = rest
+        out, copy = (
+            torch.full((size,), 0xFF, dtype=torch.uint8) for size in (place, rest.numel() + 512)
+        )
+        wanted, found = (out.clone(), copy.clone()), (out.cuda(), copy.cuda())
+        where = {
+            "index_offset": 0, "pieces_offset": pieces_at, "num_pieces": len(pieces), "max_rows": max(counts),
+            "row_nbytes": width, "source_offset": 0, "scale_nbytes": 8, "source_scales": scales_at,
+            "rest_from": rest_at, "rest_at": 256, "rest_nbytes": rest.numel(),
+        }  # fmt: skip
+        ref_pack.gather_pieces(source, wanted[0], tables, wanted[1], **where)
+        ops.gather_pieces(source.cuda(), found[0], tables.pin_memory(), found[1], **where)
+        for want, got in zip(wanted, found, strict=True):
+            assert torch.equal(got.cpu(), want)
+
+
+@on_gpu
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize(("width", "hidden"), [(7168, 2048), (512, 192), (256, 64), (1024, 1408)])
 @pytest.mark.parametrize("n", ROWS)
