@@ -28,7 +28,7 @@ from services.router.counters import Counters
 from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
-from services.router.plan import NodeShare, fan_out, split_by_node
+from services.router.plan import NodeShare, check_experts, fan_out, split_by_node
 from services.router.routes import Routes
 from services.router.rows import Rows, open_rows, rows_again
 from services.router.tables import side_by_side
@@ -133,8 +133,10 @@ class Dataflow:
         rows, experts, weights = payloads.read_dispatch(
             header, payload, self.num_experts, self.slices
         )
+        if routes.has_replicas(header.layer):
+            check_experts(experts, self.num_experts)  # else `split` does
         table = routes.senders(header.layer, experts, self.calls.fleet)
-        shares = self.split(experts, weights, routes.node_of_worker.take(table.take(experts)))
+        shares = self.split(experts, weights, routes.node_of_worker.take(table))
         source = SourceWork(header, link, routes, rows)
         if shares:
             self._sources[header.block] = source

@@ -30,7 +30,8 @@ def read_dispatch(
 ) -> tuple[RowSegment, Int32s, Floats]:
     """Where the rows lie, and the experts and gate weights of each, [num_rows, top_k * slices].
 
-    `num_experts` counts slices: expert e of the model is e * slices and the next ones.
+    Of slices, `num_experts` in all, expert e of the model is e * slices and the next ones. Else whoever divides the
+    block checks the ids.
     """
     top_k, odd = divmod(header.num_pairs, header.num_rows)
     layout = dispatch_layout(header.num_rows, header.width, top_k, header.wire)
@@ -43,8 +44,8 @@ def read_dispatch(
         raise WireError(f"{header.num_pairs} pairs for {header.num_rows} rows")
     experts = numbers(payload, gap + layout.experts, header.num_pairs, np.int32)
     weights = numbers(payload, gap + layout.weights, header.num_pairs, np.float32)
-    check_experts(experts, num_experts // slices)
     if slices > 1:
+        check_experts(experts, num_experts // slices)
         every = experts[:, None] * np.int32(slices) + np.arange(slices, dtype=np.int32)
         experts, weights, top_k = every.ravel(), weights.repeat(slices), top_k * slices
     return rows, experts.reshape(-1, top_k), weights.reshape(-1, top_k)

@@ -32,7 +32,8 @@ static int same_length(const Py_buffer *arrays, int num)
 
 /* sort_pairs(experts, weights, nodes, top_k) -> (experts, weights, nodes, least node, greatest node)
  *
- * Each row's pairs by ascending expert, equal ones in their order. Rows are short: insertion.
+ * Each row's pairs by ascending expert, equal ones in their order. Rows are short: insertion. `nodes` [num_experts] given,
+ * [num_pairs] returned.
  */
 static PyObject *sort_pairs(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -40,9 +41,9 @@ static PyObject *sort_pairs(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t top_k;
     if (!PyArg_ParseTuple(args, "y*y*y*n", &in[0], &in[1], &in[2], &top_k))
         return NULL;
-    Py_ssize_t num = in[0].len / 4;
+    Py_ssize_t num = in[0].len / 4, num_experts = in[2].len / 4;
     PyObject *out[3] = {NULL}, *result = NULL;
-    if (!same_length(in, 3))
+    if (!same_length(in, 2))
         goto done;
     if (top_k < 1 || num == 0 || num % top_k) {
         PyErr_SetString(PyExc_ValueError, "rows of unequal length");
@@ -53,21 +54,26 @@ static PyObject *sort_pairs(PyObject *Py_UNUSED(module), PyObject *args)
             goto done;
     const int32_t *ids = in[0].buf, *weights = in[1].buf, *nodes = in[2].buf;
     int32_t *to_ids = bytes_of(out[0]), *to_weights = bytes_of(out[1]), *to_nodes = bytes_of(out[2]);
-    int32_t least = nodes[0], greatest = nodes[0];
     for (Py_ssize_t first = 0; first < num; first += top_k)
         for (Py_ssize_t i = first; i < first + top_k; i++) {
             Py_ssize_t place = i;
             for (; place > first && to_ids[place - 1] > ids[i]; place--) {
                 to_ids[place] = to_ids[place - 1];
                 to_weights[place] = to_weights[place - 1];
-                to_nodes[place] = to_nodes[place - 1];
             }
             to_ids[place] = ids[i];
             to_weights[place] = weights[i];
-            to_nodes[place] = nodes[i];
-            least = Py_MIN(least, nodes[i]);
-            greatest = Py_MAX(greatest, nodes[i]);
         }
+    int32_t least = INT32_MAX, greatest = INT32_MIN;
+    for (Py_ssize_t i = 0; i < num; i++) {
+        if (to_ids[i] < 0 || to_ids[i] >= num_experts) {
+            PyErr_Format(PyExc_ValueError, "expert id outside 0..%zd", num_experts - 1);
+            goto done;
+        }
+        to_nodes[i] = nodes[to_ids[i]];
+        least = Py_MIN(least, to_nodes[i]);
+        greatest = Py_MAX(greatest, to_nodes[i]);
+    }
     result = Py_BuildValue("OOOii", out[0], out[1], out[2], least, greatest);
 done:
     for (int i = 0; i < 3; i++) {

@@ -69,11 +69,15 @@ def check_experts(experts: Int32s, num_experts: int) -> None:
 def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeShare]:
     """Divide a block by destination node, ascending; nodes that get nothing are absent.
 
-    `experts`, `weights` and `nodes` (who computes the pair; negative: not ours to send) are [num_rows, top_k].
+    `experts` and `weights` are [num_rows, top_k]; `nodes` [num_experts] says who computes an expert's pairs (negative:
+    not ours to send). Raises WireError for an expert id that the model does not have.
     """
     rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
     if _compiled is not None:
-        *tables, first, last = _compiled.sort_pairs(experts, weights, nodes, experts.shape[1])
+        try:
+            *tables, first, last = _compiled.sort_pairs(experts, weights, nodes, experts.shape[1])
+        except ValueError as exc:
+            raise WireError(str(exc)) from exc
         ids, sorted_weights = (
             np.frombuffer(tables[0], np.int32),
             np.frombuffer(tables[1], np.float32),
@@ -81,8 +85,10 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
         if first == last >= 0:  # all for one node, and every row has pairs
             return [NodeShare(first, rows, pair_rows, ids, sorted_weights)]
         return split_pairs(rows, pair_rows, ids, sorted_weights, np.frombuffer(tables[2], np.int32))
+    check_experts(experts, len(nodes))
     order = (experts.argsort(axis=1, kind="stable") + firsts).ravel()
-    return split_pairs(rows, pair_rows, experts.take(order), weights.take(order), nodes.take(order))
+    ids = experts.take(order)
+    return split_pairs(rows, pair_rows, ids, weights.take(order), nodes.take(ids))
 
 
 @lru_cache(maxsize=256)

@@ -141,10 +141,13 @@ def test_a_bad_request_is_answered_with_one_sentence(pool, changes, sentence):
     assert not any(link.posted for link in links.values())
 
 
-def test_an_unknown_expert_is_refused(pool):
+@pytest.mark.parametrize("expert", [9, -1, -(1 << 31)])
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_unknown_expert_is_refused(pool, expert, slices):
     flow, _ = flow_of(pool)
+    flow.slices = slices  # 32 bits must not come round to an expert that is there
     origin = RecordingLink(Role.ATTENTION)
-    flow.on_message(origin, *dispatch(pool, experts=((0, 9),)))
+    flow.on_message(origin, *dispatch(pool, experts=((0, expert),)))
     assert b"expert id outside" in origin.posted[0][1].tobytes()
 
 
