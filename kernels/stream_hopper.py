@@ -81,6 +81,11 @@ def _fetch_x(
             load_block(x_rows, [x_row + first, (k + j) * 128], ready, place.slice(first, XR, 0))
 
 
+_MOST_EARLY = gl.constexpr(
+    2
+)  # more weights would stand in front of what the predecessor still waits for
+
+
 @gluon.jit
 def _produce(
     x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws, full, empty,
@@ -92,7 +97,7 @@ def _produce(
     # with 16 rows of x, what stands in others is never stored
     BIG_BYTES: gl.constexpr = (XR if XR == 16 else BM) * 128 + 2 * 128 * 128
     BYTES: gl.constexpr = ((XR if XR == 16 else SM) + 2 * N) * 128 * KU
-    early = gl.minimum(gl.cdiv(kb, 1 if BIG else KU), STAGES)
+    early = gl.minimum(gl.minimum(gl.cdiv(kb, 1 if BIG else KU), STAGES), _MOST_EARLY)
     row = first_row + worker // PARTS * N * step
     if not BIG:
         early = gl.where(worker < groups, early, 0)

@@ -83,7 +83,7 @@ def test_rows_cross_once_and_come_back_once(two_nodes):
 def test_links_are_metrics_of_their_own():
     counters = Counters()
     header = Header(Kind.RELAY, width=WIDTH, layer=3, num_rows=4, payload_nbytes=100)
-    counters.crossed(7, header, 9, inward=False)
+    counters.crossed(7, header.kind, header, 4, 9, 100, inward=False)
     document = counters.to_json()
     process = {"role": "router", "index": 2, "state": "ready", "counters": document}
     samples = {
