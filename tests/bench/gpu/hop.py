@@ -32,7 +32,7 @@ from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
 from common.wire.header import Header, Kind, Wire
-from tests.bench.gpu.cluster import DEVICE, NUM_CARDS, mps
+from tests.bench.gpu.cluster import DEVICE, NUM_CARDS, as_client_of_mps
 from tests.bench.gpu.environment import gpu_facts
 
 SECRET = b"of a benchmark between two processes"
@@ -159,11 +159,12 @@ def main() -> None:
     parser.add_argument("--far", metavar="ADDRESS", help="be the other process")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    as_client_of_mps()
     with torch.inference_mode(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if args.far:
             runner.run(far(args.far))
             return
-        with tempfile.TemporaryDirectory(prefix="atoll-") as scratch, mps():
+        with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
             address = f"unix:{scratch}/hop.sock"
             card = str(min(1, max(0, NUM_CARDS - 1)))
             command = [sys.executable, "-m", "tests.bench.gpu.hop", "--far", address]
