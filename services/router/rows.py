@@ -15,7 +15,7 @@ import torch
 
 from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, put_bytes, rows_of
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.device import DeviceBlock, DevicePool, release_behind
+from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
 from common.transport.outbox import Call, Message
 from common.transport.seam import Seam
 from common.transport.volley import Part, Volley
@@ -209,17 +209,18 @@ class RowsApart:
     def gather(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind
     ) -> Gathered:
-        return self._gather(payload, segment, tables, request, kind, None, 0)
+        source = check_rows_apart("a block", payload, segment)
+        return self._gather(payload, source, segment, tables, request, kind, None, 0)
 
     def fan_out(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
     ) -> tuple[Gathered, Outputs]:  # fmt: skip
+        source = check_rows_apart("a block", payload, segment)
         row_nbytes, (_, _, slots_at, weights_at) = segment.width * int(row_type), tables.ats
-        end = (
-            -(-tables.num_places * row_nbytes // ALIGN) * ALIGN
-        )  # the sum's tables lie behind the rows
+        # the sum's tables lie behind the rows
+        end = -(-tables.num_places * row_nbytes // ALIGN) * ALIGN
         block = self._pool.take(end + len(tables.memory) - slots_at)
-        gathered = self._gather(payload, segment, tables, request, kind, block, end)
+        gathered = self._gather(payload, source, segment, tables, request, kind, block, end)
         rows = block.matrix(TORCH_DTYPES[row_type], 0, tables.num_places, segment.width)
         slots, weights = block.matrix(torch.int32, end, *tables.shape), None
         if tables.weighted:
@@ -227,14 +228,11 @@ class RowsApart:
         return gathered, Outputs(rows, slots, weights, row_nbytes, [block])
 
     def _gather(
-        self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind,
+        self, payload: Buffer, source: DeviceRows, segment: RowSegment, tables: Tables, request: Header, kind: Kind,
         outputs: DeviceBlock | None, rest_at: int,
     ) -> Gathered:  # fmt: skip
-        """The tables of the sum go to byte `rest_at` of `outputs`."""
-        source, is_fp8 = (
-            check_rows_apart("a block", payload, segment),
-            segment.row_type is RowType.FP8,
-        )
+        """`source` are the payload's rows; the tables of the sum go to byte `rest_at` of `outputs`."""
+        is_fp8 = segment.row_type is RowType.FP8
         staging, block = self._pool.acquire(len(tables.memory)), self._pool.take(tables.nbytes)
         put_bytes(staging, 0, np.frombuffer(tables.memory, np.uint8))
         index_at, pieces_at, slots_at, _ = tables.ats

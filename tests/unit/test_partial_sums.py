@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import WireError
 from common.tensors import rows_of
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool
@@ -55,6 +56,20 @@ def ask(source, memory, payload, calls, some):
         call.release()
     gathered.leave()
     return landings
+
+
+def test_a_block_whose_rows_are_not_apart_is_refused_and_leaves_nothing():
+    pool = DevicePool("cpu")
+    memory = open_rows(pool, Seam())
+    segment = row_segment(2, WIDTH, DISPATCH_ROWS[Wire.FP8])
+    tables = side_by_side(
+        [np.arange(2)], WIDTH, DISPATCH_ROWS[Wire.FP8], np.zeros((2, 1), np.int32)
+    )
+    payload, request = pool.acquire(segment.end), Header(Kind.DISPATCH, Wire.FP8)
+    with pytest.raises(WireError, match="0 bytes of rows in device memory"):
+        memory.fan_out(payload, segment, tables, request, Kind.RELAY, PARTIAL_ROWS[Wire.FP8])
+    payload.release()
+    assert pool.outstanding == pool.rows_outstanding == 0
 
 
 def arrive(source, pool, call, partial, landing, rng):
