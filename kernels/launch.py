@@ -11,9 +11,8 @@ import triton
 from torch import Tensor
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
-_stream_of: Any = getattr(
-    torch._C, "_cuda_getCurrentRawStream", None
-)  # absent where torch is built without CUDA
+# absent where torch is built without CUDA
+_stream_of: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class Launcher:

@@ -81,9 +81,7 @@ def _fetch_x(
             load_block(x_rows, [x_row + first, (k + j) * 128], ready, place.slice(first, XR, 0))
 
 
-_MOST_EARLY = gl.constexpr(
-    2
-)  # more weights would stand in front of what the predecessor still waits for
+_MOST_EARLY = gl.constexpr(2)  # stages; more are slower where products are short
 
 
 @gluon.jit

@@ -198,7 +198,7 @@ class MoeClient:
         try:
             if header.block in self._pending:  # else its deadline is over
                 layout, experts, weights = tables
-                gap = buffer.rows_nbytes and buffer.rows_nbytes - layout.rows.end
+                gap = max(0, buffer.rows_nbytes - layout.rows.end)  # see `wider_segment`
                 put_bytes(buffer, gap + layout.experts, experts.numpy())
                 put_bytes(buffer, gap + layout.weights, weights.numpy())
                 if self.trace is not None:

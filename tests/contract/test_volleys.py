@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.errors import Overloaded
 from common.transport.device import synchronise
+from common.transport.link import LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.seam import Fence, Seam
 from common.transport.volley import Part, Volley
 from common.wire.header import Header, Kind, Wire
-from tests.contract.harness import ROUTER, hello, run
+from tests.contract.harness import LIMITS, ROUTER, hello, run
 from tests.contract.test_rows_apart import (
     DeviceInprocNet,
     DeviceUcxNet,
@@ -42,9 +44,9 @@ class Fleet:
     def __init__(self, net, there):
         self.net, self.there, self.here = net, there, RowsPeer()
 
-    async def open(self, **options):
-        self.dialler, self.links = self.net.transport(**options), []
-        self.listeners = [self.net.transport() for _ in self.there]
+    async def open(self, limits=LIMITS, **options):
+        self.dialler, self.links = self.net.transport(limits, **options), []
+        self.listeners = [self.net.transport(limits) for _ in self.there]
         self.outboxes = [Outbox(f"expert-{i}") for i in range(len(self.there))]
         for listener, peer, outbox in zip(self.listeners, self.there, self.outboxes, strict=True):
             address = await listener.listen(self.net.address(), ROUTER, peer)
@@ -70,14 +72,24 @@ class Fleet:
             calls.append(Part(volley, 900 + number, who, len(rows), 5, piece, tail, landing, 0))
             place += len(rows)
         synchronise(pool.device)
-        for (who, _, _), call in zip(bodies, calls, strict=True):
-            self.outboxes[who].send(call)
-        volley.leave()
+        try:
+            for (who, _, _), call in zip(bodies, calls, strict=True):
+                self.outboxes[who].send(call)
+        finally:
+            volley.leave()
         return block, landings, calls
 
     def settle(self):
         for outbox in self.outboxes:
             outbox.clear()
+
+
+async def unwritten(net, num):
+    """A fleet of `num` peers, and fences that are passed when `ManualEvent` says so."""
+    ManualEvent.passed = False
+    fleet, seam = Fleet(net, [RowsPeer() for _ in range(num)]), Seam(ManualEvent)
+    await fleet.open(seam=seam)
+    return fleet, seam
 
 
 def expected(number, who, rows, tail):
@@ -112,13 +124,12 @@ def test_each_arrives_as_if_posted_by_itself(net, seed):
         there = [RowsPeer() for _ in range(3)]
         fleet = Fleet(net, there)
         await fleet.open()
-        block, landings, _ = fleet.ask(bodies)
+        _, landings, _ = fleet.ask(bodies)
         for who, peer in enumerate(there):
             await peer.until(lambda w=who, p=peer: len(p.got) == sum(b[0] == w for b in bodies))
             check_got(peer, who, bodies)
         fleet.settle()
         landings.release()
-        del block
 
     run(net, main)
     check_no_block_leaked(net)
@@ -150,11 +161,8 @@ def test_all_wait_for_the_block_and_other_messages_for_them(tmp_path):
     net = DeviceUcxNet(tmp_path)
 
     async def main():
-        ManualEvent.passed = False
-        there = [RowsPeer(), RowsPeer()]
-        fleet = Fleet(net, there)
-        seam = Seam(ManualEvent)
-        await fleet.open(seam=seam)
+        fleet, seam = await unwritten(net, 2)
+        there = fleet.there
         bodies = [(0, b"0" * 160, b""), (1, b"1" * 160, b"abcdefgh"), (0, b"2" * 160, b"")]
         block, landings, _ = fleet.ask(bodies, fence=seam.fence())
         fleet.links[0].post(Header(Kind.DISPATCH, block=5))
@@ -179,11 +187,8 @@ def test_a_link_that_closes_before_the_block_is_written_takes_nothing_along(tmp_
     net = DeviceUcxNet(tmp_path)
 
     async def main():
-        ManualEvent.passed = False
-        there = [RowsPeer(), RowsPeer()]
-        fleet = Fleet(net, there)
-        seam = Seam(ManualEvent)
-        await fleet.open(seam=seam)
+        fleet, seam = await unwritten(net, 2)
+        there = fleet.there
         bodies = [(w, bytes([w]) * 1600, b"12345678") for w in (0, 1, 0, 1)]
         _, landings, _ = fleet.ask(bodies, fence=seam.fence(), landing_nbytes=160)
         fleet.links[0].close("enough")
@@ -215,11 +220,8 @@ def test_what_is_settled_while_the_block_is_written_keeps_its_rows_till_they_are
     net = DeviceUcxNet(tmp_path)
 
     async def main():
-        ManualEvent.passed = False
-        peer = RowsPeer()
-        fleet = Fleet(net, [peer])
-        seam = Seam(ManualEvent)
-        await fleet.open(seam=seam)
+        fleet, seam = await unwritten(net, 1)
+        (peer,) = fleet.there
         block, landings, _ = fleet.ask([(0, b"x" * 1600, b"")], fence=seam.fence())
         fleet.settle()
         assert fleet.dialler.pool.take(1600) is not block, "its message is still to be sent"
@@ -235,19 +237,9 @@ def test_more_than_the_slots_of_a_neighbour_go_by_ucx(tmp_path):
     net = DeviceUcxNet(tmp_path)
 
     async def main():
-        from common.transport.link import LinkLimits
-
         peer = RowsPeer()
         fleet = Fleet(net, [peer])
-        fleet.dialler = None
-        wide = LinkLimits(window=600)
-        listener = net.transport(wide)
-        dialler = net.transport(wide)
-        address = await listener.listen(net.address(), ROUTER, peer)
-        link = await dialler.connect(address, hello(), fleet.here, timeout_s=5)
-        await peer.until(lambda: bool(peer.links))
-        fleet.dialler, fleet.links, fleet.outboxes = dialler, [link], [Outbox("expert-0")]
-        fleet.outboxes[0].opened(link)
+        await fleet.open(LinkLimits(window=600))
         bodies = [(0, n.to_bytes(4, "little") * 40, b"12345678") for n in range(500)]
         _, landings, _ = fleet.ask(bodies)
         await peer.until(lambda: len(peer.got) == 500)
@@ -257,3 +249,19 @@ def test_more_than_the_slots_of_a_neighbour_go_by_ucx(tmp_path):
 
     run(net, main)
     check_no_block_leaked(net)
+
+
+def test_a_full_queue_refuses_a_message_and_the_others_go(net):
+    async def main():
+        peer = RowsPeer()
+        fleet = Fleet(net, [peer])
+        await fleet.open(LinkLimits(window=2, max_queued=1))
+        bodies = [(0, bytes([n]) * 160, b"12345678") for n in range(4)]
+        with pytest.raises(Overloaded, match="1 messages wait for"):
+            fleet.ask(bodies)
+        await peer.until(lambda: len(peer.got) == 3)
+        assert [header.block for header, _, _ in peer.got] == [900, 901, 902]
+        assert len(fleet.outboxes[0]) == 3, "the one that was refused is not kept"
+        fleet.settle()
+
+    run(net, main, leak_free=False)  # the landings' block is the test's
