@@ -117,11 +117,11 @@ def test_a_killed_neighbour_stalls_nobody(ucx, kind):
         pool = DevicePool("cpu")
         transport = ucx.transport(pool=pool)
         steady, address = Peer(), ucx.address()
-        async with child(address, "echo", "apart"):
+        async with child(address, "echo", "cpu"):
             link = await transport.connect(address, hello(), steady, timeout_s=5)
             for generation in range(3):
                 here, other = Peer(), ucx.address()
-                async with child(other, kind, "apart") as process:
+                async with child(other, kind, "cpu") as process:
                     doomed = await transport.connect(other, hello(), here, timeout_s=5)
                     assert doomed._is_met
                     for block in range(8):

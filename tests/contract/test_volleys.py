@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import zlib
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
@@ -13,13 +15,15 @@ from common.transport.link import LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.seam import Fence, Seam
 from common.transport.volley import Part, Volley
+from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
 from tests.contract.harness import LIMITS, ROUTER, hello, run
+from tests.contract.test_death import child, kill
 from tests.contract.test_rows_apart import (
-    DeviceInprocNet,
+    DEVICE,
+    NETS,
     DeviceUcxNet,
     ManualEvent,
-    ReachingUcxNet,
     RowsPeer,
     answering,
     check_no_block_leaked,
@@ -31,9 +35,7 @@ REQUEST = Header(
 WRITTEN = Fence(passed=True)
 
 
-@pytest.fixture(
-    params=[DeviceInprocNet, DeviceUcxNet, ReachingUcxNet], ids=["inproc", "ucx", "reaching"]
-)
+@pytest.fixture(params=NETS.values(), ids=NETS)
 def net(request, tmp_path):
     return request.param(tmp_path)
 
@@ -45,31 +47,38 @@ class Fleet:
         self.net, self.there, self.here = net, there, RowsPeer()
 
     async def open(self, limits=LIMITS, **options):
-        self.dialler, self.links = self.net.transport(limits, **options), []
         self.listeners = [self.net.transport(limits) for _ in self.there]
-        self.outboxes = [Outbox(f"expert-{i}") for i in range(len(self.there))]
-        for listener, peer, outbox in zip(self.listeners, self.there, self.outboxes, strict=True):
-            address = await listener.listen(self.net.address(), ROUTER, peer)
-            link = await self.dialler.connect(address, hello(), self.here, timeout_s=5)
+        addresses = []
+        for listener, peer in zip(self.listeners, self.there, strict=True):
+            addresses.append(await listener.listen(self.net.address(), ROUTER, peer))
+        await self.dial(addresses, limits, **options)
+        for peer in self.there:
             await peer.until(lambda peer=peer: bool(peer.links))
-            outbox.opened(link)
+
+    async def dial(self, addresses, limits=LIMITS, **options):
+        self.dialler = self.net.transport(limits, **options)
+        self.links, self.outboxes = [], []
+        for number, address in enumerate(addresses):
+            link = await self.dialler.connect(address, hello(), self.here, timeout_s=5)
+            self.outboxes.append(Outbox(f"expert-{number}"))
+            self.outboxes[-1].opened(link)
             self.links.append(link)
 
-    def ask(self, bodies, *, fence=WRITTEN, landing_nbytes=0):
-        """bodies: (who, rows, tail). The block, landings' block and the calls."""
+    def ask(self, bodies, *, fence=WRITTEN, landed=False):
+        """bodies: (who, rows, tail). The block, that of answers, which are wanted (`landed`) at the same place, and the
+        calls.
+        """
         pool = self.dialler.pool
-        block = pool.take(sum(len(rows) for _, rows, _ in bodies))
-        landings = pool.take(max(1, landing_nbytes * len(bodies)))
+        nbytes = sum(len(rows) for _, rows, _ in bodies)
+        block, landings = pool.take(nbytes), pool.take(nbytes)
         volley, calls, place = Volley(REQUEST, Kind.EXPERT_IN, pool, block, fence), [], 0
         for number, (who, rows, tail) in enumerate(bodies):
             block.tensor[place : place + len(rows)].copy_(
                 torch.frombuffer(bytearray(rows), dtype=torch.uint8)
             )
-            landing = None
-            if landing_nbytes:
-                landing = landings.rows(number * landing_nbytes, landing_nbytes)
-            piece = block.rows(place, len(rows))
-            calls.append(Part(volley, 900 + number, who, len(rows), 5, piece, tail, landing, 0))
+            landing = landings.rows(place, len(rows)) if landed else None
+            piece, check = block.rows(place, len(rows)), zlib.crc32(tail)
+            calls.append(Part(volley, 900 + number, who, len(rows), check, piece, tail, landing, 0))
             place += len(rows)
         synchronise(pool.device)
         try:
@@ -94,7 +103,7 @@ async def unwritten(net, num):
 
 def expected(number, who, rows, tail):
     return replace(
-        REQUEST, kind=Kind.EXPERT_IN, block=900 + number, target=who, num_rows=len(rows), num_pairs=5,
+        REQUEST, kind=Kind.EXPERT_IN, block=900 + number, target=who, num_rows=len(rows), num_pairs=zlib.crc32(tail),
         payload_nbytes=len(rows) + len(tail), rows_nbytes=len(rows),
     )  # fmt: skip
 
@@ -143,7 +152,7 @@ def test_answers_land_where_each_is_wanted(net):
         await fleet.open()
         pools += [listener.pool for listener in fleet.listeners]
         bodies = [(n % 2, bytes([n]) * 40_000, b"tail-of8") for n in range(8)]
-        _, landings, calls = fleet.ask(bodies, landing_nbytes=40_000)
+        _, landings, calls = fleet.ask(bodies, landed=True)
         await fleet.here.until(lambda: len(fleet.here.got) == 8)
         assert sorted(offset for _, offset in fleet.here.places) == [n * 40_000 for n in range(8)]
         assert {block for block, _ in fleet.here.places} == {landings}
@@ -155,6 +164,66 @@ def test_answers_land_where_each_is_wanted(net):
 
     run(net, main)
     check_no_block_leaked(net)
+
+
+async def processes(stack, net, *kinds):
+    """Peers in processes of their own, and where they listen."""
+    addresses = [net.address() for _ in kinds]
+    children = [child(a, kind, DEVICE) for a, kind in zip(addresses, kinds, strict=True)]
+    return await asyncio.gather(*map(stack.enter_async_context, children)), addresses
+
+
+def answers_of(fleet, bodies):
+    """Of those that are in: (number, whether it is where it was wanted, whether it is right)."""
+    places = [sum(len(rows) for _, rows, _ in bodies[:n]) for n in range(len(bodies))]
+    for (header, rows, _), (_, offset) in zip(fleet.here.got, fleet.here.places, strict=True):
+        number = header.block - 900
+        inverse = bytes(b ^ 0xFF for b in bodies[number][1])
+        yield number, offset == places[number], rows == inverse
+
+
+def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_to(tmp_path):
+    net, bodies = DeviceUcxNet(tmp_path), random_bodies(random.Random(5), 20, 2)
+
+    async def main():
+        async with AsyncExitStack() as stack:
+            _, addresses = await processes(stack, net, "invert", "invert")
+            fleet = Fleet(net, [])
+            await fleet.dial(addresses)
+            assert all(link._is_met for link in fleet.links)
+            _, landings, _ = fleet.ask(bodies, landed=True)
+            await fleet.here.until(lambda: len(fleet.here.got) == len(bodies))
+            assert sorted(answers_of(fleet, bodies)) == [
+                (n, True, True) for n in range(len(bodies))
+            ]
+            assert all(place is landings for place, _ in fleet.here.places)
+            fleet.settle()
+            landings.release()
+            for link in fleet.links:
+                link.close("enough")
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_a_killed_process_takes_nobody_along_and_its_memory_comes_back(tmp_path):
+    net = DeviceUcxNet(tmp_path)
+    bodies = [(n % 2, bytes([n]) * 40_000, b"tail-of8") for n in range(8)]
+
+    async def main():
+        async with AsyncExitStack() as stack:
+            (doomed, _), addresses = await processes(stack, net, "hold", "invert")
+            fleet = Fleet(net, [])
+            await fleet.dial(addresses)
+            _, landings, _ = fleet.ask(bodies, landed=True)
+            await fleet.here.until(lambda: len(fleet.here.got) == 4)
+            await kill(doomed, fleet.here)
+            assert sorted(answers_of(fleet, bodies)) == [(n, True, True) for n in (1, 3, 5, 7)]
+            fleet.settle()
+            landings.release()
+            await poll_until(lambda: fleet.dialler.pool.rows_outstanding == 0)
+
+    run(net, main)
 
 
 def test_all_wait_for_the_block_and_other_messages_for_them(tmp_path):
@@ -190,7 +259,7 @@ def test_a_link_that_closes_before_the_block_is_written_takes_nothing_along(tmp_
         fleet, seam = await unwritten(net, 2)
         there = fleet.there
         bodies = [(w, bytes([w]) * 1600, b"12345678") for w in (0, 1, 0, 1)]
-        _, landings, _ = fleet.ask(bodies, fence=seam.fence(), landing_nbytes=160)
+        _, landings, _ = fleet.ask(bodies, fence=seam.fence(), landed=True)
         fleet.links[0].close("enough")
         fleet.outboxes[0].closed(fleet.links[0])
         await fleet.here.until(lambda: bool(fleet.here.closed))
