@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import binascii
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -101,8 +100,7 @@ class UcxLink(UcxMessages):
         """Use what a peer on this host offers, where UCX can copy between the two memories."""
         self._reaches_here = any(name.startswith("cuda_ipc") for name in self.carriers())
         if self._neighbour is not None:
-            # CUDA opens no memory of the very process that shares it
-            if self._pool.polled and (not self._reaches_here or self._peer.pid == os.getpid()):
+            if self._pool.polled and not self._reaches_here:
                 offer = None
             endpoint, self._to = self._to, self._neighbour.meet(self._to, offer)
             self._is_met = self._to != endpoint

@@ -1,6 +1,7 @@
 """Rows in device memory, over both transports: they arrive with their message, where they are wanted, or not at all.
 
-The device is the CPU unless ATOLL_TEST_DEVICE names another: the form on the wire is the same.
+The device is the CPU, where all peers can be in one process, as CUDA lets nobody open his own memory; the form on the
+wire is the same. `test_volleys` has processes that share a device.
 """
 
 import asyncio
@@ -29,12 +30,12 @@ from common.waiting import poll_until
 from common.wire.header import Header, Kind
 from tests.contract.harness import LIMITS, ROUTER, InprocNet, Peer, UcxNet, hello, run
 
-DEVICE = os.environ.get("ATOLL_TEST_DEVICE", "cpu")
-
 
 class DeviceUcxNet(UcxNet):
+    device = "cpu"
+
     def transport(self, limits=LIMITS, **options) -> UcxTransport:
-        options = {"pool": DevicePool(DEVICE), "seam": open_seam(DEVICE)} | options
+        options = {"pool": DevicePool(self.device), "seam": open_seam(self.device)} | options
         return super().transport(limits, **options)
 
 
@@ -85,11 +86,7 @@ class DeviceInprocNet(InprocNet):
         return made
 
 
-NETS = {"inproc": DeviceInprocNet, "ucx": DeviceUcxNet}
-if (
-    DEVICE == "cpu"
-):  # CUDA opens no memory of the process itself: see test_volleys for other processes
-    NETS["reaching"] = ReachingUcxNet
+NETS = {"inproc": DeviceInprocNet, "ucx": DeviceUcxNet, "reaching": ReachingUcxNet}
 
 
 @pytest.fixture(params=NETS.values(), ids=NETS)

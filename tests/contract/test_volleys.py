@@ -1,6 +1,7 @@
 """Messages that leave together: what arrives is what each by itself would bring, and nothing is lost or leaks."""
 
 import asyncio
+import os
 import random
 import zlib
 from contextlib import AsyncExitStack
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import Overloaded
-from common.transport.device import synchronise
+from common.transport.device import open_context, synchronise
 from common.transport.link import LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.seam import Fence, Seam
@@ -20,7 +21,6 @@ from common.wire.header import Header, Kind, Wire
 from tests.contract.harness import LIMITS, ROUTER, hello, run
 from tests.contract.test_death import child, kill
 from tests.contract.test_rows_apart import (
-    DEVICE,
     NETS,
     DeviceUcxNet,
     ManualEvent,
@@ -166,10 +166,19 @@ def test_answers_land_where_each_is_wanted(net):
     check_no_block_leaked(net)
 
 
+@pytest.fixture
+def shared(tmp_path):
+    """A network of processes that share a device: the CPU, unless ATOLL_TEST_DEVICE names another."""
+    net = DeviceUcxNet(tmp_path)
+    net.device = os.environ.get("ATOLL_TEST_DEVICE", "cpu")
+    open_context(net.device)
+    return net
+
+
 async def processes(stack, net, *kinds):
     """Peers in processes of their own, and where they listen."""
     addresses = [net.address() for _ in kinds]
-    children = [child(a, kind, DEVICE) for a, kind in zip(addresses, kinds, strict=True)]
+    children = [child(a, kind, net.device) for a, kind in zip(addresses, kinds, strict=True)]
     return await asyncio.gather(*map(stack.enter_async_context, children)), addresses
 
 
@@ -182,8 +191,8 @@ def answers_of(fleet, bodies):
         yield number, offset == places[number], rows == inverse
 
 
-def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_to(tmp_path):
-    net, bodies = DeviceUcxNet(tmp_path), random_bodies(random.Random(5), 20, 2)
+def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_to(shared):
+    net, bodies = shared, random_bodies(random.Random(5), 20, 2)
 
     async def main():
         async with AsyncExitStack() as stack:
@@ -206,8 +215,8 @@ def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_t
     check_no_block_leaked(net)
 
 
-def test_a_killed_process_takes_nobody_along_and_its_memory_comes_back(tmp_path):
-    net = DeviceUcxNet(tmp_path)
+def test_a_killed_process_takes_nobody_along_and_its_memory_comes_back(shared):
+    net = shared
     bodies = [(n % 2, bytes([n]) * 40_000, b"tail-of8") for n in range(8)]
 
     async def main():
