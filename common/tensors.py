@@ -43,6 +43,15 @@ def put_bytes(buffer: Buffer, offset: int, array: npt.NDArray[Any]) -> None:
     buffer.view[start : start + array.nbytes] = array.data.cast("B")
 
 
+def storage_of(buffer: Buffer) -> torch.Tensor:
+    """Headroom and payload, uint8, a view that the buffer keeps for the next time."""
+    if buffer.tensor is None:
+        with torch.inference_mode(mode=False):
+            buffer.tensor = torch.from_numpy(buffer.storage)
+    storage: torch.Tensor = buffer.tensor
+    return storage
+
+
 def row_bytes(buffer: Buffer) -> torch.Tensor:
     """The memory in which a payload's rows lie, uint8, from byte 0 of the payload on, a view."""
     return torch.from_numpy(buffer.array) if buffer.rows is None else buffer.rows.tensor

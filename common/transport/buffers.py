@@ -8,7 +8,7 @@ in device memory (`common.transport.device`) they are `Buffer.rows`, and the buf
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ class Buffer:
         "on_free",
         "rows",
         "storage",
+        "tensor",
         "view",
     )
 
@@ -50,6 +51,9 @@ class Buffer:
         self, storage: npt.NDArray[np.uint8], give_back: Callable[["Buffer"], None]
     ) -> None:
         self.storage = storage  # headroom, then capacity for the payload
+        self.tensor: Any = (
+            None  # the same as torch sees it, made at the first need: see common.tensors
+        )
         self.view = storage.data  # ten times cheaper to slice and to pack into than the array
         self.address: int = storage.ctypes.data
         self.capacity = storage.nbytes - HEADER_NBYTES

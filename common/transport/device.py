@@ -53,6 +53,11 @@ class DeviceBlock:
     def __repr__(self) -> str:
         return f"<DeviceBlock [{self.capacity} bytes | {self._count} references]>"
 
+    def retain(self) -> "DeviceBlock":
+        """Take one more reference."""
+        self._count += 1
+        return self
+
     def rows(self, offset: int, nbytes: int) -> "DeviceRows":
         """A piece of the block, with a reference of its own."""
         assert 0 <= offset <= offset + nbytes <= self.capacity, "rows outside their block"

@@ -78,12 +78,11 @@ class Outbox:
 
         Raises Overloaded when the link's queue is full; the message is then not kept.
         """
-        number = call.number
-        self._calls[number] = call
+        self._calls[call.number] = call
         try:
             self._post(call)
         except BaseException:
-            self.drop(number)
+            self.drop(call.number)
             raise
 
     def owed(self, block: int) -> Call | None:

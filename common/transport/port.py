@@ -85,14 +85,19 @@ class RowsPort(Port, Protocol):
         self,
         template: bytearray,
         on_device: bool,
+        block: int,
+        shared: Foreign,
+        landings: int,
+        landings_shared: Foreign,
         parts: list[tuple[Any, ...]],
         calls: list[Any],
         /,
     ) -> list[int]:
         """`send_rows` for many messages that differ little from the header `template`; returns their statuses.
 
-        A part: (to, tag, block, target, num_rows, num_pairs, credits, answer, address, nbytes, shared, landing,
-        landing_nbytes, landing_shared, what follows the header).
+        Rows are in the memory at address `block`, places of answers in that at `landings`. A part: (to, tag, block's
+        number, target, num_rows, num_pairs, credits, answer, place, nbytes, landing's place, landing_nbytes, what
+        follows the header).
         """
         ...
 

@@ -31,7 +31,7 @@ from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
 from common.wire.header import HEADER_NBYTES, Header, Kind
 
 if TYPE_CHECKING:
-    from common.transport.device import DeviceRows
+    from common.transport.device import DeviceBlock, DeviceRows
     from common.transport.neighbour import Neighbour
     from common.transport.ucx_plane import DataPlane
     from common.transport.volley import Part, Ticket
@@ -134,9 +134,9 @@ class UcxMessages(BaseLink):
             rows.release()
             return
         ended = partial(self._rows_sent, rows)
-        shared, place = self._share(rows), (0, 0, None)
+        shared, place = self._share(rows.block), (0, 0, None)
         if landing is not None and shared is not None:
-            place = landing.address, landing.nbytes, self._share(landing)
+            place = landing.address, landing.nbytes, self._share(landing.block)
         status = self._port.send_rows(
             self._to, tag, head, head_nbytes, rows.address, rows.nbytes, rows.on_device, shared, *place, ended
         )  # fmt: skip
@@ -156,45 +156,44 @@ class UcxMessages(BaseLink):
         number = self._num_sent
         self._num_sent = (number + 1) & _SEQUENCE_MASK
         answer = 0 if part.landing is None else self._land(part.landing)
-        part.rows.retain()
+        part.volley.block.retain()
         tag = _KIND_WITH_ROWS << KIND_SHIFT | self._tag_base | number
         part.volley.tickets.append((self, tag, credits.collect(), answer, part))
         return True
 
     def send_together(self, request: Header, kind: Kind, tickets: "Sequence[Ticket]") -> None:
         """The device has written the rows of messages that links of this process took."""
+        block, wanted = tickets[0][4].volley.block, None  # one of all rows, one of all landings
         parts, calls = [], []
         for link, tag, credits, answer, part in tickets:
-            rows, landing = part.rows, part.landing
             if link._endpoint is None:  # closed before
-                rows.release()
+                block.release()
                 continue
-            place = (
-                (0, 0, None)
-                if landing is None
-                else (landing.address, landing.nbytes, self._share(landing))
-            )
+            where, landing = 0, part.landing
+            if landing is not None:
+                wanted, where = landing.block, landing.offset
             parts.append(
                 (link._to, tag, part.number, part.target, part.num_rows, part.num_pairs, credits, answer,
-                 rows.address, rows.nbytes, self._share(rows), *place, part.tail)
+                 part.place, part.nbytes, where, 0 if landing is None else landing.nbytes, part.tail)
             )  # fmt: skip
-            calls.append(partial(link._rows_sent, rows))
+            calls.append(partial(link._rows_sent, block))
         if not parts:
             return
         template = bytearray(HEADER_NBYTES)
         request.derive(kind, target=0, payload_nbytes=0).pack_into(template)
-        on_device = tickets[0][4].rows.on_device
-        statuses = self._port.send_together(template, on_device, parts, calls)
+        places = block.address, self._share(block), 0, None
+        if wanted is not None:
+            places = *places[:2], wanted.address, self._share(wanted)
+        statuses = self._port.send_together(template, not block.on_host, *places, parts, calls)
         self._reactor.kick()
         for status, ended in zip(statuses, calls, strict=True):
             if status != IN_PROGRESS:
                 ended(status)
 
-    def _share(self, rows: "DeviceRows") -> Foreign:
-        """What a neighbour needs to reach these rows: the key to all of their block, made once."""
-        block = rows.block
+    def _share(self, block: "DeviceBlock") -> Foreign:
+        """What a neighbour needs to reach rows: the key to all of their block, made once."""
         if block.shared is None and self._is_met:
-            block.shared = self._port.share(block.address, block.capacity, rows.on_device)
+            block.shared = self._port.share(block.address, block.capacity, not block.on_host)
         return block.shared
 
     def _sent(self, buffer: Buffer, status: int) -> None:
@@ -203,12 +202,12 @@ class UcxMessages(BaseLink):
         if status < 0:
             self._lost("send", status)
 
-    def _rows_sent(self, rows: "DeviceRows", status: int) -> None:
+    def _rows_sent(self, rows: "DeviceRows | DeviceBlock", status: int) -> None:
         self._let_go(rows, status)
         if status < 0:
             self._lost("send", status)
 
-    def _let_go(self, rows: "DeviceRows", status: int) -> None:
+    def _let_go(self, rows: "DeviceRows | DeviceBlock", status: int) -> None:
         """A transfer of rows has ended. If not well, a peer that is alive may still be about to read or write them."""
         if status < 0 and self._reaches_here:
             self._plane.retire(rows, self._peer.pid)

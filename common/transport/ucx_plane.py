@@ -25,7 +25,7 @@ from common.transport.ucx_messages import SENDER_MASK, SENDER_SHIFT
 from common.wire.header import HEADER_NBYTES
 
 if TYPE_CHECKING:
-    from common.transport.device import DevicePool, DeviceRows
+    from common.transport.device import DeviceBlock, DevicePool, DeviceRows
     from common.transport.neighbour import Neighbour
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class DataPlane:
         self.failed: list[UcxLink] = []
         self.links: dict[int, UcxLink] = {}  # by the sender id in their tags
         self._next_sender = 1
-        self._retired: list[tuple[DeviceRows, int]] = []  # until the process is gone
+        self._retired: list[tuple[DeviceRows | DeviceBlock, int]] = []  # until the process is gone
         self._retired_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -139,8 +139,8 @@ class DataPlane:
         """A link is closed and its endpoint too."""
         self.links.pop(sender, None)
 
-    def retire(self, rows: "DeviceRows", pid: int) -> None:
-        """Release rows when a process of this host, which may still read or write them, is gone."""
+    def retire(self, rows: "DeviceRows | DeviceBlock", pid: int) -> None:
+        """Release rows, or a block's, when a process of this host, which may still read or write them, is gone."""
         self._retired.append((rows, pid))
         if self._retired_timer is None:
             self._retired_timer = self.loop.call_later(_LOOK_S, self._look)

@@ -71,30 +71,33 @@ static int post_rows(Operation *op, void *to, const Head *head, size_t nbytes, c
         op, ucp.rows_send(endpoint, ROWS_ID, head, sizeof head->tag + nbytes, offer->rows, offer->nbytes, &param));
 }
 
-/* One part of a volley: (to, tag, block, target, num_rows, num_pairs, credits, answer, rows, nbytes, shared, landing,
- * landing_nbytes, landing_shared, tail). A status, or -1 with an exception (UCX's errors are others).
+/* One part of a volley: (to, tag, block, target, num_rows, num_pairs, credits, answer, rows, nbytes, landing,
+ * landing_nbytes, tail), with places in the blocks of `offer`. A status, or -1 with an exception (UCX's errors are
+ * others).
  */
-static int post_part(Port *self, Head *head, PyObject *part, PyObject *ended, ucs_memory_type_t memory, int *status)
+static int post_part(
+    Port *self, Head *head, Offer offer, PyObject *part, PyObject *ended, ucs_memory_type_t memory, int *status)
 {
     MessageHeader *header = (MessageHeader *)head->message;
-    void *to, *rows, *landing;
     unsigned long long numbers[12];
-    PyObject *shared, *landing_shared;
     Py_buffer tail;
     if (!PyArg_ParseTuple(
-            part, "KKKKKKKKKKOKKOy*", &numbers[0], &numbers[1], &numbers[2], &numbers[3], &numbers[4], &numbers[5],
-            &numbers[6], &numbers[7], &numbers[8], &numbers[9], &shared, &numbers[10], &numbers[11], &landing_shared,
-            &tail))
+            part, "KKKKKKKKKKKKy*", &numbers[0], &numbers[1], &numbers[2], &numbers[3], &numbers[4], &numbers[5],
+            &numbers[6], &numbers[7], &numbers[8], &numbers[9], &numbers[10], &numbers[11], &tail))
         return -1;
-    to = (void *)(uintptr_t)numbers[0];
-    rows = (void *)(uintptr_t)numbers[8];
-    landing = (void *)(uintptr_t)numbers[10];
+    void *to = (void *)(uintptr_t)numbers[0];
+    offer.rows = (char *)offer.rows + numbers[8];
+    offer.nbytes = numbers[9];
+    offer.landing = (char *)offer.landing + numbers[10];
+    offer.landing_nbytes = numbers[11];
+    if (offer.landing_nbytes == 0)
+        offer.landing_shared = Py_None;
     size_t nbytes = sizeof *header + tail.len;
     Operation *op = NULL;
     if (numbers[3] > UINT16_MAX || (Py_ssize_t)nbytes > self->max_head)
         PyErr_Format(PyExc_ValueError, "target %llu and %zu bytes with rows, at most %zd", numbers[3], nbytes, self->max_head);
     else
-        op = take(self, ended, rows, numbers[9]);
+        op = take(self, ended, offer.rows, offer.nbytes);
     if (op != NULL) {
         op->memory = memory;
         head->tag = numbers[1];
@@ -104,23 +107,28 @@ static int post_part(Port *self, Head *head, PyObject *part, PyObject *ended, uc
         header->num_pairs = numbers[5];
         header->credits = numbers[6];
         header->answer = numbers[7];
-        header->rows_nbytes = numbers[9];
-        header->payload_nbytes = numbers[9] + tail.len;
+        header->rows_nbytes = offer.nbytes;
+        header->payload_nbytes = offer.nbytes + tail.len;
         memcpy(header + 1, tail.buf, tail.len);
-        Offer offer = {rows, numbers[9], shared, landing, numbers[11], landing_shared};
         *status = post_rows(op, to, head, nbytes, &offer);
     }
     PyBuffer_Release(&tail);
     return op == NULL ? -1 : 0;
 }
 
-/* send_together(template, on_device, parts, calls) -> statuses; the calls of pending parts are made when they end. */
+/* send_together(template, on_device, block, shared, landings, shared, parts, calls) -> statuses; the calls of pending
+ * parts are made when they end. The two blocks are by address, 0 and None where no landing is wanted.
+ */
 static PyObject *port_send_together(Port *self, PyObject *args)
 {
     PyObject *template, *on_device, *parts, *calls;
-    if (!PyArg_ParseTuple(args, "O!O!O!O!", &PyByteArray_Type, &template, &PyBool_Type, &on_device, &PyList_Type, &parts,
-                          &PyList_Type, &calls))
+    unsigned long long block, landings;
+    Offer offer = {0};
+    if (!PyArg_ParseTuple(args, "O!O!KOKOO!O!", &PyByteArray_Type, &template, &PyBool_Type, &on_device, &block,
+                          &offer.shared, &landings, &offer.landing_shared, &PyList_Type, &parts, &PyList_Type, &calls))
         return NULL;
+    offer.rows = (void *)(uintptr_t)block;
+    offer.landing = (void *)(uintptr_t)landings;
     Py_ssize_t num = PyList_GET_SIZE(parts);
     if (PyByteArray_GET_SIZE(template) != sizeof(MessageHeader) || PyList_GET_SIZE(calls) != num)
         return PyErr_Format(PyExc_ValueError, "a header has %zu bytes, and every part a call", sizeof(MessageHeader));
@@ -130,7 +138,7 @@ static PyObject *port_send_together(Port *self, PyObject *args)
     for (Py_ssize_t i = 0; statuses != NULL && i < num; i++) {
         int status;
         ucs_memory_type_t memory = on_device == Py_True ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST;
-        if (post_part(self, &head, PyList_GET_ITEM(parts, i), PyList_GET_ITEM(calls, i), memory, &status) < 0)
+        if (post_part(self, &head, offer, PyList_GET_ITEM(parts, i), PyList_GET_ITEM(calls, i), memory, &status) < 0)
             Py_CLEAR(statuses);
         else
             PyList_SET_ITEM(statuses, i, PyLong_FromLong(status));

@@ -53,10 +53,11 @@ class Part:
         "_header",
         "_payload",
         "landing",
+        "nbytes",
         "num_pairs",
         "num_rows",
         "number",
-        "rows",
+        "place",
         "since_ns",
         "tail",
         "target",
@@ -65,14 +66,19 @@ class Part:
 
     def __init__(
         self, volley: Volley, number: int, target: int, num_rows: int, num_pairs: int,
-        rows: DeviceRows, tail: bytes, landing: DeviceRows | None, since_ns: int,
+        place: int, nbytes: int, tail: bytes, landing: DeviceRows | None, since_ns: int,
     ) -> None:  # fmt: skip
-        """Takes over the references. `number` is the header's block; `tail` is what follows the rows in the payload."""
+        """`nbytes` of rows from byte `place` of the volley's block on; takes over the reference to `landing`.
+
+        `number` is the header's block; `tail` is what follows the rows in the payload.
+        """
         self.volley, self.number, self.target = volley, number, target
         self.num_rows, self.num_pairs = num_rows, num_pairs
-        self.rows, self.tail, self.landing, self.since_ns = rows, tail, landing, since_ns
+        self.place, self.nbytes, self.tail = place, nbytes, tail
+        self.landing, self.since_ns = landing, since_ns
         self._header: Header | None = None
         self._payload: Buffer | None = None
+        volley.block.retain()
 
     @property
     def header(self) -> Header:
@@ -81,7 +87,7 @@ class Part:
             volley = self.volley
             self._header = volley.request.derive(
                 volley.kind, target=self.target, num_rows=self.num_rows, num_pairs=self.num_pairs,
-                payload_nbytes=self.rows.nbytes + len(self.tail),
+                payload_nbytes=self.nbytes + len(self.tail),
             )  # fmt: skip
             self._header.block = self.number
         return self._header
@@ -90,8 +96,9 @@ class Part:
     def payload(self) -> Buffer:
         """Likewise."""
         if self._payload is None:
-            self.rows.fence = self.volley.fence
-            buffer = self.volley.pool.acquire_with(self.rows.retain(), len(self.tail))
+            rows = self.volley.block.rows(self.place, self.nbytes)
+            rows.fence = self.volley.fence
+            buffer = self.volley.pool.acquire_with(rows, len(self.tail))
             buffer.view[HEADER_NBYTES : HEADER_NBYTES + len(self.tail)] = self.tail
             self._payload = buffer
         return self._payload
@@ -103,7 +110,7 @@ class Part:
 
     def release(self) -> None:
         """Drop what is held for another try."""
-        self.rows.release()
+        self.volley.block.release()
         if self.landing is not None:
             self.landing.release()
         if self._payload is not None:

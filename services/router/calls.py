@@ -17,7 +17,7 @@ from services.router import payloads
 from services.router.block import Int32s, NodeWork, SourceWork
 from services.router.counters import Counters
 from services.router.plan import NodeShare, WorkerShare
-from services.router.routes import Fleet, Ints
+from services.router.routes import Fleet
 from services.router.rows import Gathered
 from services.router.tables import Piece
 
@@ -38,7 +38,9 @@ class Calls:
     fleet: Fleet = field(init=False)
     works: dict[int, NodeWork] = field(default_factory=dict)  # by question to an expert: who asked
     sources: dict[int, SourceWork] = field(default_factory=dict)  # by share of a source
-    _loads: dict[int, Ints] = field(default_factory=dict)  # by question to a router: rows by worker
+    _loads: dict[int, dict[int, int]] = field(
+        default_factory=dict
+    )  # by question to a router: rows by worker
     _down: dict[int, frozenset[int]] = field(default_factory=dict)  # by node: workers it has lost
     _next: int = 0
 
@@ -80,29 +82,21 @@ class Calls:
         now_ns: int,
     ) -> None:  # fmt: skip
         """Post the EXPERT_IN of each share, whose rows are its piece of those gathered. Raises Overloaded."""
-        waiting, outputs, fleet = work.waiting, work.outputs, self.fleet
-        num_messages = nbytes = 0
+        waiting, works, outputs, experts = work.waiting, self.works, work.outputs, self.experts
+        fleet, call, nbytes = self.fleet, self._next, 0
+        self._next += len(shares)
+        num_messages = 0
         try:
             for share, piece in zip(shares, pieces, strict=True):
-                worker, tail = share.worker, payloads.expert_in_tail(share)
-                self._next = call = self._next + 1
-                waiting[call] = share
-                self.works[call] = work
-                num_rows = share.stop - share.start
-                fleet.outstanding[worker] += num_rows
-                fleet.asked[worker] += num_rows
+                call, worker, first, tail = call + 1, share.worker, share.start, share.tail
+                message = gathered.call(
+                    call, worker, share.num_segments, tail, piece, outputs, first, now_ns
+                )
+                experts[worker].send(message)
+                waiting[call], works[call] = share, work
+                fleet.ask(worker, share.stop - first)
                 num_messages += 1
-                nbytes += piece.nbytes + len(tail)
-                num_segments, first = len(share.segments), share.start
-                try:
-                    self.experts[worker].send(
-                        gathered.call(
-                            call, worker, num_segments, tail, piece, outputs, first, now_ns
-                        )
-                    )
-                except BaseException:
-                    self._settled_expert(worker, call, num_rows)
-                    raise
+                nbytes += piece[3] + len(tail)
         finally:
             gathered.leave()
             self.counters.asked(work.request.layer, num_messages, nbytes)
@@ -121,17 +115,19 @@ class Calls:
             for (call, share), piece in zip(shares.items(), pieces, strict=True):
                 tail, num_pairs = payloads.relay_tail(share), len(share.pair_rows)
                 if source.payload is not None:
-                    load = np.bincount(table[share.experts], minlength=len(self.nodes))
+                    workers, counts = np.unique(table[share.experts], return_counts=True)
+                    load = dict(zip(workers.tolist(), counts.tolist(), strict=True))
                     self._loads[call] = load
-                    np.add(self.fleet.outstanding, load, out=self.fleet.outstanding)
-                    np.add(self.fleet.asked, load, out=self.fleet.asked)
-                size = piece.nbytes + len(tail)
+                    for worker, num_rows in load.items():
+                        self.fleet.ask(worker, num_rows)
+                first, _, _, size = piece
+                size += len(tail)
                 num_messages += 1
                 nbytes += size
                 self.counters.crossed(
                     share.node, Kind.RELAY, request, len(share.rows), num_pairs, size, inward=False
                 )
-                node, first = share.node, piece.start
+                node = share.node
                 self.routers[node].send(
                     gathered.call(call, node, num_pairs, tail, piece, outputs, first, now_ns)
                 )
@@ -165,9 +161,8 @@ class Calls:
 
     def settle_router(self, node: int, call: int) -> bool:
         """The same for the router of another node."""
-        load = self._loads.pop(call, None)
-        if load is not None:
-            np.subtract(self.fleet.outstanding, load, out=self.fleet.outstanding)
+        for worker, num_rows in self._loads.pop(call, {}).items():
+            self.fleet.outstanding[worker] -= num_rows
         self.sources.pop(call, None)
         return self.routers[node].settle(call) is not None
 

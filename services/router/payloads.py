@@ -1,4 +1,4 @@
-"""Requests of a router as bytes: what a DISPATCH or RELAY says, and what follows the rows of RELAY and EXPERT_IN.
+"""Requests of a router as bytes: what a DISPATCH or RELAY says, and what follows the rows of a RELAY.
 
 Layouts are `common.wire.blocks`; who gets what is `services.router.plan`. Readers raise WireError for what a correct
 peer would not send.
@@ -19,7 +19,7 @@ from common.wire.blocks import (
     wider_segment,
 )
 from common.wire.header import Header
-from services.router.plan import NodeShare, WorkerShare, check_experts, check_pairs
+from services.router.plan import NodeShare, check_experts, check_pairs
 
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -70,9 +70,3 @@ def relay_tail(share: NodeShare) -> bytes:
         part + bytes(-len(part) % SECTION)
         for part in (share.pair_rows.tobytes(), share.experts.tobytes(), share.weights.tobytes())
     )
-
-
-def expert_in_tail(share: WorkerShare) -> bytes:
-    """The same of the EXPERT_IN for a worker's share: its segments."""
-    tail = share.segments.tobytes()
-    return tail + bytes(-len(tail) % SECTION)

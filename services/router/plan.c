@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #define TABLE_ALIGN 256
+#define SECTION 16 /* of a payload: common.wire.blocks */
 
 static void *bytes_of(PyObject *array)
 {
@@ -132,30 +133,43 @@ static Py_ssize_t aligned(Py_ssize_t nbytes, Py_ssize_t to)
     return (nbytes + to - 1) / to * to;
 }
 
-/* The shares of workers, [(worker, start, stop, first segment, end, place, bytes)]; each segment's (expert, rows) into
- * `table`, and each share's piece into `pieces`, which is as long as there are segments. `end` is that of the block.
+/* A share's (expert, rows) of each segment from `first` to `last`, and zeros to a multiple of a section. */
+static PyObject *tail_of(const Segment *segments, Py_ssize_t first, Py_ssize_t last, const Py_ssize_t *counts)
+{
+    Py_ssize_t nbytes = (last - first) * 8, whole = aligned(nbytes, SECTION);
+    PyObject *tail = PyBytes_FromStringAndSize(NULL, whole);
+    if (tail == NULL)
+        return NULL;
+    int32_t *table = (int32_t *)PyBytes_AS_STRING(tail);
+    for (Py_ssize_t i = first; i < last; i++) {
+        *table++ = segments[i].expert;
+        *table++ = (int32_t)counts[segments[i].expert];
+    }
+    memset(table, 0, whole - nbytes);
+    return tail;
+}
+
+/* [((worker, start, stop, segments, tail), (start, stop, place, bytes))]: the shares of workers and their pieces, which
+ * are also written to `pieces`, as long as there are segments. `end` is that of the block.
  */
 static PyObject *cut(
     const Segment *segments, Py_ssize_t num, const Py_ssize_t *counts, Py_ssize_t row_nbytes, Py_ssize_t scale_nbytes,
-    int32_t *table, int64_t *pieces, Py_ssize_t *end)
+    int64_t *pieces, Py_ssize_t *end)
 {
     PyObject *shares = PyList_New(0);
     *end = 0;
     for (Py_ssize_t first = 0, last; shares != NULL && first < num; first = last) {
         Py_ssize_t start = segments[first].start, rows = 0;
-        for (last = first; last < num && segments[last].worker == segments[first].worker; last++) {
-            Py_ssize_t count = counts[segments[last].expert];
-            table[2 * last] = segments[last].expert;
-            table[2 * last + 1] = (int32_t)count;
-            rows += count;
-        }
+        for (last = first; last < num && segments[last].worker == segments[first].worker; last++)
+            rows += counts[segments[last].expert];
         Py_ssize_t scales = aligned(rows * row_nbytes, 16);
         Py_ssize_t nbytes = aligned(scales + rows * scale_nbytes, 16);
         int64_t piece[] = {start, rows, *end, *end + scales};
         memcpy(pieces, piece, sizeof piece);
         pieces += 4;
-        PyObject *share =
-            Py_BuildValue("innnnnn", segments[first].worker, start, start + rows, first, last, *end, nbytes);
+        PyObject *share = Py_BuildValue(
+            "(innnN)(nnnn)", segments[first].worker, start, start + rows, last - first,
+            tail_of(segments, first, last, counts), start, start + rows, *end, nbytes);
         if (share == NULL || PyList_Append(shares, share) < 0)
             Py_CLEAR(shares);
         Py_XDECREF(share);
@@ -180,7 +194,7 @@ static Py_ssize_t most_pairs(const int32_t *pair_rows, Py_ssize_t num, Py_ssize_
 }
 
 /* fan_out(pair_rows, experts, weights, workers, rows, row_nbytes, scale_nbytes)
- *     -> (memory of the tables, (index, pieces, slots, weights), most, segments, shares, bytes of the block)
+ *     -> (memory of the tables, (index, pieces, slots, weights), most, shares and pieces, bytes of the block)
  *
  * workers [num_experts], rows [num_rows]; the tables are those of `services.router.tables`.
  */
@@ -194,7 +208,7 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t num = in[0].len / 4, num_experts = in[3].len / 4, num_rows = in[4].len / 4, num_segments, most, end;
     const int32_t *pair_rows = in[0].buf, *experts = in[1].buf, *weights = in[2].buf, *workers = in[3].buf;
     const int32_t *rows = in[4].buf;
-    PyObject *memory = NULL, *table = NULL, *shares = NULL, *result = NULL;
+    PyObject *memory = NULL, *shares = NULL, *result = NULL;
     Segment *segments = NULL;
     Py_ssize_t *counts = PyMem_Calloc(2 * num_experts + 1, sizeof *counts), *starts = counts + num_experts;
     if (counts == NULL) {
@@ -208,13 +222,11 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t pieces_at = aligned(num * 4, TABLE_ALIGN), slots_at = pieces_at + aligned(num_segments * 32, TABLE_ALIGN);
     Py_ssize_t weights_at = slots_at + aligned(num_rows * most * 4, TABLE_ALIGN);
     memory = PyByteArray_FromStringAndSize(NULL, weights_at + aligned(num_rows * most * 4, TABLE_ALIGN));
-    table = new_array(2 * num_segments);
-    if (segments == NULL || memory == NULL || table == NULL)
+    if (segments == NULL || memory == NULL)
         goto done;
     place_segments(counts, workers, num_experts, segments, starts);
     char *to = bytes_of(memory);
-    shares = cut(
-        segments, num_segments, counts, row_nbytes, scale_nbytes, bytes_of(table), (int64_t *)(to + pieces_at), &end);
+    shares = cut(segments, num_segments, counts, row_nbytes, scale_nbytes, (int64_t *)(to + pieces_at), &end);
     if (shares == NULL)
         goto done;
     int32_t *to_index = (int32_t *)to, *to_slots = (int32_t *)(to + slots_at), *to_weights = (int32_t *)(to + weights_at);
@@ -228,14 +240,13 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
         to_slots[row * most + rank] = (int32_t)place;
         to_weights[row * most + rank] = weights[i];
     }
-    result = Py_BuildValue("O(nnnn)nOOn", memory, (Py_ssize_t)0, pieces_at, slots_at, weights_at, most, table, shares, end);
+    result = Py_BuildValue("O(nnnn)nOn", memory, (Py_ssize_t)0, pieces_at, slots_at, weights_at, most, shares, end);
 done:
     PyMem_Free(counts);
     PyMem_Free(segments);
     for (int i = 0; i < 5; i++)
         PyBuffer_Release(&in[i]);
     Py_XDECREF(memory);
-    Py_XDECREF(table);
     Py_XDECREF(shares);
     return result;
 }

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from common.compiled import compiled
 from common.errors import WireError
-from common.wire.blocks import RowType, num_scales
-from services.router.tables import Piece, Tables, tables_of
+from common.wire.blocks import SECTION, RowType, num_scales
+from services.router.tables import Tables, tables_of
 
 _compiled = compiled(Path(__file__).with_name("plan.c"))  # None: numpy alone
 _NOT_HELD = "a RELAY for experts that this node does not hold"
@@ -45,7 +46,19 @@ class WorkerShare:
     worker: int
     start: int
     stop: int
-    segments: Int32s  # [num_experts_hit, 2]: expert id, number of rows; ascending
+    num_segments: int
+    tail: bytes  # what follows the rows in the EXPERT_IN: its segments
+
+    @classmethod
+    def of(cls, worker: int, start: int, stop: int, segments: Int32s) -> Self:
+        """`segments` [num_experts_hit, 2]: expert id, number of rows; ascending."""
+        tail = segments.tobytes()
+        return cls(worker, start, stop, len(segments), tail + bytes(-len(tail) % SECTION))
+
+    @property
+    def segments(self) -> Int32s:
+        """A view."""
+        return np.frombuffer(self.tail, np.int32, 2 * self.num_segments).reshape(-1, 2)
 
 
 @dataclass(slots=True)
@@ -191,7 +204,7 @@ def _fan_out_compiled(share: NodeShare, workers: Int32s, width: int, row_type: R
     scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
     rows = share.rows.astype(np.int32)
     try:
-        memory, ats, most, table, cuts, nbytes = _compiled.fan_out(
+        memory, ats, most, cuts, nbytes = _compiled.fan_out(
             share.pair_rows,
             share.experts,
             share.weights,
@@ -202,10 +215,7 @@ def _fan_out_compiled(share: NodeShare, workers: Int32s, width: int, row_type: R
         )
     except ValueError as exc:
         raise WireError(f"{_NOT_HELD}: {exc}") from exc
-    segments, shares, pieces = np.frombuffer(table, np.int32).reshape(-1, 2), [], []
-    for worker, start, stop, first, end, place, piece_nbytes in cuts:
-        shares.append(WorkerShare(worker, start, stop, segments[first:end]))
-        pieces.append(Piece(start, stop, place, piece_nbytes))
+    shares, pieces = [WorkerShare(*share) for share, _ in cuts], [piece for _, piece in cuts]
     shape, num_places = (len(rows), most), len(share.experts)
     return FanOut(shares, Tables(memory, ats, num_places, shape, True, pieces, nbytes))
 
@@ -225,7 +235,7 @@ def _worker_shares(workers: Int32s, starts: Ints, end: int, table: Int32s) -> li
     bounds = [*starts.take(cuts).tolist(), end]
     ends = [*cuts[1:], len(workers)]
     return [
-        WorkerShare(worker, bounds[i], bounds[i + 1], table[cuts[i] : ends[i]])
+        WorkerShare.of(worker, bounds[i], bounds[i + 1], table[cuts[i] : ends[i]])
         for i, worker in enumerate(workers.take(cuts).tolist())
     ]
 

@@ -31,21 +31,25 @@ NOT_OURS = -1
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What a router knows of all workers, arrays by worker.
+    """What a router knows of all workers, by worker.
 
     `alive`: can be asked now. `outstanding`: rows that it owes this router; of another node's workers only where
     replicas leave a choice. `asked`: rows that it was ever asked for, likewise.
     """
 
     alive: Bools
-    outstanding: Ints
-    asked: Ints
+    outstanding: list[int]
+    asked: list[int]
 
     @classmethod
     def of(cls, num_workers: int) -> Self:
         """Nobody is there yet."""
-        owed, asked = np.zeros((2, num_workers), np.int64)
-        return cls(np.zeros(num_workers, np.bool_), owed, asked)
+        return cls(np.zeros(num_workers, np.bool_), [0] * num_workers, [0] * num_workers)
+
+    def ask(self, worker: int, num_rows: int) -> None:
+        """A worker was asked for so many rows."""
+        self.outstanding[worker] += num_rows
+        self.asked[worker] += num_rows
 
 
 _Choice = tuple[int, tuple[int, ...], tuple[int, ...]]  # expert, its workers of this node, others
@@ -162,5 +166,5 @@ class Routes:
                 worker = least_loaded(others, fleet)
             if worker is not None:
                 table[expert] = worker
-                fleet.outstanding[worker] += rows[expert]
+                fleet.outstanding[worker] += int(rows[expert])
         return table

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, put_bytes, rows_of
+from common.tensors import TORCH_DTYPES, RowPick, check_rows_apart, rows_of, storage_of
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
 from common.transport.outbox import Call, Message
@@ -193,10 +193,7 @@ class _Pieces(Volley):
         landing, num_rows, row_nbytes = None, stop - start, outputs.row_nbytes
         if row_nbytes % 16 == 0:  # else an answer is longer than its rows
             landing = outputs.held[0].rows(first * row_nbytes, num_rows * row_nbytes)
-        return Part(
-            self, number, target, num_rows, num_pairs,
-            self.block.rows(place, nbytes), tail, landing, now_ns,
-        )  # fmt: skip
+        return Part(self, number, target, num_rows, num_pairs, place, nbytes, tail, landing, now_ns)
 
 
 class RowsApart:
@@ -234,19 +231,19 @@ class RowsApart:
         """`source` are the payload's rows; the tables of the sum go to byte `rest_at` of `outputs`."""
         is_fp8 = segment.row_type is RowType.FP8
         staging, block = self._pool.acquire(len(tables.memory)), self._pool.take(tables.nbytes)
-        put_bytes(staging, 0, np.frombuffer(tables.memory, np.uint8))
-        index_at, pieces_at, slots_at, _ = tables.ats
+        staging.view[HEADER_NBYTES : HEADER_NBYTES + len(tables.memory)] = tables.memory
+        index_at, pieces_at, slots_at, _ = (HEADER_NBYTES + at for at in tables.ats)
         ops.gather_pieces(
-            source.block.tensor, block.tensor, torch.from_numpy(staging.array),
+            source.block.tensor, block.tensor, storage_of(staging),
             None if outputs is None else outputs.tensor,
             index_offset=index_at, pieces_offset=pieces_at, num_pieces=len(tables.pieces),
-            max_rows=max([p.stop - p.start for p in tables.pieces], default=0),
+            max_rows=max([stop - start for start, stop, _, _ in tables.pieces], default=0),
             row_nbytes=segment.width * int(segment.row_type),
             source_offset=source.offset + segment.rows_offset,
             scale_nbytes=4 * num_scales(segment.width) if is_fp8 else 0,
             source_scales=source.offset + segment.scales_offset,
             rest_from=slots_at, rest_at=rest_at,
-            rest_nbytes=0 if outputs is None else len(tables.memory) - slots_at,
+            rest_nbytes=0 if outputs is None else HEADER_NBYTES + len(tables.memory) - slots_at,
         )  # fmt: skip
         fence = release_behind(self._seam, payload.retain(), staging)
         return _Pieces(request, kind, self._pool, block, fence)

@@ -9,7 +9,7 @@ which rows are sent; a *piece*, places one behind the other, is the rows of one 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,8 @@ Floats = npt.NDArray[np.float32]
 ALIGN = 256  # of tables and of pieces, so that copies are as wide as they can be
 
 
-class Piece(NamedTuple):
-    """The rows of places `start` to `stop`, from byte `place` of the block on, `nbytes` long."""
-
-    start: int
-    stop: int
-    place: int
-    nbytes: int
+Piece = tuple[int, int, int, int]
+"""The rows of places `start` to `stop`, from byte `place` of the block on, `nbytes` long."""
 
 
 @dataclass(slots=True)
@@ -38,7 +33,7 @@ class Tables:
     `slots[i]` holds an answer to row i, in the order of the sum; -1 beyond its last.
     """
 
-    memory: Any  # a buffer of bytes
+    memory: bytearray
     ats: tuple[int, int, int, int]
     num_places: int
     shape: tuple[int, int]
@@ -74,7 +69,7 @@ def tables_of(
     pieces, rows, end = [], [], 0
     for start, stop in spans:
         segment = row_segment(stop - start, width, row_type)
-        pieces.append(Piece(start, stop, end, segment.end))
+        pieces.append((start, stop, end, segment.end))
         rows.append((start, stop - start, end, end + segment.scales_offset))
         end += -(-segment.end // ALIGN) * ALIGN
     table = np.array(rows, np.int64)
@@ -83,10 +78,11 @@ def tables_of(
     for array in arrays:
         ats.append(size)
         size += 0 if array is None else -(-array.nbytes // ALIGN) * ALIGN
-    memory = np.empty(size, np.uint8)
+    memory = bytearray(size)
+    whole = np.frombuffer(memory, np.uint8)
     for array, at in zip(arrays, ats, strict=True):
         if array is not None and array.nbytes:
-            memory[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+            whole[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
     a, b, c, d = ats
     shape = (0, 0) if slots is None else (slots.shape[0], slots.shape[1])
     return Tables(memory, (a, b, c, d), len(index), shape, weights is not None, pieces, end)

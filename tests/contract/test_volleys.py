@@ -77,8 +77,8 @@ class Fleet:
                 torch.frombuffer(bytearray(rows), dtype=torch.uint8)
             )
             landing = landings.rows(place, len(rows)) if landed else None
-            piece, check = block.rows(place, len(rows)), zlib.crc32(tail)
-            calls.append(Part(volley, 900 + number, who, len(rows), check, piece, tail, landing, 0))
+            counts = len(rows), zlib.crc32(tail), place, len(rows)
+            calls.append(Part(volley, 900 + number, who, *counts, tail, landing, 0))
             place += len(rows)
         synchronise(pool.device)
         try:

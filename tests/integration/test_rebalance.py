@@ -137,7 +137,7 @@ def nothing_is_left(cluster: InprocCluster, plan: Plan) -> None:
         assert set(expert.bank.weights) == set(plan.residents(expert.spec.id.index))
         assert set(expert.bank.hashes) == set(expert.bank.weights)
     for router in cluster.of(Role.ROUTER):
-        assert not router.flow.calls.fleet.outstanding.any()
+        assert not any(router.flow.calls.fleet.outstanding)
         assert router.flow.num_in_flight == 0
         assert not router.flow.epochs.candidate
     left = {str(p): s.transport.pool.outstanding for p, s in cluster.services.items()}

@@ -51,7 +51,7 @@ def ask(source, memory, payload, calls, some):
     source.add(outputs, calls, HOME)
     landings = {}
     for number, piece in zip(relays, tables.pieces, strict=True):
-        call = gathered.call(number, 0, 1, b"", piece, outputs, piece.start, 0)
+        call = gathered.call(number, 0, 1, b"", piece, outputs, piece[0], 0)
         landings[number] = None if call.landing is None else call.landing.retain()
         call.release()
     gathered.leave()

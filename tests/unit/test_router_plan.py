@@ -159,7 +159,7 @@ def test_a_share_divided_anew_keeps_its_rows_and_pairs(block, data):
 def test_a_worker_share_divided_anew_covers_the_same_places(segments):
     table = np.array([(expert, count) for expert, (count, _) in enumerate(segments)], np.int32)
     workers = np.array([worker for _, worker in segments])
-    old = WorkerShare(7, 100, 100 + int(table[:, 1].sum()), table)
+    old = WorkerShare.of(7, 100, 100 + int(table[:, 1].sum()), table)
     stop = old.start
     for part in divide_share(old, workers):
         assert part.start == stop

@@ -42,12 +42,9 @@ def flags(plan):
 
 
 def fleet_of(alive, owed=None, asked=None):
-    nothing = np.zeros(len(alive), np.int64)
-    return Fleet(
-        np.array(alive),
-        nothing if owed is None else np.array(owed),
-        nothing if asked is None else np.array(asked),
-    )
+    nothing = [0] * len(alive)
+    counts = (nothing if each is None else [int(n) for n in each] for each in (owed, asked))
+    return Fleet(np.array(alive), *counts)
 
 
 @given(data=st.data(), plan=replicated_plans(), num_rails=st.integers(1, 8), node=st.integers(0, 5))
