@@ -64,13 +64,6 @@ static PyObject *port_receive(Port *self, PyObject *const *args, Py_ssize_t num_
     size_t nbytes = PyLong_AsSize_t(args[2]);
     if (PyErr_Occurred())
         return NULL;
-    const Record *record = neighbour_s(message);
-    if (record != NULL) {
-        if (record->nbytes != nbytes)
-            return PyLong_FromLong(UCS_ERR_MESSAGE_TRUNCATED);
-        memcpy(address, record->message, nbytes);
-        return PyLong_FromLong(UCS_OK);
-    }
     Operation *op = take(self, args[3], address, nbytes);
     if (op == NULL)
         return NULL;

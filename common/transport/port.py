@@ -48,7 +48,10 @@ class Port(Protocol):
         ...
 
     def poll(self, arrived: Arrived, announced: Announced, /) -> bool:
-        """Progress, tell of what arrived and call what ended; True when there was anything."""
+        """Progress, tell of what arrived and call what ended; True when there was anything.
+
+        Messages of neighbours are told of whole, as bytes; others are to be received.
+        """
         ...
 
     def arm(self) -> bool:

@@ -145,7 +145,7 @@ static int tell_of_record(Neighbour *from, PyObject *arrived, PyObject *announce
     } else {
         PyObject *args[3] = {
             PyLong_FromUnsignedLongLong(record->tag), PyLong_FromUnsignedLong(record->nbytes),
-            PyLong_FromVoidPtr((char *)record + 1)};
+            PyBytes_FromStringAndSize((const char *)record->message, record->nbytes)};
         status = tell(arrived, args, 3);
     }
     ring_drop(from->in, size);

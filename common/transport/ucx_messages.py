@@ -223,13 +223,22 @@ class UcxMessages(BaseLink):
 
     # -- receiving
 
-    def arrive(self, tag: int, nbytes: int, message: Foreign) -> None:
-        """A message of this link was probed: receive it, or close the link when it must not be received."""
-        arrival = self._arrival(tag, KIND_MESSAGE, nbytes)
-        if arrival is None:
+    def arrive(self, tag: int, nbytes: int, message: Foreign | bytes) -> None:
+        """A message of this link was probed: receive it, or close the link when it must not be received.
+
+        A neighbour's is here already.
+        """
+        number = tag & _SEQUENCE_MASK
+        buffer = self._room(number, tag, KIND_MESSAGE, nbytes)
+        if buffer is None:
             return
-        ended = partial(self._message_in, tag & _SEQUENCE_MASK, arrival)
-        status = self._port.receive(message, arrival.buffer.address, nbytes, ended)
+        if type(message) is bytes:
+            buffer.view[:nbytes] = message
+            self._take(number, buffer)
+            return
+        arrival = self._arrivals[number] = _Arrival(buffer)
+        ended = partial(self._message_in, number, arrival)
+        status = self._port.receive(message, buffer.address, nbytes, ended)
         if status != IN_PROGRESS:
             ended(status)
 
@@ -242,28 +251,45 @@ class UcxMessages(BaseLink):
             if arrival is not None and arrival.header is not None:
                 self._receive_rows(number, arrival)
             return
-        arrival = self._arrival(tag, _KIND_WITH_ROWS, len(head))
-        if arrival is None:
+        buffer = self._room(number, tag, _KIND_WITH_ROWS, len(head))
+        if buffer is None:
             self._port.discard_rows(data)
             return
         self._announced[number] = data, nbytes
-        arrival.buffer.view[: len(head)] = head
-        arrival.status = 0
-        if self.state is LinkState.OPEN:  # else it overtook the control socket
-            self._open_arrival(number, arrival)
-            self._deliver_whole()  # rows that are read where they are came with it
+        buffer.view[: len(head)] = head
+        self._take(number, buffer)
 
-    def _arrival(self, tag: int, kind: int, nbytes: int) -> _Arrival | None:
-        """A place for the message, or None: a correct peer would not send it, and the link is closed."""
-        number = tag & _SEQUENCE_MASK
+    def _take(self, number: int, buffer: Buffer) -> None:
+        """A message is in, maybe without its rows. Most are the next one and go on at once."""
+        if number != self._next or self.state is not LinkState.OPEN:
+            arrival = self._arrivals[number] = _Arrival(buffer, status=0)
+            if self.state is LinkState.OPEN:  # else it overtook the control socket
+                self._open_arrival(number, arrival)
+            return
+        header = self._read_header(buffer, number)
+        if header is None:
+            buffer.release()
+            return
+        rows = buffer.rows
+        is_whole = rows is None or header.landed or rows.block.owner is not None
+        if number in self._announced or not is_whole:
+            arrival = self._arrivals[number] = _Arrival(buffer, 0, header)
+            self._await_rows(number, arrival)
+            self._deliver_whole()
+            return
+        self._next = (number + 1) & _SEQUENCE_MASK
+        self._deliver(header, buffer)
+        if self._arrivals:
+            self._deliver_whole()
+
+    def _room(self, number: int, tag: int, kind: int, nbytes: int) -> Buffer | None:
+        """A buffer for the message, or None: a correct peer would not send it, and the link is closed."""
         if (
             tag >> KIND_SHIFT == kind
             and HEADER_NBYTES <= nbytes <= self._max_message_nbytes
             and self._is_expected(number, self._arrivals)
         ):
-            arrival = _Arrival(self._pool.acquire(nbytes - HEADER_NBYTES))
-            self._arrivals[number] = arrival
-            return arrival
+            return self._pool.acquire(nbytes - HEADER_NBYTES)
         self._fail(
             WireError(
                 f"message {number} of kind {tag >> KIND_SHIFT} and {nbytes} bytes from {self._peer.process}, "
@@ -287,11 +313,13 @@ class UcxMessages(BaseLink):
 
     def _open_arrival(self, number: int, arrival: _Arrival) -> None:
         """The message is in: read its header and see to its rows. A malformed one closes the link."""
-        buffer = arrival.buffer
-        header = self._read_header(buffer, number)
-        if header is None:
-            return
-        arrival.header = header
+        arrival.header = self._read_header(arrival.buffer, number)
+        if arrival.header is not None:
+            self._await_rows(number, arrival)
+
+    def _await_rows(self, number: int, arrival: _Arrival) -> None:
+        header, buffer = arrival.header, arrival.buffer
+        assert header is not None, "a message that was not read"
         if buffer.rows is not None and not header.landed and buffer.rows.block.owner is None:
             self._receive_rows(number, arrival)
         elif number in self._announced:

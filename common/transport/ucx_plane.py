@@ -129,7 +129,7 @@ class DataPlane:
 
     def _discard(self, nbytes: int, message: Any) -> None:  # noqa: ANN401
         """A message for a link that is gone: UCX wants it received all the same."""
-        if nbytes <= HEADER_NBYTES + self.limits.max_payload_nbytes:
+        if type(message) is not bytes and nbytes <= HEADER_NBYTES + self.limits.max_payload_nbytes:
             buffer = self.pool.acquire(max(0, nbytes - HEADER_NBYTES))
             ended = partial(_discarded, buffer)
             if self.port.receive(message, buffer.address, nbytes, ended) != IN_PROGRESS:
