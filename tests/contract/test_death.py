@@ -18,9 +18,10 @@ from tests.contract.harness import Peer, hello, run, send, send_apart
 @asynccontextmanager
 async def child(address, *kind):
     """A `tests.contract.child`, killed at the end if it still lives."""
+    path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.contract.child", address, *kind,
-        stdout=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()},
+        stdout=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
     )  # fmt: skip
     try:
         assert process.stdout is not None
