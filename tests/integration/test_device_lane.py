@@ -11,6 +11,7 @@ from common.obs.trace import Recorder
 from common.request import Request, SamplingParams
 from common.transport.device import DevicePool
 from common.wire.blocks import RowType
+from common.wire.header import Wire
 from services.attention.device_lane import DeviceLane
 from services.attention.device_model import DeviceModel
 from services.attention.device_weights import load_device_weights
@@ -37,6 +38,8 @@ def device_lane(cluster, attention, balance, trace):
     attention.moe.combined = RowType.FP32
     state = model.state(64)
     state.buckets = [8, 64]  # a single token is one row of eight, whose scales lie behind all
+    whole = trace is None and attention.moe.wire is Wire.FP8
+    setattr(model, "before_experts" if whole else "layer", None)  # is not called
     return DeviceLane(0, model, state, attention.moe, StepTimes(), trace, balance=balance)
 
 
