@@ -125,14 +125,9 @@ def combine(
 
 
 def combine_fp8(
-    source: Tensor,
-    slots: Tensor,
-    weights: Tensor | None,
-    payload: Tensor,
-    *,
-    rows_offset: int,
+    source: Tensor, slots: Tensor, weights: Tensor | None, payload: Tensor, *, rows_offset: int,
     scales_offset: int,
-) -> None:
+) -> None:  # fmt: skip
     """`combine` with FP8 rows and scales written into `payload` (uint8), as `quantise_rows` lays them out."""
     n, depth = slots.shape
     width = source.shape[1]

@@ -64,13 +64,6 @@ def _norm_rope(
 
 
 @triton.jit
-def _rope(X, COS, SIN, OUT, heads, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = (row * heads + tl.program_id(1)) * 2 * HALF
-    _rotate(X + at, OUT + at, COS + row * HALF, SIN + row * HALF, HALF, INTERLEAVED)
-
-
-@triton.jit
 def _cache_write(ENTRIES, CACHE, SLOTS, width, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(SLOTS + row)
@@ -100,9 +93,9 @@ def _cache_write_fp8(
         tl.store(rotated + i, tl.load(source + LATENT + i))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension of x [..., width] (contiguous), in x's dtype."""
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     width = x.shape[-1]
     if x.numel():
         columns = triton.next_power_of_2(width)
@@ -126,15 +119,6 @@ def norm_rope(
             x, weight, cos, sin, out, eps, x.stride(0), latent, triton.next_power_of_2(latent),
             half, interleaved, num_warps=4,
         )  # fmt: skip
-    return out
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate x [rows, heads, rope] (contiguous, rope a power of two) by cos and sin fp32 [rows, rope / 2]."""
-    out = torch.empty_like(x)
-    rows, heads, _ = x.shape
-    if rows:
-        _rope[(rows, heads)](x, cos, sin, out, heads, cos.shape[-1], interleaved, num_warps=1)
     return out
 
 

@@ -47,6 +47,7 @@ TRITON = {
     "expert_ffn_grouped": "expert_ffn",
     "gate_v3": "gate",
     "gate_v2": "gate",
+    "publish": "gate",
     "rms_norm": "norm_rope",
     "norm_rope": "norm_rope",
     "cache_write": "norm_rope",
@@ -99,6 +100,7 @@ expert_ffn = _choose(_expert_ffn.expert_ffn)
 expert_ffn_grouped = _choose(_expert_ffn.expert_ffn_grouped)
 gate_v3 = _choose(_gate.gate_v3)
 gate_v2 = _choose(_gate.gate_v2)
+publish = _choose(_gate.publish)
 rms_norm = _choose(_norm.rms_norm)
 norm_rope = _choose(_paged.norm_rope)
 cache_write = _choose(_paged.cache_write)

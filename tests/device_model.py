@@ -19,8 +19,9 @@ class LocalDeviceModel:
 
     def __init__(
         self, directory: Path, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16,
-        num_pages: int = 64, max_rows: int = 256, capture: bool = True,
+        num_pages: int = 64, max_rows: int = 256, capture: bool = True, halves: bool = True,
     ) -> None:  # fmt: skip
+        self.halves = halves
         self.config = load_config(directory)
         with open_checkpoint(directory) as checkpoint:
             weights = load_device_weights(checkpoint, self.config, device=device, dtype=dtype)
@@ -41,10 +42,14 @@ class LocalDeviceModel:
         s = state or self.state
         s.fill(spans)
         for i, layer in enumerate(self.config.moe_layers):
-            self.model.before_experts(s, i)
-            self.model.shared_expert(s, i)
+            if self.halves:
+                self.model.before_experts(s, i)
+                self.model.shared_expert(s, i)
+            else:
+                self.model.layer(s, i)
             if s.h.is_cuda:
                 torch.cuda.synchronize()
+            assert s.published()()
             n = s.num_rows
             s.routed[:n] = self._routed(layer, s.x[:n].float(), s.experts[:n], s.weights[:n])
         rows = None if all_rows else torch.tensor(s.last_rows, device=s.h.device)

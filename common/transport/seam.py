@@ -46,7 +46,7 @@ class Seam:
         self.on_open: Callable[[], None] | None = None
         self._new_event = new_event
         self._events: list[Event] = []
-        self._open: deque[tuple[Event, Fence]] = deque()
+        self._open: deque[tuple[Callable[[], bool], Event | None, Fence]] = deque()
 
     def __repr__(self) -> str:
         return f"<Seam [{len(self._open)} open fences]>"
@@ -56,14 +56,20 @@ class Seam:
         """True while a fence is."""
         return bool(self._open)
 
-    def fence(self) -> Fence:
-        """A fence behind everything launched so far on the current stream."""
+    def fence(self, query: Callable[[], bool] | None = None) -> Fence:
+        """A fence behind everything launched so far on the current stream, or at what `query` tells of.
+
+        That must lie in the same stream, behind every fence that is open.
+        """
         if self._new_event is None:
             return _PASSED
-        event = self._events.pop() if self._events else self._new_event()
-        event.record()
+        event = None
+        if query is None:
+            event = self._events.pop() if self._events else self._new_event()
+            event.record()
+            query = event.query
         fence = Fence(passed=False)
-        self._open.append((event, fence))
+        self._open.append((query, event, fence))
         if self.on_open is not None:
             self.on_open()
         return fence
@@ -71,12 +77,12 @@ class Seam:
     def poll(self) -> bool:
         """Look at the open fences, oldest first; True when one was passed."""
         passed = []
-        while (
-            self._open and self._open[0][0].query()
-        ):  # one stream: none is passed before those in front
-            event, fence = self._open.popleft()
+        # one stream: none is passed before those in front
+        while self._open and self._open[0][0]():
+            _, event, fence = self._open.popleft()
             passed.append(fence)
-            self._events.append(event)
+            if event is not None:
+                self._events.append(event)
         if not passed:
             return False
         for fence in passed:

@@ -95,14 +95,9 @@ def _combine_on_host(
 
 
 def combine_fp8(
-    source: Tensor,
-    slots: Tensor,
-    weights: Tensor | None,
-    payload: Tensor,
-    *,
-    rows_offset: int,
+    source: Tensor, slots: Tensor, weights: Tensor | None, payload: Tensor, *, rows_offset: int,
     scales_offset: int,
-) -> None:
+) -> None:  # fmt: skip
     """`combine` with FP8 rows and scales written into `payload` (uint8), as `quantise_rows` lays them out."""
     out = torch.empty(slots.shape[0], source.shape[1], device=source.device)
     combine(source, slots, weights, out)

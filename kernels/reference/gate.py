@@ -5,22 +5,16 @@ them fall there. Logits, scores and weights are fp32 whatever the dtype of the r
 """
 
 import torch
+from torch import Tensor
 
 from kernels.reference.ffn import sigmoid
 from kernels.reference.linear import linear
 
 
 def gate_v3(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    top_k: int,
-    num_groups: int,
-    top_k_groups: int,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, *, top_k: int, num_groups: int, top_k_groups: int,
+    norm_topk_prob: bool, routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sigmoid gate with group limit: x [rows, width] -> expert ids int32 and weights fp32, both [rows, top_k].
 
     weight [experts (padded), width] and bias [experts] in fp32. A group scores the sum of the two best of
@@ -40,16 +34,9 @@ def gate_v3(
 
 
 def gate_v2(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    num_experts: int,
-    top_k: int,
-    num_groups: int,
-    top_k_groups: int,
-    routed_scaling_factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_experts: int, top_k: int,
+    num_groups: int, top_k_groups: int, routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax gate: x [rows, width] -> expert ids int32 and weights fp32, both [rows, top_k].
 
     weight [experts (padded), width] in fp32. With `num_groups` above 1 (group_limited_greedy) a group scores its
@@ -71,12 +58,22 @@ def gate_v2(
     return ids.to(torch.int32), weights * routed_scaling_factor
 
 
-def _mask_groups(
-    scores: torch.Tensor, group_scores: torch.Tensor, top_k_groups: int, fill: float
-) -> torch.Tensor:
+def _mask_groups(scores: Tensor, group_scores: Tensor, top_k_groups: int, fill: float) -> Tensor:
     """scores [rows, experts] with every expert outside the best groups set to `fill`."""
     best = torch.topk(group_scores, k=top_k_groups, dim=-1, sorted=False)[1]
     outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
     rows, groups = group_scores.shape
     grouped = scores.view(rows, groups, -1).masked_fill(outside.unsqueeze(-1), fill)
     return grouped.view(rows, -1)
+
+
+def publish(
+    ids: Tensor, weights: Tensor, to_ids: Tensor, to_weights: Tensor, count: Tensor, told: Tensor
+) -> None:
+    """Copy ids and weights to host memory, count a step, int64 [1], and then tell the number there, in `told`.
+
+    Whoever reads the number there sees the copies, and what was launched before has written: on every device.
+    """
+    to_ids.copy_(ids)
+    to_weights.copy_(weights)
+    told.copy_(count.add_(1))

@@ -82,18 +82,10 @@ def route(experts: Tensor, destinations: Tensor, num_destinations: int) -> tuple
 
 
 def pack_blocks(
-    source: Tensor,
-    out: Tensor,
-    rows: Tensor,
-    counts: Tensor,
-    *,
-    row_nbytes: int,
-    source_offset: int,
-    block_nbytes: int,
-    scale_nbytes: int = 0,
-    source_scales: int = 0,
+    source: Tensor, out: Tensor, rows: Tensor, counts: Tensor, *, row_nbytes: int,
+    source_offset: int, block_nbytes: int, scale_nbytes: int = 0, source_scales: int = 0,
     align: int = 16,
-) -> None:
+) -> None:  # fmt: skip
     """Gather the rows of every destination, as `route` returned them, into one block each.
 
     Block d starts at byte d * block_nbytes of `out`: counts[d] rows, then (FP8) their scales from the next multiple

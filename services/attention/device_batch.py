@@ -6,7 +6,7 @@ slot, look at one entry of the null page, and nobody reads what they compute.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.transport.device import DeviceBlock, DeviceRows
 from common.wire.blocks import RowSegment, RowType, num_scales, row_segment
+from kernels import ops
 from services.attention.batch import Span
 
 SPLIT_TOKENS = 4096  # contexts are told to the decode kernel in multiples of what one program takes
@@ -73,7 +74,12 @@ class LaneState:
         )  # of the experts' rows
         self.experts = on_host(max_rows, top_k, kind=torch.int32)  # written by the device
         self.weights = on_host(max_rows, top_k, kind=torch.float32)
+        self._count = on_device(1, kind=torch.int64)  # of layers whose rows the device has written
+        self._told = on_host(1, kind=torch.int64)  # the same
+        self._seen = self._told.numpy().data
+        self.num_launched = 0
         self.num_rows = self.bucket = self.max_context = 0
+        self.graph_key: tuple[int, ...] | None = None  # equal for equal launches; None: one by one
         self.prompt: PromptPart | None = None
         self.decode_rows: Tensor | None = None  # int64; None: all rows
         self.last_rows: list[int] = []
@@ -103,9 +109,17 @@ class LaneState:
 
     def outgoing(self) -> DeviceRows:
         """What is sent of them, a reference: no more scales than rows, which lie behind the bucket's."""
-        segment = row_segment(self.num_rows, self.width, RowType.FP8)
-        idle = self.segment.scales_offset - segment.scales_offset
-        return self.block.rows(0, segment.end + idle)
+        return self.block.rows(0, self._sent_nbytes)
+
+    def publish(self, ids: Tensor, gate_weights: Tensor) -> None:
+        """Launch the last of what writes a layer's rows, ids and weights."""
+        b = self.bucket
+        ops.publish(ids, gate_weights, self.experts[:b], self.weights[:b], self._count, self._told)
+
+    def published(self) -> Callable[[], bool]:
+        """Asks whether the device has written those of the layer launched last: a look into memory."""
+        wanted, seen = self.num_launched, self._seen
+        return lambda: seen[0] >= wanted
 
     def last_row_index(self) -> Tensor | None:
         """Last row of each span, int64 on the device; None: every row is one."""
@@ -118,11 +132,6 @@ class LaneState:
         if self.device.type == "cuda":  # from pageable memory the copy would wait for the stream
             there = there.pin_memory()
         return there.to(self.device, non_blocking=True)
-
-    @property
-    def graph_key(self) -> tuple[int, int] | None:
-        """Steps with equal keys launch the same work; None: launch it one by one."""
-        return None if self.prompt is not None else (self.bucket, self.max_context)
 
     def fill(self, spans: Sequence[Span]) -> None:
         """Lay out a step. Raises ValueError when it has more than `max_rows` rows."""
@@ -153,6 +162,12 @@ class LaneState:
         for name, host in self._host.items():
             self._inputs[name][: self.bucket].copy_(host[: self.bucket], non_blocking=True)
         self.prompt, self.decode_rows = self._parts(spans) if has_prompt else (None, None)
+        self.graph_key = None if has_prompt else (id(self), self.bucket, self.max_context)
+        # what every layer of the step needs
+        n, sent = self.num_rows, row_segment(self.num_rows, self.width, RowType.FP8)
+        self._sent_nbytes = sent.end + self.segment.scales_offset - sent.scales_offset
+        self.choice = self.experts[:n], self.weights[:n]
+        self.answer = self.routed[:n]
 
     def _lay_out(self, spans: Sequence[Span]) -> None:
         a, first = self._arrays, 0

@@ -1,7 +1,7 @@
-"""One micro-batch lane on a GPU: two graph replays and one message per MoE layer, nothing that waits for the device.
+"""One micro-batch lane on a GPU: one graph replay and one message per MoE layer, nothing that waits for the device.
 
 While this lane's rows are out its shared expert runs, then whatever other lanes have launched. Spans of a trace are
-the device's own times (`device_clock`), so that what is called busy was.
+the device's own times (`device_clock`), so that what is called busy was; with one, a layer is two graphs.
 """
 
 import asyncio
@@ -64,33 +64,37 @@ class DeviceLane:
         return logits, best.tolist()
 
     async def _layer(self, segment: int, layer: int) -> None:
-        state, trace, n = self.state, self.trace, self.state.num_rows
-        graphs = self.model.graphs
+        state, trace, times, graphs = self.state, self.trace, self.times, self.model.graphs
         replays = graphs.num_replays
         t0, begin = self.clock_ns(), self._mark()
-        self.model.before_experts(state, segment)
+        fp8 = self.moe.wire is Wire.FP8  # other rows have yet to be copied
+        if whole := fp8 and trace is None:  # a trace tells attention and shared expert apart
+            self.model.layer(state, segment)
+        else:
+            self.model.before_experts(state, segment)
         packed = self._mark()
-        block = self.moe.next_block
-        rows = state.outgoing() if self.moe.wire is Wire.FP8 else state.x[:n]
+        block, n = self.moe.next_block, state.num_rows
+        rows = state.outgoing() if fp8 else state.x[:n]
         answer = self.moe.dispatch(
-            layer, self.index, rows, state.experts[:n], state.weights[:n],
-            out=state.routed[:n], since=packed,
+            layer, self.index, rows, *state.choice, out=state.answer, since=packed,
+            written=state.published(),
         )  # fmt: skip
-        t1, shared = self.clock_ns(), self._mark()
-        self.model.shared_expert(state, segment)
+        t1, shared = self.clock_ns(), packed if fp8 else self._mark()
+        if not whole:
+            self.model.shared_expert(state, segment)
         if trace is not None:
             trace.span(_SEGMENT, block, layer, self.index, begin, packed, n)
             trace.span("shared", block, layer, self.index, shared, self._mark(), n)
         t2 = self.clock_ns()
-        self.times.layers += 1
-        self.times.attention_us += (t1 - t0) // 1000
-        self.times.shared_us += (t2 - t1) // 1000
-        if graphs.num_replays == replays + 2:
-            self.times.replayed_layers += 1
-            self.times.replayed_us += (t2 - t0) // 1000
+        times.layers += 1
+        times.attention_us += (t1 - t0) // 1000
+        times.shared_us += (t2 - t1) // 1000
+        if graphs.num_replays > replays:
+            times.replayed_layers += 1
+            times.replayed_us += (t2 - t0) // 1000
         await answer  # so the device has written the ids
         if self.balance is not None:
-            self.balance.count(layer, state.experts[:n].numpy())
+            self.balance.count(layer, state.choice[0].numpy())
 
     def _mark(self) -> object:
         return None if self.device_clock is None else self.device_clock.mark()

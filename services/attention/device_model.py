@@ -1,9 +1,9 @@
-"""The attention side of the model on a device, half a layer at a time, captured in CUDA graphs.
+"""The attention side of the model on a device, a layer or half of one at a time, captured in CUDA graphs.
 
     state.fill(spans)
     for i, layer in enumerate(config.moe_layers):
         model.before_experts(state, i)     # add the experts of the layer before, attention, gate, quantisation
-        model.shared_expert(state, i)      # while the rows are out
+        model.shared_expert(state, i)      # while the rows are out; or both at once: model.layer(state, i)
         state.routed[...] = ...            # the answer
     logits = model.head(state, rows)
 
@@ -73,14 +73,20 @@ class DeviceModel:
         """Everything between the answers of MoE layer `segment` - 1 and the rows of MoE layer `segment`.
 
         Leaves the quantised rows in `s.rows` and `s.scales`, the same in `s.x`, and, once the device is there, expert
-        ids and gate weights in `s.experts` and `s.weights` (host memory).
+        ids and gate weights in `s.experts` and `s.weights` (host memory): `s.published` tells.
         """
-        self._run(s, ("before", segment), lambda: self._before(s, segment))
+        s.num_launched += 1
+        self._run(s, "before", segment, self._before)
 
     def shared_expert(self, s: LaneState, segment: int) -> None:
         """The shared expert of a MoE layer on `s.x`, into `s.shared`."""
         if self.weights.layers[self._moe[segment]].shared is not None:
-            self._run(s, ("shared", segment), lambda: self._shared(s, segment))
+            self._run(s, "shared", segment, self._shared)
+
+    def layer(self, s: LaneState, segment: int) -> None:
+        """Both, in one graph: the rows are there before it has ended."""
+        s.num_launched += 1
+        self._run(s, "layer", segment, self._layer)
 
     @torch.inference_mode()
     def warm_up(self, s: LaneState) -> None:
@@ -97,33 +103,38 @@ class DeviceModel:
             for spans in ([Span([0] * n, 0, n, pages)], [Span([0], 1, 1, pages)] * n):
                 s.fill(spans)
                 for segment in range(min(2, len(self._moe))):
-                    self._before(s, segment)
-                    if self.weights.layers[self._moe[segment]].shared is not None:
-                        self._shared(s, segment)
+                    s.num_launched += 1
+                    self._layer(s, segment)
                 self.head(s, s.last_row_index())
+
+    def _layer(self, s: LaneState, segment: int) -> None:
+        self._before(s, segment)
+        self._shared(s, segment)
 
     def _shared(self, s: LaneState, segment: int) -> None:
         network, b = self.weights.layers[self._moe[segment]].shared, s.bucket
-        assert network is not None, "a layer without shared expert"
-        s.shared[:b].copy_(network(s.x[:b], (s.rows, s.scales)))
+        if network is not None:
+            s.shared[:b].copy_(network(s.x[:b], (s.rows, s.scales)))
 
     def head(self, s: LaneState, rows: Tensor | None) -> Tensor:
         """Next-token logits: fp32 [rows, vocab] of some rows (int64 indices; None: the first `num_rows`)."""
         if self._moe:
             self._add_experts(s, len(self._moe) - 1)
         else:
-            self._run(s, ("dense",), lambda: self._start(s, self.config.num_layers))
+            self._run(s, "dense", self.config.num_layers, self._start)
         h = s.h[: s.num_rows] if rows is None else s.h.index_select(0, rows)
         x = ops.rms_norm(h, self.weights.final_norm, self.config.rms_norm_eps)
         if x.is_cuda and x.dtype is torch.bfloat16:
             return torch.mm(x, self.weights.head.t(), out_dtype=torch.float32)
         return linear(x, self.weights.head).float()
 
-    def _run(self, s: LaneState, what: tuple[object, ...], step: Callable[[], None]) -> None:
+    def _run(
+        self, s: LaneState, what: str, number: int, step: Callable[[LaneState, int], None]
+    ) -> None:
         if s.graph_key is None:
-            step()
+            step(s, number)
         else:
-            self.graphs.run((id(s), *what, *s.graph_key), step)
+            self.graphs.run((what, number, s.graph_key), lambda: step(s, number))
 
     def _before(self, s: LaneState, segment: int) -> None:
         layer = self._moe[segment]
@@ -133,12 +144,10 @@ class DeviceModel:
             self._add_experts(s, segment - 1)
         b, weights = s.bucket, self.weights.layers[layer]
         self._attend(s, layer)
-        x = ops.rms_norm(s.h[:b], weights.post_norm, self.config.rms_norm_eps)
-        s.x[:b].copy_(x)
+        x = ops.rms_norm(s.h[:b], weights.post_norm, self.config.rms_norm_eps, out=s.x[:b])
         ids, gate_weights = self._gate(layer, x)
-        s.experts[:b].copy_(ids, non_blocking=True)
-        s.weights[:b].copy_(gate_weights, non_blocking=True)
         ops.quantise_rows(x, s.block.tensor, rows_offset=0, scales_offset=s.segment.scales_offset)
+        s.publish(ids, gate_weights)
 
     def _start(self, s: LaneState, dense_layers: int) -> None:
         """Embedding and the dense layers."""

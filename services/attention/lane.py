@@ -25,7 +25,8 @@ Tensor = torch.Tensor
 class StepTimes:
     """Sums since the start: steps, tokens, and microseconds of this lane's own computing.
 
-    On a GPU that is launching; `replayed`: of layers that were two graphs captured before, as all but a few are.
+    On a GPU that is launching, the shared expert with the attention; `replayed`: of layers whose graphs were captured
+    before, as all but a few are. A trace makes two of one graph, and its marks come on top.
     """
 
     steps: int = 0

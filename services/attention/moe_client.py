@@ -143,13 +143,14 @@ class MoeClient:
 
     def dispatch(
         self, layer: int, microbatch: int, rows: Rows, experts: Tensor, weights: Tensor, *,
-        out: Tensor | None = None, since: object = 0,
+        out: Tensor | None = None, since: object = 0, written: Callable[[], bool] | None = None,
     ) -> "asyncio.Future[Tensor]":  # fmt: skip
         """Post a block: rows [n, width], experts int32 [n, k], weights fp32 [n, k]; never waits.
 
         Where rows lie in device memory `rows` may be quantised already: a segment (maybe a `wider_segment`), sent from
         where it is, taking over a reference, and not written to before the answer; `out` is contiguous. Experts and
-        weights are in host memory. On a GPU the block is posted when the current stream has written all of them.
+        weights are in host memory. On a GPU the block is posted when the current stream has written all of them, which
+        `written` may tell of rows that are quantised already, else all that was launched must end.
 
         The future gets the combined rows, [n, width] in the row type `combined` on the device of `rows`, or
         DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. `since` is when packing
@@ -172,7 +173,8 @@ class MoeClient:
         num_answers = 1 if self._answers_whole else len(self.routers)
         self._pending[block] = _Pending(future, num_rows, num_answers, now_ns, out, self.epoch)
         tables = (layout, experts, weights)
-        self.seam.fence().then(partial(self._post, header, buffer, tables, now_ns, since))
+        fence = self.seam.fence(written if isinstance(rows, DeviceRows) else None)
+        fence.then(partial(self._post, header, buffer, tables, now_ns, since))
         return future
 
     def _buffer(self, rows: Rows, layout: DispatchLayout) -> Buffer:

@@ -7,9 +7,11 @@ import torch
 from common.ids import Role
 from common.model.small import small_config
 from common.model.writer import write_random
+from common.obs.trace import Recorder
 from common.request import Request, SamplingParams
 from common.transport.device import DevicePool
 from common.wire.blocks import RowType
+from common.wire.header import Wire
 from services.attention.device_lane import DeviceLane
 from services.attention.device_model import DeviceModel
 from services.attention.device_weights import load_device_weights
@@ -24,7 +26,7 @@ PROMPT, STEPS = list(range(3, 40)), 4
 KL = 0.02  # nats: bf16 against fp32 on the way through the attention side
 
 
-def device_lane(cluster, attention, balance):
+def device_lane(cluster, attention, balance, trace):
     """A second lane for the same attention worker, in bf16 on graphs' buffers."""
     model_config = attention.resident.config
     from common.model.source import open_checkpoint
@@ -36,7 +38,9 @@ def device_lane(cluster, attention, balance):
     attention.moe.combined = RowType.FP32
     state = model.state(64)
     state.buckets = [8, 64]  # a single token is one row of eight, whose scales lie behind all
-    return DeviceLane(0, model, state, attention.moe, StepTimes(), balance=balance)
+    whole = trace is None and attention.moe.wire is Wire.FP8
+    setattr(model, "before_experts" if whole else "layer", None)  # is not called
+    return DeviceLane(0, model, state, attention.moe, StepTimes(), trace, balance=balance)
 
 
 async def decode(lane, pages):
@@ -55,10 +59,10 @@ async def decode(lane, pages):
 def test_a_device_lane_says_what_the_cpu_lane_says(tmp_path):
     write_random(tmp_path / "model", small_config(), seed=3)
 
-    async def run(wire):
+    async def run(wire, traced):
         pool = lambda: DevicePool("cpu")  # noqa: E731
         async with inproc_cluster(
-            tmp_path / "model", tmp_path / wire, wire=wire, new_pool=pool
+            tmp_path / "model", tmp_path / f"{wire}-{traced}", wire=wire, new_pool=pool
         ) as cluster:
             (attention,) = cluster.of(Role.ATTENTION)
             sequence = Sequence(Request("p", (1,), SamplingParams()), [1], 0, 1)
@@ -66,17 +70,27 @@ def test_a_device_lane_says_what_the_cpu_lane_says(tmp_path):
             with torch.inference_mode():
                 expected = await decode(attention._lanes[0], pages)
                 balance = GateBalance(16, 0.1, lambda layer, bias: None)
-                got = await decode(device_lane(cluster, attention, balance), range(2))
+                trace = Recorder(attention.spec, 1000) if traced else None
+                got = await decode(device_lane(cluster, attention, balance, trace), range(2))
             tokens = (len(PROMPT) + STEPS) * attention.resident.config.top_k
             counted = [one.recent + one.load for one in balance._layers.values()]
             assert [int(rows.sum()) for rows in counted] == [tokens] * len(counted)
             assert list(balance._layers) == list(attention.resident.config.moe_layers)
+            if trace is not None:  # attention and shared expert are told apart
+                layers = [("attention", i) for i in balance._layers]
+                layers += [("shared", i) for i in balance._layers]
+                spans = [(s[0], s[2]) for s in trace.spans if s[0] in ("attention", "shared")]
+                assert sorted(spans) == sorted(layers * (1 + STEPS))
             assert all(s.transport.pool.outstanding == 0 for s in cluster.services.values())
             return expected, got
 
-    for wire in ("fp8", "bf16"):
-        expected, got = asyncio.run(run(wire))
+    said = {}
+    for wire, traced in (("fp8", False), ("fp8", True), ("bf16", False)):
+        expected, got = asyncio.run(run(wire, traced))
+        said[wire, traced] = got
         for (theirs, _), (ours, best) in zip(expected, got, strict=True):
             p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
             assert float((p.exp() * (p - q)).sum(-1).mean()) < KL
             assert best == ours.argmax(-1).tolist()
+    for (whole, _), (halves, _) in zip(said["fp8", False], said["fp8", True], strict=True):
+        assert torch.equal(whole, halves)

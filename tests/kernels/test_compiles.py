@@ -15,7 +15,7 @@ from pathlib import Path
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import kernels.block_gemm, kernels.combine, kernels.pack
+import kernels.block_gemm, kernels.combine, kernels.gate, kernels.pack
 
 def compiled(kernel, pointers, numbers, constants, **options):
     names = kernel.arg_names
@@ -43,6 +43,9 @@ with tempfile.NamedTemporaryFile() as file:
     Path(file.name).write_bytes(kernel.asm["cubin"])
     sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
 print("rows", len(re.findall("LDG.E.64", sass[:sass.index("FMUL")])))
+ptx = compiled(kernels.gate._publish, ["*i32", "*fp32"] * 2 + ["*i64"] * 2, ["i32"], {"C": 1024},
+               num_warps=8).asm["ptx"]
+print("publish", *re.findall(r"st[.]global[.]v4|bar[.]sync|st[.]release[.]sys", ptx))
 print("combine")
 compiled(kernels.block_gemm._tile_gemm,
          ["tensordesc<fp8e4nv[64,128]>", "*fp32", "tensordesc<fp8e4nv[128,128]>", "*fp32", "*fp32", "*i32"],
@@ -143,6 +146,8 @@ for m in (1, 16, 17):
     for softmax, bias in ((False, torch.zeros(256)), (True, None), (True, torch.zeros(256))):
         gate.choose(torch.zeros(m, 256), bias, softmax=softmax, top_k=8, num_groups=8, top_k_groups=4,
                     norm_topk_prob=not softmax, routed_scaling_factor=2.5)
+    ids, number = torch.zeros(m, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    gate.publish(ids, ids.float(), ids, ids.float(), number, number)
 for name in sorted({name for name, _ in seen}):
     print(name, sum(name == other for other, _ in seen))
 """
@@ -189,12 +194,14 @@ def test_kernels_compile_for_hopper(tmp_path):
     wide = re.search(r"gather 8 (\d+)", "\n".join(lines))
     assert wide is not None
     assert int(wide[1]) > 0, "rows are read in pieces of less than 16 bytes"
+    # what it has copied, then the barrier, then the number, for whoever reads it on any processor
+    assert "publish st.global.v4 st.global.v4 bar.sync st.release.sys" in lines
     assert "rows 8" in lines, "combine begins to add before it has asked for all rows"
 
 
 def test_a_number_of_rows_does_not_ask_for_a_kernel_of_its_own(tmp_path):
     """Each costs half a second when a request first brings that number."""
     counts = {name: int(n) for name, n in (line.split() for line in run_apart(COUNT, tmp_path))}
-    # up to 16, 64, 128 rows; gates of V3, of V2, of V2 balanced
-    wanted = {"stream_units": 3, "_swiglu_dense": 1, "_quantise": 1, "_gate": 3}
+    # up to 16, 64, 128 rows; gates of V3, of V2, of V2 balanced; a multiple of 16 ids and not
+    wanted = {"stream_units": 3, "_swiglu_dense": 1, "_quantise": 1, "_gate": 3, "_publish": 2}
     assert counts == wanted

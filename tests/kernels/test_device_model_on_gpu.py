@@ -43,6 +43,7 @@ def test_the_gpu_says_what_the_cpu_says(tmp_path, shape, storage):
     write_random(tmp_path, config, seed=2, storage=storage)
     cpu = LocalDeviceModel(tmp_path)
     gpu = LocalDeviceModel(tmp_path, device="cuda")
+    whole = LocalDeviceModel(tmp_path, device="cuda", halves=False)  # a layer is one graph
     eager = LocalDeviceModel(tmp_path, device="cuda", capture=False)
     prompts = [list(range(1, 1 + n)) for n in (5, 70, 1, 100, 33)]
     steps = [[span(p, 0, len(p), i) for i, p in enumerate(prompts)]]
@@ -56,7 +57,8 @@ def test_the_gpu_says_what_the_cpu_says(tmp_path, shape, storage):
         got, plain = gpu.logits(spans), eager.logits(spans)
         rows.append(divergence(got, expected))
         assert torch.equal(got, plain)  # a replay launches what was captured
+        assert torch.equal(whole.logits(spans), plain)
     rows = torch.cat(rows)
     assert rows.median() < KL[storage], rows
     assert rows.max() < WORST, rows
-    assert gpu.model.graphs.num_replays > 0
+    assert gpu.model.graphs.num_replays == 2 * whole.model.graphs.num_replays > 0

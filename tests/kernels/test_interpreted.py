@@ -94,6 +94,17 @@ assert weights[2].isnan().all() and weights[[0, 1, 3, 4]].isfinite().all(), "NaN
 ties = gate.gate_v3(torch.zeros(1, 20), eye, bias * 0, **common, norm_topk_prob=True)[0]
 assert ties.tolist() == [[0, 1, 2, 3, 4, 5]], "ties: the lowest id"
 
+for n in (1, 127, 1000):
+    ids, weights = torch.randint(0, 256, (n, 8)).int(), torch.rand(n, 8)
+    for module in (gate, ref_gate):
+        to_ids, to_weights = -torch.ones(n + 1, 8).int(), -torch.ones(n + 1, 8)
+        count, number = torch.tensor([6]), torch.zeros(1).long()
+        for _ in range(2):
+            module.publish(ids, weights, to_ids[:n], to_weights[:n], count, number)
+        assert torch.equal(to_ids[:n], ids) and torch.equal(to_weights[:n], weights), "publish"
+        assert (to_ids[n:] == -1).all() and (to_weights[n:] == -1).all(), "publish: behind the rows"
+        assert count.item() == number.item() == 8, "publish: the count"
+
 x, weight, angle = torch.randn(5, 144), torch.randn(128), torch.randn(5, 8)
 for interleaved in (False, True):
     args = (x, weight, angle.cos(), angle.sin())

@@ -6,6 +6,7 @@ from ffn_cases import error, exact, expert, rows
 from markers import on_gpu
 
 from kernels import ops
+from kernels.graphs import Replays
 from kernels.reference import combine as ref_combine
 from kernels.reference import gate as ref_gate
 from kernels.reference import pack as ref_pack
@@ -266,6 +267,37 @@ def test_gates_choose_what_the_references_choose(n, experts, groups, top_groups,
         assert torch.equal(ids, want)
         weights = got[1].cpu().gather(1, order)
         assert torch.allclose(weights, expected[1].gather(1, want_order), rtol=1e-5, atol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("n", [1, 127, 512, 8192])
+def test_a_graph_tells_in_host_memory_what_it_has_written_before_it_ends(n):
+    """Each replay's number comes after its ids, and long before the end of what is launched behind it."""
+    ids, weights = torch.zeros(n, 8, dtype=torch.int32, device="cuda"), torch.zeros(n, 8).cuda()
+    to_ids, to_weights = torch.zeros(n, 8).int().pin_memory(), torch.zeros(n, 8).pin_memory()
+    count, told = torch.zeros(1).long().cuda(), torch.zeros(1).long().pin_memory()
+    seen = told.numpy().data
+
+    def step():
+        ids.add_(1)
+        weights.add_(0.5)
+        ops.publish(ids, weights, to_ids, to_weights, count, told)
+        torch.cuda._sleep(2_000_000)  # about a millisecond
+
+    replays = Replays(torch.device("cuda"))
+    early = 0
+    for number in range(1, 200):
+        replays.run("step", step)
+        behind = torch.cuda.Event()
+        behind.record()
+        while seen[0] < number:
+            pass
+        early += not behind.query()
+        assert seen[0] == number
+        assert (to_ids.numpy() == number).all()
+        assert (to_weights.numpy() == 0.5 * number).all()
+    torch.cuda.synchronize()
+    assert early
 
 
 @on_gpu

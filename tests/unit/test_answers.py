@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import LinkClosed, Overloaded, WireError
+from common.errors import LinkClosed, Overloaded, Retryable, WireError
 from common.ids import ProcessId, Role
 from common.placement.plan import column_plan
 from common.tensors import numbers
@@ -14,6 +14,7 @@ from common.transport.base import Hello
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool
 from common.transport.outbox import Message, Outbox
+from common.transport.seam import Seam
 from common.wire.blocks import EXPERT_OUT_ROWS, RowType, dispatch_layout, row_segment
 from common.wire.header import Header, Kind, Wire
 from services.attention.moe_client import MoeClient
@@ -228,3 +229,63 @@ def test_a_full_queue_to_a_router_fails_the_block_and_keeps_nothing(new_pool, fu
     assert not any(len(outbox) for outbox in routers.values())
     assert pool.outstanding == 0
     assert getattr(pool, "rows_outstanding", 0) == 0
+
+
+class Never:
+    """An event that the device does not reach."""
+
+    def record(self): ...
+
+    def query(self):
+        return False
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_rows_that_a_graph_wrote_leave_when_it_tells_and_not_when_it_ends(failed):
+    async def main():
+        pool, told = DevicePool("cpu"), []
+        seam = Seam(Never)  # as while the shared expert runs, in the same graph
+        moe = MoeClient(0, WIDTH, Wire.FP8, 1, pool, 1.0, seam=seam)
+        link = RecordingLink(Role.ROUTER)
+        moe.routers[0].opened(link)
+        segment = row_segment(2, WIDTH, RowType.FP8)
+        block = pool.take(segment.end)
+        experts, weights = torch.zeros(2, TOP_K, dtype=torch.int32), torch.ones(2, TOP_K)
+        number = moe.next_block
+        future = moe.dispatch(
+            1, 0, block.rows(0, segment.end), experts, weights, written=lambda: bool(told)
+        )
+        assert not seam.poll()
+        assert link.posted == []
+        experts[:] = 3  # the device writes them last of all
+        if failed:
+            moe._fail(number, Retryable("somebody failed it"))
+            assert isinstance(future.exception(), Retryable)
+        told.append(1)
+        assert seam.poll()
+        if failed:
+            assert link.posted == [], "nobody waits for it any more"
+        else:
+            ((header, tables),) = link.posted
+            assert (header.block, header.num_rows) == (number, 2)
+            assert tables[: 2 * TOP_K * 4].view(np.int32).tolist() == [3] * 2 * TOP_K
+            moe._settle(number)
+        block.release()
+        assert (pool.outstanding, pool.rows_outstanding) == (0, 0)
+
+    asyncio.run(main())
+
+
+def test_rows_that_are_copied_after_the_graph_wait_for_the_copy_whatever_it_tells():
+    async def main():
+        pool, seam = DevicePool("cpu"), Seam(Never)
+        moe = MoeClient(0, WIDTH, Wire.BF16, 1, pool, 1.0, seam=seam)
+        link = RecordingLink(Role.ROUTER)
+        moe.routers[0].opened(link)
+        experts, weights = torch.zeros(2, TOP_K, dtype=torch.int32), torch.ones(2, TOP_K)
+        rows = torch.ones(2, WIDTH, dtype=torch.bfloat16)
+        moe.dispatch(1, 0, rows, experts, weights, written=lambda: True)
+        assert not seam.poll()
+        assert link.posted == []
+
+    asyncio.run(main())

@@ -123,3 +123,39 @@ def test_warming_up_changes_nothing_that_is_answered_later(pair):
     expected = device.logits(spans)
     device.model.warm_up(device.model.state(160))
     assert torch.equal(device.logits(spans), expected)
+
+
+def test_a_layer_in_one_is_its_halves_and_tells_when_it_is_there(pair):
+    _, device = pair
+    model, s = device.model, device.model.state(8)
+    s.fill([span([7, 8], 0, 2, 7), span([5], 0, 1, 6)])
+    halves = model.state(8)
+    halves.fill([span([7, 8], 0, 2, 7), span([5], 0, 1, 6)])
+    asked = s.published()
+    assert asked(), "nothing was launched"
+    for segment in range(len(device.config.moe_layers)):
+        model.layer(s, segment)
+        model.before_experts(halves, segment)
+        assert halves.published()()
+        model.shared_expert(halves, segment)
+        assert s.published()()
+        for name in ("x", "shared", "experts", "weights"):
+            assert torch.equal(getattr(s, name)[:3], getattr(halves, name)[:3]), name
+        assert torch.equal(s.block.tensor, halves.block.tensor)
+        assert s.choice[0].tolist() == s.experts[:3].tolist()
+        s.routed.zero_()
+        halves.routed.zero_()
+    s.num_launched += 1  # one that the device has not come to
+    late = s.published()
+    assert not late()
+    assert asked()
+    s.publish(s.experts[:3].clone(), s.weights[:3].clone())
+    assert late()
+
+
+def test_warming_up_leaves_no_layer_untold(pair):
+    _, device = pair
+    s = device.model.state(160)
+    device.model.warm_up(s)
+    assert s.published()()
+    assert s.num_launched == int(s._told) > 0

@@ -7,7 +7,9 @@ One attention worker on GPU 0, expert workers on GPU 1; with a preset, weights a
 a layer play all of them. Every request has a prompt of 16 tokens and is decoded greedily to its full length. With
 --trace the last run of each setting is recorded: medians per layer, exposed communication in percent of the step,
 the same steps on a wire that costs nothing. --skew says how uneven the random gates are (tests.bench.gpu.skew); what
-they chose in fact is in the result as `routed`, as the routers counted it: means over layers.
+they chose in fact is in the result as `routed`, as the routers counted it: means over layers. `python_us_per_layer` is
+the attention worker's own time for what it launches and posts; with --trace it has the trace's marks in it, which cost
+more than all the rest, and two graphs instead of one: its figure without is the product's.
 """
 
 import argparse
