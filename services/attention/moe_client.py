@@ -286,10 +286,10 @@ class MoeClient:
         return out
 
     def expire(self) -> None:
-        """Fail the futures of blocks older than the deadline, naming router, layer and micro-batch."""
-        now_ns = self.clock_ns()
+        """Fail the futures of blocks older than the deadline, naming router, layer and micro-batch, or the device."""
+        now_ns, limit_ns = self.clock_ns(), int(self.deadline_s * 1e9)
         for outbox in self.routers.values():
-            for call in outbox.expired(now_ns, int(self.deadline_s * 1e9)):
+            for call in outbox.expired(now_ns, limit_ns):
                 h = call.header
                 self._fail(
                     h.block,
@@ -298,6 +298,13 @@ class MoeClient:
                         f"(layer {h.layer}, micro-batch {h.microbatch}, attempt {h.attempt + 1})"
                     ),
                 )
+
+        for block, pending in list(self._pending.items()):
+            if now_ns - pending.posted_ns > limit_ns:  # and is asked of nobody
+                late = (
+                    f"the device has not written the rows of a block within {self.deadline_s:g} s"
+                )
+                self._fail(block, DeadlineExceeded(late))
 
     def _fail(self, block: int, error: AtollError) -> None:
         pending = self._settle(block)

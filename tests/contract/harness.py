@@ -18,7 +18,8 @@ from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
 from common.wire.header import Header, Kind
 
-set_ucx_environment(local=True)
+DEVICE = os.environ.get("ATOLL_TEST_DEVICE", "cpu")  # that processes share
+set_ucx_environment(local=True, device=DEVICE)
 
 SECRET = b"a secret of thirty-two bytes, ok"
 LIMITS = LinkLimits(window=8, max_queued=16, max_payload_nbytes=16 << 20)

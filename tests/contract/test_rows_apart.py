@@ -1,7 +1,7 @@
 """Rows in device memory, over both transports: they arrive with their message, where they are wanted, or not at all.
 
-The device is the CPU, where all peers can be in one process, as CUDA lets nobody open his own memory; the form on the
-wire is the same. `test_volleys` has processes that share a device.
+The device is the CPU, whatever ATOLL_TEST_DEVICE says: all peers are in one process. The form on the wire is the same.
+`test_volleys` has processes that share a device.
 """
 
 import asyncio

@@ -1,7 +1,6 @@
 """Messages that leave together: what arrives is what each by itself would bring, and nothing is lost or leaks."""
 
 import asyncio
-import os
 import random
 import zlib
 from contextlib import AsyncExitStack
@@ -18,7 +17,7 @@ from common.transport.seam import Fence, Seam
 from common.transport.volley import Part, Volley
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
-from tests.contract.harness import LIMITS, ROUTER, hello, run
+from tests.contract.harness import DEVICE, LIMITS, ROUTER, hello, run
 from tests.contract.test_death import child, kill
 from tests.contract.test_rows_apart import (
     NETS,
@@ -170,7 +169,7 @@ def test_answers_land_where_each_is_wanted(net):
 def shared(tmp_path):
     """A network of processes that share a device: the CPU, unless ATOLL_TEST_DEVICE names another."""
     net = DeviceUcxNet(tmp_path)
-    net.device = os.environ.get("ATOLL_TEST_DEVICE", "cpu")
+    net.device = DEVICE
     open_context(net.device)
     return net
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import LinkClosed, Overloaded, Retryable, WireError
+from common.errors import DeadlineExceeded, LinkClosed, Overloaded, Retryable, WireError
 from common.ids import ProcessId, Role
 from common.placement.plan import column_plan
 from common.tensors import numbers
@@ -270,6 +270,31 @@ def test_rows_that_a_graph_wrote_leave_when_it_tells_and_not_when_it_ends(failed
             assert (header.block, header.num_rows) == (number, 2)
             assert tables[: 2 * TOP_K * 4].view(np.int32).tolist() == [3] * 2 * TOP_K
             moe._settle(number)
+        block.release()
+        assert (pool.outstanding, pool.rows_outstanding) == (0, 0)
+
+    asyncio.run(main())
+
+
+def test_rows_that_the_device_never_writes_fail_at_the_deadline_and_are_not_sent():
+    async def main():
+        now, told = [0], []
+        pool, seam, link = DevicePool("cpu"), Seam(Never), RecordingLink(Role.ROUTER)
+        moe = MoeClient(0, WIDTH, Wire.FP8, 1, pool, 1.0, seam=seam, clock_ns=lambda: now[0])
+        moe.routers[0].opened(link)
+        block = pool.take(4096)
+        experts, weights = torch.zeros(2, TOP_K, dtype=torch.int32), torch.ones(2, TOP_K)
+        rows = block.rows(0, row_segment(2, WIDTH, RowType.FP8).end)
+        future = moe.dispatch(1, 0, rows, experts, weights, written=lambda: bool(told))
+        moe.expire()
+        assert not future.done()
+        now[0] = 1_000_000_001
+        moe.expire()
+        assert isinstance(future.exception(), DeadlineExceeded)
+        assert "the device has not written the rows" in str(future.exception())
+        told.append(1)
+        assert seam.poll()
+        assert link.posted == []
         block.release()
         assert (pool.outstanding, pool.rows_outstanding) == (0, 0)
 
