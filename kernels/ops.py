@@ -19,6 +19,7 @@ from kernels.reference import pack as _pack
 from kernels.reference import paged as _paged
 from kernels.reference import projection as _projection
 from kernels.reference import quant as _quant
+from kernels.reference import stage as _stage
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +41,8 @@ TRITON = {
     "pack_blocks": "pack",
     "gather_pieces": "pack",
     "route": "pack",
+    "stage": "stage",
+    "deliver": "stage",
     "combine": "combine",
     "combine_fp8": "combine",
     "sum_partials": "combine",
@@ -93,6 +96,8 @@ unpack = _choose(_pack.unpack)
 pack_blocks = _choose(_pack.pack_blocks)
 gather_pieces = _choose(_pack.gather_pieces)
 route = _choose(_pack.route)
+stage = _choose(_stage.stage)
+deliver = _choose(_stage.deliver)
 combine = _choose(_combine.combine)
 combine_fp8 = _choose(_combine.combine_fp8)
 sum_partials = _choose(_combine.sum_partials)

@@ -65,7 +65,7 @@ def _copy_blocks(
             _move(SOURCE_SCALES, block + scales, j, i.to(tl.int64), i < count, scale_size, CS)
 
 
-def _unit(*sizes: int) -> int:
+def unit_of(*sizes: int) -> int:
     """The widest integer, in bytes, that divides every size and offset."""
     return math.gcd(8, *sizes)
 
@@ -99,7 +99,7 @@ def _pack(
     for nbytes, source_offset, out_offset in (rows, scales):
         block = (source, source_offset) if scatter else (out, out_offset)
         _check_room(block[0], block[1], n, nbytes)
-    unit = _unit(*rows, *scales, source.data_ptr(), out.data_ptr())
+    unit = unit_of(*rows, *scales, source.data_ptr(), out.data_ptr())
     size, scale_size = rows[0] // unit, scales[0] // unit
     together = 2 if n >= 1024 else 1
     _copy_rows[(triton.cdiv(n, together),)](
@@ -204,7 +204,7 @@ def pack_blocks(
         raise RuntimeError(f"{n} rows do not fit a block of {block_nbytes} bytes")
     if n == 0:
         return
-    unit = _unit(
+    unit = unit_of(
         row_nbytes, source_offset, block_nbytes, scale_nbytes, source_scales, align,
         source.data_ptr(), out.data_ptr(),
     )  # fmt: skip
@@ -218,9 +218,9 @@ def pack_blocks(
 
 
 @triton.jit
-def _units(BYTES, UNIT: tl.constexpr):
+def units(BYTES, UNIT: tl.constexpr):
     """Memory as integers of UNIT bytes."""
-    typed = BYTES
+    typed = BYTES.to(tl.pointer_type(tl.uint8))
     if UNIT == 8:
         typed = BYTES.to(tl.pointer_type(tl.int64))
     elif UNIT == 4:
@@ -235,19 +235,19 @@ def _copy_pieces(
     SOURCE, OUT, TABLES, REST, index_at, pieces_at, rest_from, rest_at, rest_size, first, first_scales,
     size, scale_size, UNIT: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
-    SOURCE = _units(SOURCE, UNIT)
-    OUT = _units(OUT, UNIT)
+    SOURCE = units(SOURCE, UNIT)
+    OUT = units(OUT, UNIT)
     i = tl.program_id(0)
     if tl.program_id(1) == tl.num_programs(1) - 1:  # behind the pieces: the rest of the tables
         for start in range(i * _STEP, rest_size, tl.num_programs(0) * _STEP):
             at = start + tl.arange(0, _STEP)
             inside = at < rest_size
-            value = tl.load(_units(TABLES + rest_from, 4) + at, mask=inside)
-            tl.store(_units(REST + rest_at, 4) + at, value, mask=inside)
+            value = tl.load(units(TABLES + rest_from, 4) + at, mask=inside)
+            tl.store(units(REST + rest_at, 4) + at, value, mask=inside)
     else:
-        piece = _units(TABLES + pieces_at, 8) + tl.program_id(1) * 4
+        piece = units(TABLES + pieces_at, 8) + tl.program_id(1) * 4
         if i < tl.load(piece + 1):
-            j = tl.load(_units(TABLES + index_at, 4) + tl.load(piece) + i).to(tl.int64)
+            j = tl.load(units(TABLES + index_at, 4) + tl.load(piece) + i).to(tl.int64)
             one = tl.zeros((1,), tl.int64)
             ok = one == 0
             out = OUT + tl.multiple_of(tl.load(piece + 2) // UNIT, 16 // UNIT)
@@ -286,7 +286,7 @@ def gather_pieces(
     kernels read over PCIe sooner than a driver copies it. `rest_nbytes` of it, from `rest_from` on, go to byte
     `rest_at` of `rest`, for kernels that read them often; all three are multiples of 4.
     """
-    unit = _unit(
+    unit = unit_of(
         row_nbytes, source_offset, scale_nbytes, source_scales, source.data_ptr(), out.data_ptr()
     )
     size, scale_size = row_nbytes // unit, scale_nbytes // unit

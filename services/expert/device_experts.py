@@ -56,8 +56,8 @@ class GraphedExperts:
     """FP8 experts on few rows as CUDA graphs: a call cost 133 us of Python, with copies by torch; its kernels launched
     one by one cost 271 (128 rows, hidden 2048, two H100 hosts, 2026-11-25).
 
-    A graph per expert and bucket of rows, on buffers that all share; rows that are left over in a bucket hold what
-    was there before, and nobody reads theirs.
+    A graph per expert and bucket of rows, on buffers that all share, into which a kernel copies and whose last kernel
+    copies out; rows that are left over in a bucket hold what was there before, and nobody reads theirs.
     """
 
     BUCKETS = (8, 16, 32, 64, 128)
@@ -68,8 +68,7 @@ class GraphedExperts:
         most = self.BUCKETS[-1]
         self._rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
         self._scales = torch.ones(most, blocks, device=device)
-        self._out = torch.empty(most, width, dtype=torch.bfloat16, device=device)
-        self._copy = open_copy(device)
+        self._place = torch.zeros(2, dtype=torch.int64, device=device)  # of the outputs
 
     def __call__(
         self, expert: DeviceExpert, rows: Tensor, scales: Tensor, out: Tensor | None = None
@@ -80,18 +79,16 @@ class GraphedExperts:
         """
         n = len(rows)
         bucket = _bucket(self.BUCKETS, n)
-        self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
-        self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
-        self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
         if out is None or out.dtype is not torch.bfloat16:
             out = torch.empty_like(rows, dtype=torch.bfloat16)
-        self._copy(out.data_ptr(), self._out.data_ptr(), out.nbytes)
+        ops.stage(rows, scales, out, self._rows, self._scales, self._place)
+        self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
         return out
 
     def _compute(self, expert: DeviceExpert, bucket: int) -> None:
         """The step of a graph."""
         rows = self._rows[:bucket].view(torch.float8_e4m3fn)
-        self._out[:bucket].copy_(expert(rows, self._scales[:bucket]))
+        ops.deliver(expert(rows, self._scales[:bucket]), self._place)
 
     def forget(self, expert: DeviceExpert) -> None:
         """Its weights are given up: a graph would read them."""
@@ -119,7 +116,7 @@ class GroupedExperts:
         self._copy = open_copy(device)
         self._rows = torch.zeros(self.ROWS[-1], width, dtype=torch.uint8, device=device)
         self._scales = torch.ones(self.ROWS[-1], -(-width // BLOCK), device=device)
-        self._out = torch.empty(self.ROWS[-1], width, dtype=torch.bfloat16, device=device)
+        self._place = torch.zeros(2, dtype=torch.int64, device=device)  # of the outputs
         self._table = torch.zeros(self.GROUPS[-1], 3, dtype=torch.int32, device=device)
         self._stagings = torch.zeros(
             self._STAGINGS, self.GROUPS[-1], 3, dtype=torch.int32, pin_memory=device.type == "cuda"
@@ -160,11 +157,9 @@ class GroupedExperts:
             table = self._table[:count]
             return ops.expert_ffn_grouped(rows, scales, table, *self._stacked, max_rows=most)
         num, tall = _bucket(self.ROWS, n), _bucket(self.TALL, most)
-        self._copy(self._rows.data_ptr(), rows.data_ptr(), rows.nbytes)
-        self._copy(self._scales.data_ptr(), scales.data_ptr(), scales.nbytes)
-        self._graphs.run((num, count, tall), partial(self._compute, num, count, tall))
         out = torch.empty_like(rows, dtype=torch.bfloat16)
-        self._copy(out.data_ptr(), self._out.data_ptr(), out.nbytes)
+        ops.stage(rows, scales, out, self._rows, self._scales, self._place)
+        self._graphs.run((num, count, tall), partial(self._compute, num, count, tall))
         return out
 
     def _upload(self, slots: list[tuple[int, int, int]], count: int) -> None:
@@ -182,7 +177,7 @@ class GroupedExperts:
         out = ops.expert_ffn_grouped(
             rows, self._scales[:num], self._table[:count], *self._stacked, max_rows=tall
         )
-        self._out[:num].copy_(out)
+        ops.deliver(out, self._place)
 
 
 def _bucket(sizes: tuple[int, ...], wanted: int) -> int:

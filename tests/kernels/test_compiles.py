@@ -15,7 +15,7 @@ from pathlib import Path
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import kernels.block_gemm, kernels.combine, kernels.gate, kernels.pack
+import kernels.block_gemm, kernels.combine, kernels.gate, kernels.pack, kernels.stage
 
 def compiled(kernel, pointers, numbers, constants, **options):
     names = kernel.arg_names
@@ -46,6 +46,13 @@ print("rows", len(re.findall("LDG.E.64", sass[:sass.index("FMUL")])))
 ptx = compiled(kernels.gate._publish, ["*i32", "*fp32"] * 2 + ["*i64"] * 2, ["i32"], {"C": 1024},
                num_warps=8).asm["ptx"]
 print("publish", *re.findall(r"st[.]global[.]v4|bar[.]sync|st[.]release[.]sys", ptx))
+for fp8, unit in ((True, 8), (False, 4)):
+    ptx = compiled(kernels.stage._stage, ["*fp8e4nv" if fp8 else "*u8", "*fp32", "*bf16", "*u8", "*fp32", "*i64"],
+                   ["i32"] * 3, {"UNIT": unit, "C": 1024, "CS": 32}, num_warps=4).asm["ptx"]
+    print("stage", unit, len(re.findall(r"(?:ld|st)[.]global[.]v", ptx)))
+ptx = compiled(kernels.stage._deliver, ["*bf16", "*i64"], ["i32"], {"C": 2048}, num_warps=4,
+               launch_pdl=True).asm["ptx"]
+print("deliver", len(re.findall(r"(?:ld|st)[.]global[.]v", ptx)))
 print("combine")
 compiled(kernels.block_gemm._tile_gemm,
          ["tensordesc<fp8e4nv[64,128]>", "*fp32", "tensordesc<fp8e4nv[128,128]>", "*fp32", "*fp32", "*i32"],
@@ -196,6 +203,9 @@ def test_kernels_compile_for_hopper(tmp_path):
     assert int(wide[1]) > 0, "rows are read in pieces of less than 16 bytes"
     # what it has copied, then the barrier, then the number, for whoever reads it on any processor
     assert "publish st.global.v4 st.global.v4 bar.sync st.release.sys" in lines
+    staged = dict(re.findall(r"(stage 8|stage 4|deliver) (\d+)", "\n".join(lines)))
+    assert all(int(count) > 1 for count in staged.values()), staged
+    assert len(staged) == 3
     assert "rows 8" in lines, "combine begins to add before it has asked for all rows"
 
 

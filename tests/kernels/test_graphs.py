@@ -1,9 +1,11 @@
 """Steps replayed by key: on a GPU what was captured, on CPU the step itself."""
 
 import torch
+from ffn_cases import expert, rows
 from markers import on_gpu
 
 from kernels.graphs import Replays
+from services.expert.device_experts import DeviceExpert, GraphedExperts
 
 
 def test_without_capture_every_step_is_run():
@@ -52,3 +54,19 @@ def test_a_key_is_captured_once_until_it_is_forgotten():
     replays.forget("add")
     replays.run("add", step)
     assert (len(steps), x.tolist()) == (4, [5.0] * 4)
+
+
+@on_gpu
+def test_a_graphed_expert_computes_what_the_expert_does_wherever_its_output_is_wanted():
+    gate_up, gate_up_scales, down, down_scales = expert(7168, 2048, device="cuda")
+    network = DeviceExpert(gate_up, down, gate_up_scales, down_scales)
+    graphed = GraphedExperts(7168, torch.device("cuda"))
+    for n in (5, 128, 5, 1, 128, 100):  # captured at the first of a bucket, replayed after
+        q, scales = rows(n, 7168, device="cuda")
+        memory = torch.full((n + 2, 7168), float("nan"), device="cuda").bfloat16()
+        wanted, out = network(q, scales), memory[1 : n + 1]
+        assert graphed(network, q, scales, out) is out
+        assert torch.equal(out, wanted)
+        assert memory[0].isnan().all()
+        assert memory[n + 1].isnan().all()
+        assert torch.equal(graphed(network, q, scales), wanted)

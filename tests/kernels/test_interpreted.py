@@ -11,7 +11,7 @@ from pathlib import Path
 
 SCRIPT = """
 import torch
-from kernels import combine, gate, norm_rope, pack, projection
+from kernels import combine, gate, norm_rope, pack, projection, stage
 from kernels.reference import combine as ref_combine, gate as ref_gate
 from kernels.reference import pack as ref_pack, paged as ref_paged, projection as ref_projection
 
@@ -74,6 +74,18 @@ for name in ("pack", "unpack"):
         index = torch.tensor([7, 0, 3, 4])
         getattr(module, name)(source, out, index, **place, out_offset=8, out_scales=2400)
     assert torch.equal(got, expected), name
+
+for width, n in ((128, 3), (144, 1), (200, 5)):
+    rows, scales = torch.randint(0, 256, (n, width), dtype=torch.uint8), torch.rand(n, -(-width // 128))
+    out, to_rows = torch.zeros(n + 1, width).bfloat16(), torch.zeros(6, width, dtype=torch.uint8)
+    to_scales, at = torch.zeros(6, scales.shape[1]), torch.zeros(2).long()
+    stage.stage(rows, scales, out, to_rows, to_scales, at)
+    assert torch.equal(to_rows[:n], rows) and torch.equal(to_scales[:n], scales), "stage"
+    assert not to_rows[n:].any() and not to_scales[n:].any(), "stage: behind the rows"
+    assert at.tolist() == [out.data_ptr(), n], "stage: the place"
+    outputs = torch.randn(6, width).bfloat16()
+    stage.deliver(outputs, at)
+    assert torch.equal(out[:n], outputs[:n]) and not out[n:].any(), "deliver"
 
 for experts, groups, top_groups, top_k in ((16, 4, 2, 4), (24, 3, 1, 2), (20, 1, 1, 6)):
     logits, bias, eye = torch.randn(5, experts), torch.randn(experts), torch.eye(experts)

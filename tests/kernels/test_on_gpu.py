@@ -188,6 +188,27 @@ def test_pieces_are_gathered_by_tables_in_pinned_memory(n, width, counts, gap):
 
 
 @on_gpu
+@pytest.mark.parametrize("width", [7168, 144, 200])
+def test_rows_go_into_a_graph_and_out_of_it(width):
+    for n in (1, 3, 127, 128):
+        given = torch.randint(0, 256, (n, width), dtype=torch.uint8, device="cuda")
+        scales, most = torch.rand(n, -(-width // 128), device="cuda"), 128
+        to_rows, to_scales = (
+            torch.zeros(most, width).byte().cuda(),
+            torch.zeros(most, scales.shape[1]).cuda(),
+        )
+        place, outputs = torch.zeros(2).long().cuda(), torch.randn(most, width).bfloat16().cuda()
+        out = torch.full((n + 1, width), float("nan")).bfloat16().cuda()
+        ops.stage(given, scales, out, to_rows, to_scales, place)
+        ops.deliver(outputs, place)
+        assert torch.equal(to_rows[:n], given)
+        assert torch.equal(to_scales[:n], scales)
+        assert not to_rows[n:].any()
+        assert torch.equal(out[:n], outputs[:n])
+        assert out[n:].isnan().all(), "written behind the rows"
+
+
+@on_gpu
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize(("width", "hidden"), [(7168, 2048), (512, 192), (256, 64), (1024, 1408)])
 @pytest.mark.parametrize("n", ROWS)
