@@ -43,6 +43,7 @@ TRITON = {
     "route": "pack",
     "stage": "stage",
     "deliver": "stage",
+    "add_placed": "stage",
     "combine": "combine",
     "combine_fp8": "combine",
     "sum_partials": "combine",
@@ -98,6 +99,7 @@ gather_pieces = _choose(_pack.gather_pieces)
 route = _choose(_pack.route)
 stage = _choose(_stage.stage)
 deliver = _choose(_stage.deliver)
+add_placed = _choose(_stage.add_placed)
 combine = _choose(_combine.combine)
 combine_fp8 = _choose(_combine.combine_fp8)
 sum_partials = _choose(_combine.sum_partials)

@@ -12,6 +12,8 @@ from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.launch import Launcher
 from kernels.pack import unit_of, units
 
+_COLUMNS = 1024
+
 
 @triton.jit
 def _copy_row(SOURCE, OUT, row, size, C: tl.constexpr):
@@ -42,6 +44,21 @@ def _deliver(STAGED, PLACE, size, C: tl.constexpr):
         _copy_row(units(STAGED, 8), out, row, size, C)
 
 
+@triton.jit
+def _add_placed(H, PLACE, SHARED, width, HAS_SHARED: tl.constexpr, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    if row < tl.load(PLACE + 1):
+        kind = H.dtype.element_ty
+        placed = tl.multiple_of(tl.load(PLACE), 16).to(tl.pointer_type(kind))
+        at, inside = row * width + column, column < width
+        term = tl.load(placed + at, mask=inside).to(tl.float32)
+        if HAS_SHARED:
+            term += tl.load(SHARED + at, mask=inside).to(tl.float32)
+        total = tl.load(H + at, mask=inside).to(tl.float32) + term.to(kind).to(tl.float32)
+        tl.store(H + at, total, mask=inside)
+
+
 _launch_stage = Launcher(_stage)
 
 
@@ -67,6 +84,17 @@ def stage(
         (unit, size, scale_size, rows.dtype), (n, 1, 1),
         (rows, scales, out, to_rows, to_scales, place), (n, size, scale_size), describe,
     )  # fmt: skip
+
+
+def add_placed(h: Tensor, place: Tensor, shared: Tensor | None) -> None:
+    """h += rows + shared, or h += rows: for the rows, of h's dtype and width, of which `place` has address and number.
+
+    `place` int64 [2] may be pinned host memory; the address is a multiple of 16. Each sum is rounded, as torch does.
+    """
+    width = h.shape[1]
+    _add_placed[(h.shape[0], triton.cdiv(width, _COLUMNS))](
+        h, place, h if shared is None else shared, width, shared is not None, _COLUMNS, num_warps=4
+    )
 
 
 def deliver(staged: Tensor, place: Tensor) -> None:

@@ -52,6 +52,7 @@ class LocalDeviceModel:
             assert s.published()()
             n = s.num_rows
             s.routed[:n] = self._routed(layer, s.x[:n].float(), s.experts[:n], s.weights[:n])
+            s.answered()
         rows = None if all_rows else torch.tensor(s.last_rows, device=s.h.device)
         return self.model.head(s, rows)
 

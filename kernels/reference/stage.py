@@ -16,6 +16,16 @@ def stage(
     place[0], place[1] = out.data_ptr(), n
 
 
+def add_placed(h: Tensor, place: Tensor, shared: Tensor | None) -> None:
+    """See `kernels.stage.add_placed`."""
+    (address, n), width = place.tolist(), h.shape[1]
+    if n == 0:
+        return
+    memory = (ctypes.c_char * (n * width * h.element_size())).from_address(address)
+    rows = torch.frombuffer(memory, dtype=h.dtype).view(n, width)
+    h[:n] += rows if shared is None else rows + shared[:n]
+
+
 def deliver(staged: Tensor, place: Tensor) -> None:
     """See `kernels.stage.deliver`."""
     address, n = place.tolist()

@@ -46,13 +46,16 @@ class DeviceLane:
         started = self.clock_ns()
         state = self.state
         state.fill([span_of(piece) for piece in slices])
-        for segment, layer in enumerate(self.model.config.moe_layers):
-            await self._layer(segment, layer)
-        before = self._mark()
-        logits = self.model.head(state, None if all_rows else state.last_row_index())
-        best = self._to_host(logits.argmax(dim=-1))
-        after = self._mark()
-        await self._passed()
+        try:
+            for segment, layer in enumerate(self.model.config.moe_layers):
+                await self._layer(segment, layer)
+            before = self._mark()
+            logits = self.model.head(state, None if all_rows else state.last_row_index())
+            best = self._to_host(logits.argmax(dim=-1))
+            after = self._mark()
+            await self._passed()
+        finally:
+            state.let_go(self.moe.seam)
         ended = self.clock_ns()
         self.times.steps += 1
         self.times.tokens += state.num_rows
@@ -77,7 +80,7 @@ class DeviceLane:
         rows = state.outgoing() if fp8 else state.x[:n]
         answer = self.moe.dispatch(
             layer, self.index, rows, *state.choice, out=state.answer, since=packed,
-            written=state.published(),
+            written=state.published(), keep=state.keep,
         )  # fmt: skip
         t1, shared = self.clock_ns(), packed if fp8 else self._mark()
         if not whole:
@@ -93,6 +96,7 @@ class DeviceLane:
             times.replayed_layers += 1
             times.replayed_us += (t2 - t0) // 1000
         await answer  # so the device has written the ids
+        state.answered()
         if self.balance is not None:
             self.balance.count(layer, state.choice[0].numpy())
 

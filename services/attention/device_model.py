@@ -4,7 +4,7 @@
     for i, layer in enumerate(config.moe_layers):
         model.before_experts(state, i)     # add the experts of the layer before, attention, gate, quantisation
         model.shared_expert(state, i)      # while the rows are out; or both at once: model.layer(state, i)
-        state.routed[...] = ...            # the answer
+        state.answered(...)                # the rows
     logits = model.head(state, rows)
 
 Dense layers belong to the segment that follows them. Prompt rows go through naive prefill, generated ones through
@@ -163,11 +163,8 @@ class DeviceModel:
             s.h[:b] += weights.dense(x)
 
     def _add_experts(self, s: LaneState, segment: int) -> None:
-        b = s.bucket
-        if self.weights.layers[self._moe[segment]].shared is None:
-            s.h[:b] += s.routed[:b]
-        else:
-            s.h[:b] += s.routed[:b] + s.shared[:b]
+        b, has_shared = s.bucket, self.weights.layers[self._moe[segment]].shared is not None
+        ops.add_placed(s.h[:b], s.place, s.shared[:b] if has_shared else None)
 
     def _attend(self, s: LaneState, layer: int) -> None:
         """h += attention(norm(h)); the rows' latents go into the cache first."""

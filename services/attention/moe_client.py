@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.errors import AtollError, DeadlineExceeded, Retryable, WireError
@@ -37,6 +39,7 @@ from kernels import ops
 
 Tensor = torch.Tensor
 Rows = Tensor | DeviceRows
+Array = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
@@ -60,6 +63,8 @@ class _Pending:
     posted_ns: int
     out: Tensor | None
     epoch: int
+    keep: Callable[[Buffer], None] | None
+    is_kept: bool = False
     partials: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by router
 
 
@@ -144,6 +149,7 @@ class MoeClient:
     def dispatch(
         self, layer: int, microbatch: int, rows: Rows, experts: Tensor, weights: Tensor, *,
         out: Tensor | None = None, since: object = 0, written: Callable[[], bool] | None = None,
+        keep: Callable[[Buffer], None] | None = None,
     ) -> "asyncio.Future[Tensor]":  # fmt: skip
         """Post a block: rows [n, width], experts int32 [n, k], weights fp32 [n, k]; never waits.
 
@@ -153,8 +159,9 @@ class MoeClient:
         `written` may tell of rows that are quantised already, else all that was launched must end.
 
         The future gets the combined rows, [n, width] in the row type `combined` on the device of `rows`, or
-        DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. `since` is when packing
-        began, for the trace.
+        DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. But a payload whose rows
+        lie in device memory, whole and of `out`'s type, is given to `keep` first, if there is one, which may retain it
+        and read them there: `out` is then as it was. `since` is when packing began, for the trace.
         """
         assert experts.dtype is torch.int32, "expert ids of another type"
         assert weights.dtype is torch.float32, "gate weights of another type"
@@ -171,8 +178,10 @@ class MoeClient:
         now_ns = self.clock_ns()
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         num_answers = 1 if self._answers_whole else len(self.routers)
-        self._pending[block] = _Pending(future, num_rows, num_answers, now_ns, out, self.epoch)
-        tables = (layout, experts, weights)
+        self._pending[block] = _Pending(
+            future, num_rows, num_answers, now_ns, out, self.epoch, keep
+        )
+        tables = (layout, experts.numpy(), weights.numpy())  # views: the device may yet write there
         fence = self.seam.fence(written if isinstance(rows, DeviceRows) else None)
         fence.then(partial(self._post, header, buffer, tables, now_ns, since))
         return future
@@ -193,7 +202,7 @@ class MoeClient:
         return buffer
 
     def _post(
-        self, header: Header, buffer: Buffer, tables: tuple[DispatchLayout, Tensor, Tensor],
+        self, header: Header, buffer: Buffer, tables: tuple[DispatchLayout, Array, Array],
         now_ns: int, since: object,
     ) -> None:  # fmt: skip
         """The device has written the block: send it. A full queue fails the block like any other refusal."""
@@ -201,8 +210,8 @@ class MoeClient:
             if header.block in self._pending:  # else its deadline is over
                 layout, experts, weights = tables
                 gap = max(0, buffer.rows_nbytes - layout.rows.end)  # see `wider_segment`
-                put_bytes(buffer, gap + layout.experts, experts.numpy())
-                put_bytes(buffer, gap + layout.weights, weights.numpy())
+                put_bytes(buffer, gap + layout.experts, experts)
+                put_bytes(buffer, gap + layout.weights, weights)
                 if self.trace is not None:
                     self.trace.span(
                         self.packing, header.block, header.layer, header.microbatch, since,
@@ -219,8 +228,8 @@ class MoeClient:
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Take an answer; one that nobody waits for is dropped."""
+        pending = self._pending.get(header.block)
         try:
-            pending = self._pending.get(header.block)
             router = link.peer.process.index
             if pending is None or router in pending.partials:
                 self.times.late += 1
@@ -237,7 +246,9 @@ class MoeClient:
                 sentence = text.decode("utf-8", "replace")
                 self._fail(header.block, Retryable(f"{link.peer.process}: {sentence}"))
         finally:
-            if payload is not None:  # behind the copy above, which the device has yet to make
+            if payload is not None and pending is not None and pending.is_kept:
+                payload.release()
+            elif payload is not None:  # behind the copy above, which the device has yet to make
                 self.seam.fence().then(payload.release)
 
     def _read(
@@ -253,6 +264,10 @@ class MoeClient:
             if out is None or apart is None or not same or not isinstance(self.pool, DevicePool):
                 rows = rows_of(payload, segment)
                 return (rows.clone() if out is None else out.copy_(rows)), None
+            if pending.keep is not None:
+                pending.is_kept = True
+                pending.keep(payload)
+                return out, None
             self.pool.copy(out.data_ptr(), apart.address + segment.rows_offset, out.nbytes)
             return out, None
         if header.num_rows == 0:

@@ -26,14 +26,14 @@ PROMPT, STEPS = list(range(3, 40)), 4
 KL = 0.02  # nats: bf16 against fp32 on the way through the attention side
 
 
-def device_lane(cluster, attention, balance, trace):
-    """A second lane for the same attention worker, in bf16 on graphs' buffers."""
+def device_lane(cluster, attention, balance, trace, dtype):
+    """A second lane for the same attention worker, on graphs' buffers."""
     model_config = attention.resident.config
     from common.model.source import open_checkpoint
 
     with open_checkpoint(cluster.config.model.path) as checkpoint:
-        weights = load_device_weights(checkpoint, model_config, device="cpu", dtype=torch.bfloat16)
-    cache = LatentCache(model_config, 16, dtype=torch.bfloat16)
+        weights = load_device_weights(checkpoint, model_config, device="cpu", dtype=dtype)
+    cache = LatentCache(model_config, 16, dtype=dtype)
     model = DeviceModel(model_config, weights, cache, max_context=1024)
     attention.moe.combined = RowType.FP32
     state = model.state(64)
@@ -59,10 +59,13 @@ async def decode(lane, pages):
 def test_a_device_lane_says_what_the_cpu_lane_says(tmp_path):
     write_random(tmp_path / "model", small_config(), seed=3)
 
-    async def run(wire, traced):
+    async def run(wire, traced, dtype, copied):
         pool = lambda: DevicePool("cpu")  # noqa: E731
         async with inproc_cluster(
-            tmp_path / "model", tmp_path / f"{wire}-{traced}", wire=wire, new_pool=pool
+            tmp_path / "model",
+            tmp_path / f"{wire}{traced:d}{dtype.itemsize}{copied:d}",
+            wire=wire,
+            new_pool=pool,
         ) as cluster:
             (attention,) = cluster.of(Role.ATTENTION)
             sequence = Sequence(Request("p", (1,), SamplingParams()), [1], 0, 1)
@@ -71,7 +74,15 @@ def test_a_device_lane_says_what_the_cpu_lane_says(tmp_path):
                 expected = await decode(attention._lanes[0], pages)
                 balance = GateBalance(16, 0.1, lambda layer, bias: None)
                 trace = Recorder(attention.spec, 1000) if traced else None
-                got = await decode(device_lane(cluster, attention, balance, trace), range(2))
+                lane = device_lane(cluster, attention, balance, trace, dtype)
+                keep, kept = lane.state.keep, []
+                lane.state.keep = lambda payload: (kept.append(payload), keep(payload))
+                if copied:
+                    lane.state.keep = None
+                got = await decode(lane, range(2))
+            # answers are fp32 here
+            layers = len(attention.resident.config.moe_layers) * (1 + STEPS)
+            assert len(kept) == (layers if dtype is torch.float32 and not copied else 0)
             tokens = (len(PROMPT) + STEPS) * attention.resident.config.top_k
             counted = [one.recent + one.load for one in balance._layers.values()]
             assert [int(rows.sum()) for rows in counted] == [tokens] * len(counted)
@@ -84,13 +95,18 @@ def test_a_device_lane_says_what_the_cpu_lane_says(tmp_path):
             assert all(s.transport.pool.outstanding == 0 for s in cluster.services.values())
             return expected, got
 
-    said = {}
-    for wire, traced in (("fp8", False), ("fp8", True), ("bf16", False)):
-        expected, got = asyncio.run(run(wire, traced))
-        said[wire, traced] = got
+    said, bf16, fp32 = {}, torch.bfloat16, torch.float32
+    for way in (
+        ("fp8", False, bf16, False), ("fp8", True, bf16, False), ("bf16", False, bf16, False),
+        ("fp8", False, fp32, False), ("fp8", False, fp32, True),
+    ):  # fmt: skip
+        expected, got = asyncio.run(run(*way))
+        said[way] = got
         for (theirs, _), (ours, best) in zip(expected, got, strict=True):
             p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
             assert float((p.exp() * (p - q)).sum(-1).mean()) < KL
             assert best == ours.argmax(-1).tolist()
-    for (whole, _), (halves, _) in zip(said["fp8", False], said["fp8", True], strict=True):
-        assert torch.equal(whole, halves)
+    halves, copied = said["fp8", True, bf16, False], said["fp8", False, fp32, True]
+    for dtype, other in ((bf16, halves), (fp32, copied)):
+        for (one, _), (same, _) in zip(said["fp8", False, dtype, False], other, strict=True):
+            assert torch.equal(one, same)

@@ -53,6 +53,9 @@ for fp8, unit in ((True, 8), (False, 4)):
 ptx = compiled(kernels.stage._deliver, ["*bf16", "*i64"], ["i32"], {"C": 2048}, num_warps=4,
                launch_pdl=True).asm["ptx"]
 print("deliver", len(re.findall(r"(?:ld|st)[.]global[.]v", ptx)))
+for shared in (False, True):
+    compiled(kernels.stage._add_placed, ["*bf16", "*i64", "*bf16"], ["i32"], {"HAS_SHARED": shared, "C": 1024},
+             num_warps=4)
 print("combine")
 compiled(kernels.block_gemm._tile_gemm,
          ["tensordesc<fp8e4nv[64,128]>", "*fp32", "tensordesc<fp8e4nv[128,128]>", "*fp32", "*fp32", "*i32"],

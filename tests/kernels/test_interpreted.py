@@ -13,6 +13,7 @@ SCRIPT = """
 import torch
 from kernels import combine, gate, norm_rope, pack, projection, stage
 from kernels.reference import combine as ref_combine, gate as ref_gate
+from kernels.reference import stage as ref_stage
 from kernels.reference import pack as ref_pack, paged as ref_paged, projection as ref_projection
 
 n, k, width = 9, 4, 200
@@ -86,6 +87,16 @@ for width, n in ((128, 3), (144, 1), (200, 5)):
     outputs = torch.randn(6, width).bfloat16()
     stage.deliver(outputs, at)
     assert torch.equal(out[:n], outputs[:n]) and not out[n:].any(), "deliver"
+
+for shared in (None, torch.randn(6, 1100)):
+    before, answer = torch.randn(6, 1100), torch.randn(5, 1100)
+    place, sums = torch.tensor([answer[1:].data_ptr(), 4]), []
+    for module in (stage, ref_stage):
+        sums.append(before.clone())
+        module.add_placed(sums[-1], place, shared)
+    wanted = answer[1:] if shared is None else answer[1:] + shared[:4]
+    assert torch.equal(sums[0][:4], before[:4] + wanted) and torch.equal(*sums), "add_placed"
+    assert torch.equal(sums[0][4:], before[4:]), "add_placed: behind the rows"
 
 for experts, groups, top_groups, top_k in ((16, 4, 2, 4), (24, 3, 1, 2), (20, 1, 1, 6)):
     logits, bias, eye = torch.randn(5, experts), torch.randn(experts), torch.eye(experts)

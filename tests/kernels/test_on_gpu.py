@@ -209,6 +209,21 @@ def test_rows_go_into_a_graph_and_out_of_it(width):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [7168, 200])
+def test_rows_that_lie_anywhere_are_added_as_torch_adds_them(width, dtype):
+    for n in (1, 3, 127, 128):
+        h, shared, rows = (outliers(128, width, dtype).cuda() for _ in range(3))
+        place = torch.tensor([rows[8 : 8 + n].data_ptr(), n]).pin_memory()
+        for other in (shared, None):
+            got, wanted = h.clone(), h.clone()
+            ops.add_placed(got, place, other)
+            added = rows[8 : 8 + n]
+            wanted[:n] += added if other is None else added + shared[:n]
+            assert torch.equal(got, wanted)
+
+
+@on_gpu
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize(("width", "hidden"), [(7168, 2048), (512, 192), (256, 64), (1024, 1408)])
 @pytest.mark.parametrize("n", ROWS)

@@ -143,8 +143,9 @@ def test_a_layer_in_one_is_its_halves_and_tells_when_it_is_there(pair):
             assert torch.equal(getattr(s, name)[:3], getattr(halves, name)[:3]), name
         assert torch.equal(s.block.tensor, halves.block.tensor)
         assert s.choice[0].tolist() == s.experts[:3].tolist()
-        s.routed.zero_()
-        halves.routed.zero_()
+        for state in (s, halves):
+            state.routed.fill_(0.5)
+            state.answered()
     s.num_launched += 1  # one that the device has not come to
     late = s.published()
     assert not late()

@@ -86,6 +86,23 @@ class Attention:
         pass
 
 
+class Held:
+    """Keeps an answer until the next one, as a lane does whose graph reads it where it lies."""
+
+    def __init__(self) -> None:
+        self._payload: Buffer | None = None
+
+    def __call__(self, payload: Buffer) -> None:
+        self.let_go()
+        self._payload = payload.retain()
+
+    def let_go(self) -> None:
+        """Of the last one."""
+        before, self._payload = self._payload, None
+        if before is not None:
+            before.release()
+
+
 async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dict[str, Any]:
     """`blocks` blocks of `tokens` rows, `in_flight` at a time."""
     width, experts, top_k = a.model.hidden_size, a.model.num_experts, a.model.top_k
@@ -99,7 +116,7 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
         nonlocal left, started
         x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
         rows = quantised(x)
-        out = torch.empty_like(x)
+        out, held = torch.empty_like(x), Held()
         order = torch.rand(tokens, experts).argsort(1)[:, :top_k].int()
         ids = pinned(order.sort(1).values)
         weights = pinned(torch.full((tokens, top_k), 1 / top_k))
@@ -110,7 +127,14 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
             if a.moe.trace is not None:  # a trace wants the attention before a block
                 a.moe.trace.span("attention", a.moe.next_block, LAYER, index, since, since)
             await a.moe.dispatch(
-                LAYER, index, rows.rows(0, rows.capacity), ids, weights, out=out, since=since
+                LAYER,
+                index,
+                rows.rows(0, rows.capacity),
+                ids,
+                weights,
+                out=out,
+                since=since,
+                keep=held,
             )
             return (time.perf_counter() - t) * 1e6
 
@@ -122,6 +146,7 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
             left -= 1
             latencies.append(await block())
             expert.append(a.expert_us)
+        held.let_go()
 
     await asyncio.gather(*(lane(i) for i in range(in_flight)))
     per_block = (time.perf_counter() - started) / blocks * 1e6
