@@ -213,7 +213,7 @@ def test_rows_go_into_a_graph_and_out_of_it(width):
 @pytest.mark.parametrize("width", [7168, 200])
 def test_rows_that_lie_anywhere_are_added_as_torch_adds_them(width, dtype):
     for n in (1, 3, 127, 128):
-        h, shared, rows = (outliers(128, width, dtype).cuda() for _ in range(3))
+        h, shared, rows = (outliers(160, width, dtype).cuda() for _ in range(3))
         place = torch.tensor([rows[8 : 8 + n].data_ptr(), n]).pin_memory()
         for other in (shared, None):
             got, wanted = h.clone(), h.clone()
