@@ -294,22 +294,10 @@ def parse(document: dict[str, Any], *, source: str) -> ClusterConfig:
 
 
 def local_cluster(
-    model: Path,
-    *,
-    ep: int,
-    nodes: int,
-    attention: int,
-    experts_per_gpu: int,
-    microbatches: int,
-    wire: str,
-    port: int,
-    run_dir: Path,
-    routers: int = 1,
-    routers_divide: str = "destinations",
-    host: str = "127.0.0.1",
-    api_key_file: Path | None = None,
-    gate_bias_max: float = 0.0,
-) -> ClusterConfig:
+    model: Path, *, ep: int, nodes: int, attention: int, experts_per_gpu: int, microbatches: int,
+    wire: str, port: int, run_dir: Path, routers: int = 1, routers_divide: str = "destinations",
+    host: str = "127.0.0.1", api_key_file: Path | None = None, gate_bias_max: float = 0.0,
+) -> ClusterConfig:  # fmt: skip
     """A cluster of virtual nodes on this host: `ep` expert and `attention` attention workers, spread contiguously,
     and `routers` on each node, which divide what `routers_divide` says.
 

@@ -33,15 +33,9 @@ class ProcessStatus:
 
     @classmethod
     def of(
-        cls,
-        process: ProcessId,
-        *,
-        node: int,
-        pid: int | None = None,
-        state: State = State.STARTING,
-        counters: dict[str, Any] | None = None,
-        missing: str = "",
-    ) -> "ProcessStatus":
+        cls, process: ProcessId, *, node: int, pid: int | None = None,
+        state: State = State.STARTING, counters: dict[str, Any] | None = None, missing: str = "",
+    ) -> "ProcessStatus":  # fmt: skip
         """Build an entry from a process's name."""
         return cls(str(process.role), process.index, node, pid, state, counters or {}, missing)
 

@@ -141,12 +141,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def launch(
-    arguments: argparse.Namespace,
-    options: Options,
-    on_ready: Callable[[str], Awaitable[int]] | None = None,
-    *,
+    arguments: argparse.Namespace, options: Options,
+    on_ready: Callable[[str], Awaitable[int]] | None = None, *,
     adapt: Callable[[ClusterConfig], ClusterConfig] | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Check, then run the described cluster. Raises Rejected before anything was started.
 
     `adapt` may change what was described.

@@ -56,15 +56,9 @@ def _tile_gemm(
 
 
 def tile_gemm(
-    x: Tensor,
-    x_scales: Tensor,
-    w: Tensor,
-    w_scales: Tensor,
-    out: Tensor,
-    halves: int,
-    groups: Tensor | None = None,
-    max_rows: int | None = None,
-) -> None:
+    x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, halves: int,
+    groups: Tensor | None = None, max_rows: int | None = None,
+) -> None:  # fmt: skip
     """out [M, N] = x e4m3 [M, K] times w e4m3 [N, K], in ascending blocks of 128 columns; out fp32 or bf16.
 
     Grouped when `groups` int32 [G, 3] is given, each (e, first row, row behind): w [E, N, K] and w_scales [E, tiles,

@@ -30,13 +30,9 @@ def scaled_product(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> 
 
 
 def _library(
-    rows: Tensor,
-    scales: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
+    rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
     down_scales: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     m = rows.shape[0]
     if m % 4:  # the scales of a block of columns must start at multiples of 16 bytes
         rows = pad(rows.view(torch.uint8), (0, 0, 0, -m % 4)).view(rows.dtype)
@@ -61,15 +57,9 @@ def _tiles(
 
 
 def expert_ffn(
-    rows: Tensor,
-    scales: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
-    down_scales: Tensor,
-    *,
-    reproducible: bool = False,
-) -> Tensor:
+    rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
+    down_scales: Tensor, *, reproducible: bool = False,
+) -> Tensor:  # fmt: skip
     """Apply an expert to rows e4m3 [M, width] with scales fp32 [M, ceil(width / 128)]: bf16 [M, width].
 
     gate_up e4m3 [2 * hidden, width], gate first; gate_up_scales fp32 [2 * ceil(hidden / 128), ceil(width / 128)];
@@ -87,16 +77,9 @@ def expert_ffn(
 
 
 def expert_ffn_grouped(
-    rows: Tensor,
-    scales: Tensor,
-    groups: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
-    down_scales: Tensor,
-    *,
-    max_rows: int,
-) -> Tensor:
+    rows: Tensor, scales: Tensor, groups: Tensor, gate_up: Tensor, gate_up_scales: Tensor,
+    down: Tensor, down_scales: Tensor, *, max_rows: int,
+) -> Tensor:  # fmt: skip
     """Apply experts that share a GPU, each of `groups` int32 [G, 3], on the GPU: (expert, first row, row behind).
 
     As `expert_ffn`, with weights and their scales stacked along a first dimension; no group may have more than

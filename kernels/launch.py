@@ -23,13 +23,9 @@ class Launcher:
         self._known: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 
     def __call__(
-        self,
-        key: Hashable,
-        grid: tuple[int, int, int],
-        pointers: tuple[Tensor, ...],
-        numbers: tuple[int, ...],
-        describe: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]],
-    ) -> None:
+        self, key: Hashable, grid: tuple[int, int, int], pointers: tuple[Tensor, ...],
+        numbers: tuple[int, ...], describe: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]],
+    ) -> None:  # fmt: skip
         """`kernel[grid](*pointers, *numbers, *constants, **options)`; `describe` gives constants and options.
 
         Equal keys must mean equal constants, options and dtypes, and numbers that Triton takes for alike: those that it

@@ -153,15 +153,9 @@ def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, .
 
 
 def mla_decode_paged(
-    queries: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    context: Tensor,
-    *,
-    scale: float,
-    latent: int,
-    max_context: int,
-) -> Tensor:
+    queries: Tensor, cache: Tensor, page_table: Tensor, context: Tensor, *, scale: float,
+    latent: int, max_context: int,
+) -> Tensor:  # fmt: skip
     """softmax(scale * queries @ keys) @ latents: bf16 [requests, heads, latent].
 
     queries bf16 [requests, heads, latent + rope] in the latent space; cache as above; page_table int32

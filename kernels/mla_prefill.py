@@ -84,15 +84,9 @@ def _padded(width: int) -> int:
 
 
 def mla_prefill_rows(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts_q: Tensor,
-    starts_k: Tensor,
-    *,
-    scale: float,
-    max_rows: int,
-) -> Tensor:
+    queries: Tensor, keys: Tensor, values: Tensor, starts_q: Tensor, starts_k: Tensor, *,
+    scale: float, max_rows: int,
+) -> Tensor:  # fmt: skip
     """Causal attention: bf16 [rows, heads, v] for queries bf16 [rows, heads, qk] of several sequences.
 
     keys [tokens, heads, qk] and values [tokens, heads, v], bf16; sequence i has queries starts_q[i] .. starts_q[i + 1]

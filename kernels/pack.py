@@ -84,14 +84,9 @@ def _check_room(buffer: Tensor, offset: int, num_rows: int, row_nbytes: int) -> 
 
 
 def _pack(
-    source: Tensor,
-    out: Tensor,
-    index: Tensor,
-    rows: tuple[int, int, int],
-    scales: tuple[int, int, int],
-    *,
-    scatter: bool,
-) -> None:
+    source: Tensor, out: Tensor, index: Tensor, rows: tuple[int, int, int],
+    scales: tuple[int, int, int], *, scatter: bool,
+) -> None:  # fmt: skip
     """Copy `rows` and `scales`, each (bytes of a row, source offset, out offset), by `index`."""
     n = index.numel()
     if n == 0:
@@ -111,17 +106,9 @@ def _pack(
 
 
 def pack(
-    source: Tensor,
-    out: Tensor,
-    index: Tensor,
-    *,
-    row_nbytes: int,
-    source_offset: int,
-    out_offset: int,
-    scale_nbytes: int = 0,
-    source_scales: int = 0,
-    out_scales: int = 0,
-) -> None:
+    source: Tensor, out: Tensor, index: Tensor, *, row_nbytes: int, source_offset: int,
+    out_offset: int, scale_nbytes: int = 0, source_scales: int = 0, out_scales: int = 0,
+) -> None:  # fmt: skip
     """Gather: row i of the block at `out_offset` becomes row index[i] of `source`; FP8 scales likewise.
 
     Raises RuntimeError when the block does not fit `out`.
@@ -132,17 +119,9 @@ def pack(
 
 
 def unpack(
-    source: Tensor,
-    out: Tensor,
-    index: Tensor,
-    *,
-    row_nbytes: int,
-    source_offset: int,
-    out_offset: int,
-    scale_nbytes: int = 0,
-    source_scales: int = 0,
-    out_scales: int = 0,
-) -> None:
+    source: Tensor, out: Tensor, index: Tensor, *, row_nbytes: int, source_offset: int,
+    out_offset: int, scale_nbytes: int = 0, source_scales: int = 0, out_scales: int = 0,
+) -> None:  # fmt: skip
     """Scatter, the reverse of `pack`: row index[i] at `out_offset` becomes row i of the block in `source`.
 
     Indexes must be distinct. Raises RuntimeError when the block does not lie in `source`.
@@ -261,23 +240,11 @@ _launch_pieces = Launcher(_copy_pieces)
 
 
 def gather_pieces(
-    source: Tensor,
-    out: Tensor,
-    tables: Tensor,
-    rest: Tensor | None = None,
-    *,
-    index_offset: int,
-    pieces_offset: int,
-    num_pieces: int,
-    max_rows: int,
-    row_nbytes: int,
-    source_offset: int,
-    scale_nbytes: int = 0,
-    source_scales: int = 0,
-    rest_from: int = 0,
-    rest_at: int = 0,
+    source: Tensor, out: Tensor, tables: Tensor, rest: Tensor | None = None, *, index_offset: int,
+    pieces_offset: int, num_pieces: int, max_rows: int, row_nbytes: int, source_offset: int,
+    scale_nbytes: int = 0, source_scales: int = 0, rest_from: int = 0, rest_at: int = 0,
     rest_nbytes: int = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Gather rows into several blocks of one buffer, in one launch.
 
     In `tables` (uint8) are, from these byte offsets on, index int32 and pieces int64 [num_pieces, 4]: first place in

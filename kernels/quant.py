@@ -117,14 +117,9 @@ def dequantise(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantise_rows(
-    payload: Tensor,
-    *,
-    num_rows: int,
-    width: int,
-    rows_offset: int,
-    scales_offset: int,
+    payload: Tensor, *, num_rows: int, width: int, rows_offset: int, scales_offset: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Read FP8 rows back from a payload (uint8), the inverse of `quantise_rows`: `dtype` [num_rows, width]."""
     rows = rows_view(payload, rows_offset, num_rows, width, torch.float8_e4m3fn)
     scales = rows_view(payload, scales_offset, num_rows, -(-width // BLOCK), torch.float32)

@@ -97,13 +97,9 @@ def _multiply(
 
 
 def stream_expert(
-    rows: Tensor,
-    scales: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
+    rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
     down_scales: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As expert_ffn.expert_ffn, for at most `STREAM_ROWS` rows: three launches, chained as programmatic dependents."""
     m, (width, hidden) = rows.shape[0], down.shape
     make = functools.partial(torch.empty, device=rows.device)

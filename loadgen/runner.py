@@ -62,13 +62,9 @@ async def _cancel_when(stop: asyncio.Event, work: asyncio.Task[None]) -> None:
 
 class _Sender:
     def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        path: str,
-        bodies: Iterator[dict[str, Any]],
-        plan: Plan,
-        records: list[Record],
-    ) -> None:
+        self, session: aiohttp.ClientSession, path: str, bodies: Iterator[dict[str, Any]],
+        plan: Plan, records: list[Record],
+    ) -> None:  # fmt: skip
         self._session = session
         self._path = path
         self._bodies = bodies

@@ -91,15 +91,9 @@ def load_attention_weights(checkpoint: Source, config: ModelConfig) -> Attention
 
 
 def load_expert(
-    checkpoint: Source,
-    config: ModelConfig,
-    layer: int,
-    expert: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    keep_16_bit: bool = False,
-) -> FfnWeights:
+    checkpoint: Source, config: ModelConfig, layer: int, expert: int, *,
+    dtype: torch.dtype = torch.float32, device: str = "cpu", keep_16_bit: bool = False,
+) -> FfnWeights:  # fmt: skip
     """One routed expert. Raises ModelError naming the tensor that is missing or has a wrong shape.
 
     With `keep_16_bit`, matrices stored in 16 bits stay as stored.
@@ -130,14 +124,9 @@ class _Reader:
     """Reads, checks, dequantises and converts; holds what every call shares."""
 
     def __init__(
-        self,
-        checkpoint: Source,
-        config: ModelConfig,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        *,
-        keep_16_bit: bool,
-    ) -> None:
+        self, checkpoint: Source, config: ModelConfig, dtype: torch.dtype = torch.float32,
+        device: str = "cpu", *, keep_16_bit: bool,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.config = config
         self.dtype = dtype

@@ -21,13 +21,9 @@ _FP8_MAX = 448.0
 
 
 def write_random(
-    directory: Path,
-    config: dict[str, Any],
-    *,
-    seed: int = 0,
-    storage: str = "F32",
+    directory: Path, config: dict[str, Any], *, seed: int = 0, storage: str = "F32",
     max_shard_nbytes: int | None = None,
-) -> ModelConfig:
+) -> ModelConfig:  # fmt: skip
     """Write config.json and safetensors files into `directory` (made if needed) and return the parsed config.
 
     `storage` is F32, F16, BF16 or F8_E4M3 (projections in FP8 with `weight_scale_inv`, the rest in BF16; the config

@@ -106,13 +106,9 @@ class Plan:
 
 
 def check_plan(
-    plan: Plan,
-    *,
-    moe_layers: Iterable[int],
-    num_experts: int,
-    nodes: tuple[int, ...],
+    plan: Plan, *, moe_layers: Iterable[int], num_experts: int, nodes: tuple[int, ...],
     experts_per_gpu: int,
-) -> None:
+) -> None:  # fmt: skip
     """Raise ConfigError unless the plan is for this model and cluster.
 
     `nodes[worker]` is the cluster's; at most `experts_per_gpu` experts of a layer may lie on one worker.
@@ -143,13 +139,9 @@ def check_plan(
 
 
 def column_plan(
-    *,
-    epoch: int,
-    moe_layers: Iterable[int],
-    num_experts: int,
-    experts_per_gpu: int,
+    *, epoch: int, moe_layers: Iterable[int], num_experts: int, experts_per_gpu: int,
     nodes: tuple[int, ...],
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Expert e of every layer on worker e // experts_per_gpu: one column of experts per worker.
 
     `nodes[w]` is the node of worker w. Raises ConfigError when the workers cannot hold every expert.

@@ -158,13 +158,9 @@ class Listener:
     """Accepts channels on one address, with a bound and a deadline on unfinished handshakes."""
 
     def __init__(
-        self,
-        bound: BoundSocket,
-        secret: bytes,
-        hello: Hello,
-        accept: Callable[[], ChannelOwner],
+        self, bound: BoundSocket, secret: bytes, hello: Hello, accept: Callable[[], ChannelOwner],
         limits: ControlLimits,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.address = bound.address
         self._bound = bound
         self._secret = secret
@@ -255,12 +251,8 @@ class _Accepting:
 
 
 async def dial(
-    address: Address,
-    secret: bytes,
-    hello: Hello,
-    owner: ChannelOwner,
-    limits: ControlLimits,
-) -> Channel:
+    address: Address, secret: bytes, hello: Hello, owner: ChannelOwner, limits: ControlLimits,
+) -> Channel:  # fmt: skip
     """Connect and send the first frame. Raises LinkClosed when nobody listens there."""
     handshake = Handshake(
         secret, hello, dialling=True, nonce=os.urandom(NONCE_NBYTES), where=str(address)

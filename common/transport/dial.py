@@ -65,15 +65,9 @@ class _Complaints:
 
 
 async def keep_connected(
-    transport: Transport,
-    address: str,
-    hello: Callable[[], Hello],
-    handler: Handler,
-    *,
-    connect_timeout_s: float = 5.0,
-    first_s: float = 0.02,
-    max_s: float = 1.0,
-) -> None:
+    transport: Transport, address: str, hello: Callable[[], Hello], handler: Handler, *,
+    connect_timeout_s: float = 5.0, first_s: float = 0.02, max_s: float = 1.0,
+) -> None:  # fmt: skip
     """Hold a link to `address` until cancelled; then the link is closed.
 
     `hello` is called for each attempt, so that a new epoch or new facts take effect. Never returns on its own; errors

@@ -53,12 +53,9 @@ _REMOTE = {"UCX_TLS": "^sm"}
 
 
 def set_ucx_environment(
-    *,
-    local: bool,
-    device: str = "cpu",
-    net_device: str = "",
+    *, local: bool, device: str = "cpu", net_device: str = "",
     environ: MutableMapping[str, str] | None = None,
-) -> dict[str, str]:
+) -> dict[str, str]:  # fmt: skip
     """Set what the user left unset; returns the UCX variables in force, sorted.
 
     `local`: every process of the cluster runs on this host. `device`: where rows lie, "cpu" or "cuda". `net_device`:

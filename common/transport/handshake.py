@@ -61,15 +61,9 @@ class Handshake:
     """One side of one handshake. `feed` until `peer` is set, then `seal` and `unseal` frames."""
 
     def __init__(
-        self,
-        secret: bytes,
-        hello: Hello,
-        *,
-        dialling: bool,
-        nonce: bytes,
-        where: str,
+        self, secret: bytes, hello: Hello, *, dialling: bool, nonce: bytes, where: str,
         version: int = PROTOCOL_VERSION,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`nonce` is 32 fresh random bytes; `where` names the peer's address in errors."""
         if len(secret) < 16:
             raise AuthError(f"the cluster secret has {len(secret)} bytes, it needs at least 16")

@@ -35,14 +35,9 @@ class Reactor:
     """A UCX worker that lives on the running loop. `sweep` returns True while it finds work."""
 
     def __init__(
-        self,
-        arrived: Arrived,
-        announced: Announced,
-        sweep: Callable[[], bool],
-        is_busy: Callable[[], bool],
-        *,
-        spin_us: int = 0,
-    ) -> None:
+        self, arrived: Arrived, announced: Announced, sweep: Callable[[], bool],
+        is_busy: Callable[[], bool], *, spin_us: int = 0,
+    ) -> None:  # fmt: skip
         """`arrived` takes messages, `announced` rows. `is_busy`: something is under way that wakes nobody, so poll.
 
         `spin_us`: how long to poll after the last event before sleeping; only for a process with its own core.

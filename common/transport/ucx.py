@@ -27,16 +27,11 @@ class UcxTransport:
     """Links over UCX on the running loop. One per process."""
 
     def __init__(
-        self,
-        secret: bytes,
-        *,
-        link_limits: LinkLimits | None = None,
-        control_limits: ControlLimits | None = None,
-        spin_us: int = 0,
-        pool: BufferPool | None = None,
-        seam: Seam | None = None,
+        self, secret: bytes, *, link_limits: LinkLimits | None = None,
+        control_limits: ControlLimits | None = None, spin_us: int = 0,
+        pool: BufferPool | None = None, seam: Seam | None = None,
         expected_class: Callable[[Hello, Hello], LinkClass] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`secret` is the cluster's, at least 16 bytes. UCX itself starts with the first listen or connect.
 
         `spin_us`: microseconds of polling after each event, only for a process with a core of its own. `pool` and

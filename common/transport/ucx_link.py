@@ -23,14 +23,9 @@ class UcxLink(UcxMessages):
     """One peer over UCX. Made when the peer is authenticated, opened when it told its worker's address."""
 
     def __init__(
-        self,
-        plane: "DataPlane",
-        mine: Hello,
-        peer: Hello,
-        handler: Handler,
-        sender: int,
+        self, plane: "DataPlane", mine: Hello, peer: Hello, handler: Handler, sender: int,
         opened: asyncio.Future[Link] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(plane, mine, peer, handler, sender)
         self._channel: Channel | None = None
         self._opening = opened  # the dialler's `connect` waits for it

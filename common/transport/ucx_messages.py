@@ -122,13 +122,9 @@ class UcxMessages(BaseLink):
         buffer.release()
 
     def _send_rows(
-        self,
-        rows: "DeviceRows",
-        tag: int,
-        head: int,
-        head_nbytes: int,
+        self, rows: "DeviceRows", tag: int, head: int, head_nbytes: int,
         landing: "DeviceRows | None",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Takes over a reference."""
         if self._endpoint is None:  # closed before the device had written them
             rows.release()

@@ -38,14 +38,9 @@ class DataPlane:
     """What all links of one process share: the UCX worker and the tags in use."""
 
     def __init__(
-        self,
-        pool: BufferPool,
-        limits: LinkLimits,
-        seam: Seam,
-        *,
-        spin_us: int,
+        self, pool: BufferPool, limits: LinkLimits, seam: Seam, *, spin_us: int,
         report: Callable[[UcxLink], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Starts UCX on the running loop. `report` is told of every open link.
 
         Raises ConfigError where rows lie apart and nothing can carry them.

@@ -88,12 +88,9 @@ def _by_block(process: Process) -> dict[int, list[Span]]:
 
 
 def _join(
-    attention: int,
-    mine: dict[str, Span],
-    source: list[Span],
-    routers: dict[int, dict[int, list[Span]]],
-    calls: list[Call],
-) -> Block | None:
+    attention: int, mine: dict[str, Span], source: list[Span],
+    routers: dict[int, dict[int, list[Span]]], calls: list[Call],
+) -> Block | None:  # fmt: skip
     pack = mine.get("pack", mine.get("post"))
     if pack is None or not {"attention", "answer"} <= mine.keys():
         return None

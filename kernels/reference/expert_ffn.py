@@ -23,15 +23,9 @@ def dequantise_weight(weight: Tensor, scales: Tensor, *, halves: int = 1) -> Ten
 
 
 def expert_ffn(
-    rows: Tensor,
-    scales: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
-    down_scales: Tensor,
-    *,
-    reproducible: bool = False,
-) -> Tensor:
+    rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
+    down_scales: Tensor, *, reproducible: bool = False,
+) -> Tensor:  # fmt: skip
     """Apply an expert to rows e4m3 [M, width] with scales fp32 [M, ceil(width / 128)]: bf16 [M, width].
 
     gate_up e4m3 [2 * hidden, width], gate first; gate_up_scales fp32 [2 * ceil(hidden / 128), ceil(width / 128)];
@@ -46,16 +40,9 @@ def expert_ffn(
 
 
 def expert_ffn_grouped(
-    rows: Tensor,
-    scales: Tensor,
-    groups: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor,
-    down: Tensor,
-    down_scales: Tensor,
-    *,
-    max_rows: int,
-) -> Tensor:
+    rows: Tensor, scales: Tensor, groups: Tensor, gate_up: Tensor, gate_up_scales: Tensor,
+    down: Tensor, down_scales: Tensor, *, max_rows: int,
+) -> Tensor:  # fmt: skip
     """Apply each of `groups` int32 [G, 3]: (expert, first row, row behind); weights are stacked along dimension 0.
 
     A row without a group becomes anything. Raises ValueError when a group has more than `max_rows` rows.

@@ -34,13 +34,9 @@ def _one_plus_exp_minus(x: torch.Tensor) -> torch.Tensor:
 
 
 def ffn(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    *,
-    gate_up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *,
+    gate_up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """down @ (silu(gate @ x) * (up @ x)) for x [rows, width].
 
     gate_up [2 * inner, width] has the gate's rows first, down is [width, inner].

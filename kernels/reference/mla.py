@@ -80,13 +80,9 @@ class PrefillTiles:
 
 
 def mla_prefill(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tiles: PrefillTiles,
-    *,
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: PrefillTiles, *,
     scale: float,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Causal attention of prompt rows: [rows, heads, v] in the dtype of the queries.
 
     queries [rows, heads, qk]; keys [distinct pages, heads, page tokens, qk]; values [distinct pages, heads,

@@ -18,17 +18,9 @@ def _rows_from(buffer: Tensor, offset: int, row_nbytes: int) -> Tensor:
 
 
 def pack(
-    source: Tensor,
-    out: Tensor,
-    index: Tensor,
-    *,
-    row_nbytes: int,
-    source_offset: int,
-    out_offset: int,
-    scale_nbytes: int = 0,
-    source_scales: int = 0,
-    out_scales: int = 0,
-) -> None:
+    source: Tensor, out: Tensor, index: Tensor, *, row_nbytes: int, source_offset: int,
+    out_offset: int, scale_nbytes: int = 0, source_scales: int = 0, out_scales: int = 0,
+) -> None:  # fmt: skip
     """Gather: row i of the block at `out_offset` becomes row index[i] of `source`; FP8 scales likewise.
 
     Raises IndexError or RuntimeError when a row lies outside its buffer.
@@ -41,17 +33,9 @@ def pack(
 
 
 def unpack(
-    source: Tensor,
-    out: Tensor,
-    index: Tensor,
-    *,
-    row_nbytes: int,
-    source_offset: int,
-    out_offset: int,
-    scale_nbytes: int = 0,
-    source_scales: int = 0,
-    out_scales: int = 0,
-) -> None:
+    source: Tensor, out: Tensor, index: Tensor, *, row_nbytes: int, source_offset: int,
+    out_offset: int, scale_nbytes: int = 0, source_scales: int = 0, out_scales: int = 0,
+) -> None:  # fmt: skip
     """Scatter, the reverse of `pack`: row index[i] at `out_offset` becomes row i of the block in `source`.
 
     Indexes must be distinct. Raises IndexError or RuntimeError when a row lies outside its buffer.
@@ -110,23 +94,11 @@ def pack_blocks(
 
 
 def gather_pieces(
-    source: Tensor,
-    out: Tensor,
-    tables: Tensor,
-    rest: Tensor | None = None,
-    *,
-    index_offset: int,
-    pieces_offset: int,
-    num_pieces: int,
-    max_rows: int,
-    row_nbytes: int,
-    source_offset: int,
-    scale_nbytes: int = 0,
-    source_scales: int = 0,
-    rest_from: int = 0,
-    rest_at: int = 0,
+    source: Tensor, out: Tensor, tables: Tensor, rest: Tensor | None = None, *, index_offset: int,
+    pieces_offset: int, num_pieces: int, max_rows: int, row_nbytes: int, source_offset: int,
+    scale_nbytes: int = 0, source_scales: int = 0, rest_from: int = 0, rest_at: int = 0,
     rest_nbytes: int = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Gather rows into several blocks of one buffer: `pack` for each of the pieces, whose numbers lie on the device.
 
     In `tables` (uint8) are, from these byte offsets on, index int32 and pieces int64 [num_pieces, 4]: first place in

@@ -57,15 +57,9 @@ def cache_entries(cache: Tensor, slots: Tensor, *, latent: int) -> Tensor:
 
 
 def mla_decode_paged(
-    queries: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    context: Tensor,
-    *,
-    scale: float,
-    latent: int,
-    max_context: int,
-) -> Tensor:
+    queries: Tensor, cache: Tensor, page_table: Tensor, context: Tensor, *, scale: float,
+    latent: int, max_context: int,
+) -> Tensor:  # fmt: skip
     """softmax(scale * queries @ keys) @ latents: [requests, heads, latent] in the dtype of the queries.
 
     queries [requests, heads, latent + rope] in the latent space; page_table int32 [requests, pages]; context int32
@@ -85,15 +79,9 @@ def mla_decode_paged(
 
 
 def mla_prefill_rows(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts_q: Tensor,
-    starts_k: Tensor,
-    *,
-    scale: float,
-    max_rows: int,
-) -> Tensor:
+    queries: Tensor, keys: Tensor, values: Tensor, starts_q: Tensor, starts_k: Tensor, *,
+    scale: float, max_rows: int,
+) -> Tensor:  # fmt: skip
     """Causal attention of several sequences: [rows, heads, v] for queries [rows, heads, qk].
 
     keys [tokens, heads, qk], values [tokens, heads, v]; sequence i has queries starts_q[i] .. starts_q[i + 1] and keys

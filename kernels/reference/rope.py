@@ -11,15 +11,9 @@ def rope_frequencies(dim: int, theta: float) -> torch.Tensor:
 
 
 def yarn_frequencies(
-    dim: int,
-    theta: float,
-    *,
-    factor: float,
-    original_max_position: int,
-    beta_fast: float,
-    beta_slow: float,
-    truncate: bool,
-) -> torch.Tensor:
+    dim: int, theta: float, *, factor: float, original_max_position: int, beta_fast: float,
+    beta_slow: float, truncate: bool,
+) -> torch.Tensor:  # fmt: skip
     """YaRN (arXiv 2309.00071): low frequencies divided by `factor`, high ones kept, a linear ramp between.
 
     fp32 [dim / 2]; `_compute_yarn_parameters` in modeling_rope_utils.py of transformers 5.23.0.

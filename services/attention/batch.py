@@ -64,12 +64,9 @@ class ForwardBatch:
 
 
 def build_batch(
-    spans: Sequence[Span],
-    *,
-    page_tokens: int,
-    null_page: int,
+    spans: Sequence[Span], *, page_tokens: int, null_page: int,
     rope: tuple[torch.Tensor, torch.Tensor],
-) -> ForwardBatch:
+) -> ForwardBatch:  # fmt: skip
     """Lay out a step. `rope` holds the cos and sin tables [positions, rope / 2], whose device the tensors get."""
     cos, sin = rope
     token_ids: list[int] = []

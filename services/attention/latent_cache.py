@@ -15,14 +15,9 @@ class LatentCache:
     """Storage [layers, pages + 1, page tokens, latent width], zero at first; `PageAllocator` says whose a page is."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        num_pages: int,
-        *,
-        page_tokens: int = 64,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-    ) -> None:
+        self, config: ModelConfig, num_pages: int, *, page_tokens: int = 64,
+        dtype: torch.dtype = torch.float32, device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.page_tokens = page_tokens
         self.num_pages = num_pages
         shape = (config.num_layers, num_pages + 1, page_tokens, config.latent_width)

@@ -23,12 +23,9 @@ class Sampled:
 
 
 def sample(
-    logits: torch.Tensor,
-    best: Sequence[int],
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-) -> list[Sampled]:
+    logits: torch.Tensor, best: Sequence[int], rows: Sequence[int],
+    params: Sequence[SamplingParams], positions: Sequence[int],
+) -> list[Sampled]:  # fmt: skip
     """A token for each of `rows` of logits fp32 [all rows, vocab]; `best` are the largest logits of all rows.
 
     `positions[i]` is where the token of rows[i] will stand. Log-probabilities are those of the model, before

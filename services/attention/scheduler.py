@@ -26,15 +26,9 @@ class Scheduler:
     """Waiting and running sequences of one attention worker."""
 
     def __init__(
-        self,
-        pages: PageAllocator,
-        *,
-        num_lanes: int,
-        max_batch_tokens: int,
-        max_requests: int,
-        max_waiting: int,
-        max_context: int,
-    ) -> None:
+        self, pages: PageAllocator, *, num_lanes: int, max_batch_tokens: int, max_requests: int,
+        max_waiting: int, max_context: int,
+    ) -> None:  # fmt: skip
         self.pages = pages
         self.max_batch_tokens = max_batch_tokens
         self.max_requests = max_requests

@@ -62,13 +62,9 @@ class DeviceBank(Bank):
         return scales is not None and len(rows) <= GraphedExperts.BUCKETS[-1]
 
     def ffn(
-        self,
-        layer: int,
-        expert: int,
-        rows: Tensor,
-        scales: Tensor | None = None,
+        self, layer: int, expert: int, rows: Tensor, scales: Tensor | None = None,
         out: Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """SwiGLU network of one expert: rows [n, width] (e4m3 with scales) -> [n, width], maybe in `out`."""
         self.rows[layer, expert] += len(rows)
         network = self.experts[layer, expert]

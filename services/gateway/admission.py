@@ -52,14 +52,9 @@ class Admission:
     """The queue and what runs where. `patience_s`: how long requests wait while no worker is ready at all."""
 
     def __init__(
-        self,
-        workers: Iterable[int],
-        *,
-        max_queued: int,
-        max_running: int,
-        now: float,
+        self, workers: Iterable[int], *, max_queued: int, max_running: int, now: float,
         patience_s: float = 60.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._workers = {index: _Worker() for index in sorted(workers)}
         self._max_queued = max_queued
         self._max_running = max_running

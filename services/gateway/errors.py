@@ -11,14 +11,9 @@ class ApiError(Exception):
     """A failure with its HTTP status; `param` names the field to blame, `code` is for programs."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
+        self, status: int, message: str, *, kind: str = "invalid_request_error",
+        param: str | None = None, code: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.kind = kind

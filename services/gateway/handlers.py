@@ -137,12 +137,9 @@ async def _stream(
 
 
 async def _write_events(
-    request: web.Request,
-    response: web.StreamResponse,
-    layout: Format,
-    choices: Sequence[Choice],
+    request: web.Request, response: web.StreamResponse, layout: Format, choices: Sequence[Choice],
     batch: Batch,
-) -> None:
+) -> None:  # fmt: skip
     """Wait for events and write them as one piece of data. Raises ApiError after writing what preceded it."""
     chunks: list[dict[str, Any]] = []
     failure: ApiError | None = None

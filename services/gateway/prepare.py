@@ -103,16 +103,10 @@ def _job(kind: str, body: CompletionRequest | ChatRequest, requests: tuple[Reque
 
 
 def _requests(
-    body: CompletionRequest | ChatRequest,
-    model: ServedModel,
-    prompts: list[tuple[int, ...]],
-    max_tokens: int | None,
-    *,
-    default: int,
-    logprobs: int | None,
-    echo_logprobs: bool,
+    body: CompletionRequest | ChatRequest, model: ServedModel, prompts: list[tuple[int, ...]],
+    max_tokens: int | None, *, default: int, logprobs: int | None, echo_logprobs: bool,
     param: str,
-) -> tuple[Request, ...]:
+) -> tuple[Request, ...]:  # fmt: skip
     num_choices = body.n or 1
     if len(prompts) * num_choices > _MAX_CONTINUATIONS:
         raise invalid(f"at most {_MAX_CONTINUATIONS} continuations are allowed in one request")

@@ -28,14 +28,9 @@ class Placement:
     """Handler of everything about plans. `on_change` is called after an outbox opened or the plan in force changed."""
 
     def __init__(
-        self,
-        config: ClusterConfig,
-        spec: ProcessSpec,
-        model: ModelConfig,
-        manifest: Manifest,
-        flow: Dataflow,
-        on_change: Callable[[Role], None],
-    ) -> None:
+        self, config: ClusterConfig, spec: ProcessSpec, model: ModelConfig, manifest: Manifest,
+        flow: Dataflow, on_change: Callable[[Role], None],
+    ) -> None:  # fmt: skip
         self._config, self._spec, self._model, self._manifest = config, spec, model, manifest
         self._flow, self._on_change = flow, on_change
         self._base, self.epochs = flow.plan, flow.epochs

@@ -145,14 +145,8 @@ class Routes:
         )
 
     def _chosen(
-        self,
-        table: Int32s,
-        layer: int,
-        experts: Int32s,
-        fleet: Fleet,
-        *,
-        own_only: bool,
-    ) -> Int32s:
+        self, table: Int32s, layer: int, experts: Int32s, fleet: Fleet, *, own_only: bool,
+    ) -> Int32s:  # fmt: skip
         if not self._choices[layer]:
             return table
         table = table.copy()
