@@ -5,11 +5,11 @@
 
 One attention worker on GPU 0, expert workers on GPU 1; with a preset, weights are random and `--distinct` experts of
 a layer play all of them. Every request has a prompt of 16 tokens and is decoded greedily to its full length. With
---trace the last run of each setting is recorded: medians per layer, exposed communication in percent of the step,
-the same steps on a wire that costs nothing. --skew says how uneven the random gates are (tests.bench.gpu.skew); what
-they chose in fact is in the result as `routed`, as the routers counted it: means over layers. `python_us_per_layer` is
-the attention worker's own time for what it launches and posts; with --trace it has the trace's marks in it, which cost
-more than all the rest, and two graphs instead of one: its figure without is the product's.
+--trace a cluster more records the last size of each setting: medians per layer, exposed communication in percent of the
+step, the same steps on a wire that costs nothing. --skew says how uneven the random gates are (tests.bench.gpu.skew);
+what they chose in fact is in the result as `routed`, as the routers counted it: means over layers.
+`python_us_per_layer` is the attention worker's own time for what it launches and posts; a trace's marks cost more than
+that, so all figures but the trace's are of clusters without.
 """
 
 import argparse
@@ -129,15 +129,16 @@ def source(directory: Path, skew: str, args: argparse.Namespace) -> Path:
 
 
 def one_setting(
-    model: Path, run_dir: Path, microbatches: int, sizes: list[int], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+    model: Path, run_dir: Path, microbatches: int, sizes: list[int], args: argparse.Namespace, *,
+    traced: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A cluster of its own, at every concurrency."""
     experts = json.loads((model / "config.json").read_text())["n_routed_experts"]
     per_worker = -(-experts // args.workers)
     config = gpu_config(
         model, run_dir, experts=args.workers, nodes=args.nodes, experts_per_gpu=per_worker,
         routers=args.routers, divide=args.divide, microbatches=microbatches, max_requests=max(sizes),
-        trace_events=(1 << 16) * int(args.trace),
+        trace_events=(1 << 16) * traced,
     )  # fmt: skip
     rows = []
     started = time.perf_counter()
@@ -146,7 +147,7 @@ def one_setting(
         for size in sizes:
             row: dict[str, Any] = {"microbatches": microbatches, "ready_s": round(ready_s, 1)}
             try:
-                row |= measure(cluster, size, args.tokens, args.repeats)
+                row |= measure(cluster, size, args.tokens, 1 if traced else args.repeats)
                 if experts % args.workers == 0:
                     row["routed"] = routed(cluster.url, per_worker)
             except Exception:
@@ -154,7 +155,7 @@ def one_setting(
                 raise
             rows.append(row)
             print(json.dumps(row), flush=True)
-    if args.trace:
+    if traced:
         rows[-1]["trace"] = trace_report(run_dir, 16 * microbatches, args.trace_file)
     return rows
 
@@ -191,6 +192,10 @@ def main() -> None:
             for m in lanes:
                 run_dir = Path(scratch) / f"run-{len(rows)}"
                 found = one_setting(model, run_dir, m, sizes, args)
+                if args.trace:
+                    run_dir = run_dir.with_name(f"{run_dir.name}-traced")
+                    (last,) = one_setting(model, run_dir, m, sizes[-1:], args, traced=True)
+                    found[-1]["trace"] = last["trace"]
                 rows += [row | {"skew": skew} for row in found]
     if args.out:
         layout = {
