@@ -80,7 +80,7 @@ class DeviceLane:
         rows = state.outgoing() if fp8 else state.x[:n]
         answer = self.moe.dispatch(
             layer, self.index, rows, *state.choice, out=state.answer, since=packed,
-            written=state.published(), keep=state.keep,
+            written=state.published() if whole else None, keep=state.keep,
         )  # fmt: skip
         t1, shared = self.clock_ns(), packed if fp8 else self._mark()
         if not whole:
