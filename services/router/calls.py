@@ -13,7 +13,6 @@ import numpy as np
 
 from common.transport.outbox import Outbox
 from common.wire.header import Kind
-from services.router import payloads
 from services.router.block import Int32s, NodeWork, SourceWork
 from services.router.counters import Counters
 from services.router.plan import NodeShare, WorkerShare
@@ -113,7 +112,7 @@ class Calls:
         num_messages = nbytes = 0
         try:
             for (call, share), piece in zip(shares.items(), pieces, strict=True):
-                tail, num_pairs = payloads.relay_tail(share), len(share.pair_rows)
+                tail, num_pairs = share.tail, share.num_pairs
                 if source.payload is not None:
                     workers, counts = np.unique(table[share.experts], return_counts=True)
                     load = dict(zip(workers.tolist(), counts.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Requests of a router as bytes: what a DISPATCH or RELAY says, and what follows the rows of a RELAY.
+"""Requests of a router as bytes: what a DISPATCH or RELAY says.
 
 Layouts are `common.wire.blocks`; who gets what is `services.router.plan`. Readers raise WireError for what a correct
 peer would not send.
@@ -11,14 +11,13 @@ from common.errors import WireError
 from common.tensors import numbers
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
-    SECTION,
     RowSegment,
     check_payload,
     dispatch_layout,
     relay_layout,
     wider_segment,
 )
-from common.wire.header import Header
+from common.wire.header import HEADER_NBYTES, Header
 from services.router.plan import NodeShare, check_experts, check_pairs
 
 Int32s = npt.NDArray[np.int32]
@@ -57,16 +56,8 @@ def read_relay(
     """Where the rows lie, and this node's share: all of them."""
     layout = relay_layout(header.num_rows, header.width, header.num_pairs, header.wire)
     check_payload("RELAY", header.payload_nbytes, layout.nbytes)
-    pair_rows = numbers(payload, layout.pair_rows, header.num_pairs, np.int32)
-    experts = numbers(payload, layout.experts, header.num_pairs, np.int32)
-    weights = numbers(payload, layout.weights, header.num_pairs, np.float32)
-    check_pairs(pair_rows, experts, num_rows=header.num_rows, num_experts=num_experts)
-    return layout.rows, NodeShare(node, np.arange(header.num_rows), pair_rows, experts, weights)
-
-
-def relay_tail(share: NodeShare) -> bytes:
-    """What follows the rows in the RELAY for a node's share: its pairs."""
-    return b"".join(
-        part + bytes(-len(part) % SECTION)
-        for part in (share.pair_rows.tobytes(), share.experts.tobytes(), share.weights.tobytes())
-    )
+    start = HEADER_NBYTES + layout.pair_rows - payload.rows_nbytes
+    tail = bytes(payload.view[start : HEADER_NBYTES + payload.nbytes])
+    share = NodeShare(node, np.arange(header.num_rows, dtype=np.int32), header.num_pairs, tail)
+    check_pairs(share.pair_rows, share.experts, num_rows=header.num_rows, num_experts=num_experts)
+    return layout.rows, share

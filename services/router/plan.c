@@ -15,11 +15,6 @@ static void *bytes_of(PyObject *array)
     return array == NULL ? NULL : PyByteArray_AS_STRING(array);
 }
 
-static PyObject *new_array(Py_ssize_t num)
-{
-    return PyByteArray_FromStringAndSize(NULL, num * 4);
-}
-
 /* Whether all have as many numbers as the first. */
 static int same_length(const Py_buffer *arrays, int num)
 {
@@ -31,30 +26,10 @@ static int same_length(const Py_buffer *arrays, int num)
     return 1;
 }
 
-/* sort_pairs(experts, weights, nodes, top_k) -> (experts, weights, nodes, least node, greatest node)
- *
- * Each row's pairs by ascending expert, equal ones in their order. Rows are short: insertion. `nodes` [num_experts] given,
- * [num_pairs] returned.
- */
-static PyObject *sort_pairs(PyObject *Py_UNUSED(module), PyObject *args)
+/* Each row's pairs by ascending expert, equal ones in their order. Rows are short: insertion. */
+static void sort_pairs(
+    const int32_t *ids, const int32_t *weights, Py_ssize_t num, Py_ssize_t top_k, int32_t *to_ids, int32_t *to_weights)
 {
-    Py_buffer in[3];
-    Py_ssize_t top_k;
-    if (!PyArg_ParseTuple(args, "y*y*y*n", &in[0], &in[1], &in[2], &top_k))
-        return NULL;
-    Py_ssize_t num = in[0].len / 4, num_experts = in[2].len / 4;
-    PyObject *out[3] = {NULL}, *result = NULL;
-    if (!same_length(in, 2))
-        goto done;
-    if (top_k < 1 || num == 0 || num % top_k) {
-        PyErr_SetString(PyExc_ValueError, "rows of unequal length");
-        goto done;
-    }
-    for (int i = 0; i < 3; i++)
-        if ((out[i] = new_array(num)) == NULL)
-            goto done;
-    const int32_t *ids = in[0].buf, *weights = in[1].buf, *nodes = in[2].buf;
-    int32_t *to_ids = bytes_of(out[0]), *to_weights = bytes_of(out[1]), *to_nodes = bytes_of(out[2]);
     for (Py_ssize_t first = 0; first < num; first += top_k)
         for (Py_ssize_t i = first; i < first + top_k; i++) {
             Py_ssize_t place = i;
@@ -65,22 +40,117 @@ static PyObject *sort_pairs(PyObject *Py_UNUSED(module), PyObject *args)
             to_ids[place] = ids[i];
             to_weights[place] = weights[i];
         }
-    int32_t least = INT32_MAX, greatest = INT32_MIN;
+}
+
+static Py_ssize_t aligned(Py_ssize_t nbytes, Py_ssize_t to)
+{
+    return (nbytes + to - 1) / to * to;
+}
+
+/* What one node gets: `rows` [num_rows] and the tail of its RELAY, three sections of [num_pairs]. */
+typedef struct {
+    Py_ssize_t num_rows, num_pairs;
+    Py_ssize_t last_row; /* that was counted */
+    int32_t *to_rows, *to_pairs;
+    PyObject *rows, *tail;
+} Share;
+
+/* Count what each node gets, then write it; `shares` has one for every node up to the greatest. */
+static int share_out(
+    const int32_t *ids, const int32_t *weights, const int32_t *nodes, Py_ssize_t num, Py_ssize_t top_k, Share *shares,
+    Py_ssize_t num_nodes)
+{
+    for (Py_ssize_t n = 0; n < num_nodes; n++)
+        shares[n].last_row = -1;
+    for (Py_ssize_t i = 0; i < num; i++)
+        if (nodes[i] >= 0) {
+            Share *share = shares + nodes[i];
+            share->num_pairs++;
+            share->num_rows += share->last_row != i / top_k;
+            share->last_row = i / top_k;
+        }
+    for (Share *share = shares; share < shares + num_nodes; share++) {
+        if (share->num_pairs == 0)
+            continue;
+        Py_ssize_t nbytes = 3 * aligned(share->num_pairs * 4, SECTION);
+        share->rows = PyBytes_FromStringAndSize(NULL, share->num_rows * 4);
+        share->tail = PyBytes_FromStringAndSize(NULL, nbytes);
+        if (share->rows == NULL || share->tail == NULL)
+            return -1;
+        share->to_rows = (int32_t *)PyBytes_AS_STRING(share->rows);
+        share->to_pairs = memset(PyBytes_AS_STRING(share->tail), 0, nbytes);
+        share->num_rows = 0;
+        share->last_row = -1;
+    }
+    for (Py_ssize_t i = 0; i < num; i++)
+        if (nodes[i] >= 0) {
+            Share *share = shares + nodes[i];
+            Py_ssize_t section = aligned(share->num_pairs * 4, SECTION) / 4;
+            if (share->last_row != i / top_k)
+                share->to_rows[share->num_rows++] = (int32_t)(share->last_row = i / top_k);
+            *share->to_pairs = (int32_t)(share->num_rows - 1);
+            share->to_pairs[section] = ids[i];
+            share->to_pairs[2 * section] = weights[i];
+            share->to_pairs++;
+        }
+    return 0;
+}
+
+/* split(experts, weights, nodes, top_k) -> [(node, rows, number of pairs, tail)], ascending
+ *
+ * nodes [num_experts], negative: nobody gets these pairs. Of `services.router.plan.NodeShare`.
+ */
+static PyObject *split(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    Py_buffer in[3];
+    Py_ssize_t top_k, num_nodes = 0;
+    if (!PyArg_ParseTuple(args, "y*y*y*n", &in[0], &in[1], &in[2], &top_k))
+        return NULL;
+    Py_ssize_t num = in[0].len / 4, num_experts = in[2].len / 4;
+    int32_t *ids = PyMem_Malloc((3 * num + 1) * 4), *weights = ids + num, *nodes = weights + num;
+    Share *shares = NULL;
+    PyObject *result = NULL;
+    if (!same_length(in, 2))
+        goto done;
+    if (top_k < 1 || num == 0 || num % top_k) {
+        PyErr_SetString(PyExc_ValueError, "rows of unequal length");
+        goto done;
+    }
+    if (ids == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    sort_pairs(in[0].buf, in[1].buf, num, top_k, ids, weights);
     for (Py_ssize_t i = 0; i < num; i++) {
-        if (to_ids[i] < 0 || to_ids[i] >= num_experts) {
+        if (ids[i] < 0 || ids[i] >= num_experts) {
             PyErr_Format(PyExc_ValueError, "expert id outside 0..%zd", num_experts - 1);
             goto done;
         }
-        to_nodes[i] = nodes[to_ids[i]];
-        least = Py_MIN(least, to_nodes[i]);
-        greatest = Py_MAX(greatest, to_nodes[i]);
+        nodes[i] = ((const int32_t *)in[2].buf)[ids[i]];
+        num_nodes = Py_MAX(num_nodes, nodes[i] + 1);
     }
-    result = Py_BuildValue("OOOii", out[0], out[1], out[2], least, greatest);
+    shares = PyMem_Calloc(num_nodes + 1, sizeof *shares);
+    if (shares == NULL)
+        PyErr_NoMemory();
+    else if (share_out(ids, weights, nodes, num, top_k, shares, num_nodes) == 0)
+        result = PyList_New(0);
+    for (Py_ssize_t n = 0; result != NULL && n < num_nodes; n++) {
+        if (shares[n].num_pairs == 0)
+            continue;
+        PyObject *share = Py_BuildValue("nOnO", n, shares[n].rows, shares[n].num_pairs, shares[n].tail);
+        if (share == NULL || PyList_Append(result, share) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(share);
+    }
 done:
-    for (int i = 0; i < 3; i++) {
-        PyBuffer_Release(&in[i]);
-        Py_XDECREF(out[i]);
+    for (Py_ssize_t n = 0; shares != NULL && n < num_nodes; n++) {
+        Py_XDECREF(shares[n].rows);
+        Py_XDECREF(shares[n].tail);
     }
+    PyMem_Free(shares);
+    PyMem_Free(ids);
+    for (int i = 0; i < 3; i++)
+        PyBuffer_Release(&in[i]);
     return result;
 }
 
@@ -126,11 +196,6 @@ static void place_segments(
         segments[i].start = starts[segments[i].expert] = start;
         start += counts[segments[i].expert];
     }
-}
-
-static Py_ssize_t aligned(Py_ssize_t nbytes, Py_ssize_t to)
-{
-    return (nbytes + to - 1) / to * to;
 }
 
 /* A share's (expert, rows) of each segment from `first` to `last`, and zeros to a multiple of a section. */
@@ -252,7 +317,7 @@ done:
 }
 
 static PyMethodDef functions[] = {
-    {"sort_pairs", sort_pairs, METH_VARARGS, NULL},
+    {"split", split, METH_VARARGS, NULL},
     {"fan_out", fan_out, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

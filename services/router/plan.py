@@ -30,13 +30,36 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(slots=True)
 class NodeShare:
-    """What one node does for a block. `rows` are ascending indices into the block's rows; `pair_rows` index `rows`."""
+    """What one node does for a block. `rows` [num_rows] are ascending indices into the block's rows."""
 
     node: int
-    rows: Ints  # [num_rows]
-    pair_rows: Int32s  # [num_pairs], ascending
-    experts: Int32s  # [num_pairs], ascending within a row
-    weights: Floats  # [num_pairs]
+    rows: Int32s
+    num_pairs: int
+    tail: bytes  # what follows the rows in the RELAY: its pairs
+
+    @classmethod
+    def of(
+        cls, node: int, rows: Ints | Int32s, pair_rows: Int32s, experts: Int32s, weights: Floats
+    ) -> Self:
+        """Pairs [num_pairs] of `pair_rows`, which index `rows`; see the properties."""
+        sections = (part.tobytes() for part in (pair_rows, experts, weights))
+        tail = b"".join(part + bytes(-len(part) % SECTION) for part in sections)
+        return cls(node, rows.astype(np.int32), len(pair_rows), tail)
+
+    @property
+    def pair_rows(self) -> Int32s:
+        """Which of `rows` each pair has, ascending, a view."""
+        return np.frombuffer(self.tail, np.int32, self.num_pairs)
+
+    @property
+    def experts(self) -> Int32s:
+        """Ascending within a row, a view."""
+        return np.frombuffer(self.tail, np.int32, self.num_pairs, len(self.tail) // 3)
+
+    @property
+    def weights(self) -> Floats:
+        """A view."""
+        return np.frombuffer(self.tail, np.float32, self.num_pairs, len(self.tail) // 3 * 2)
 
 
 @dataclass(slots=True)
@@ -85,19 +108,16 @@ def split_by_node(experts: Int32s, weights: Floats, nodes: Int32s) -> list[NodeS
     `experts` and `weights` are [num_rows, top_k]; `nodes` [num_experts] says who computes an expert's pairs (negative:
     not ours to send). Raises WireError for an expert id that the model does not have.
     """
-    rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
     if _compiled is not None:
         try:
-            *tables, first, last = _compiled.sort_pairs(experts, weights, nodes, experts.shape[1])
+            found = _compiled.split(experts, weights, nodes, experts.shape[1])
         except ValueError as exc:
             raise WireError(str(exc)) from exc
-        ids, sorted_weights = (
-            np.frombuffer(tables[0], np.int32),
-            np.frombuffer(tables[1], np.float32),
-        )
-        if first == last >= 0:  # all for one node, and every row has pairs
-            return [NodeShare(first, rows, pair_rows, ids, sorted_weights)]
-        return split_pairs(rows, pair_rows, ids, sorted_weights, np.frombuffer(tables[2], np.int32))
+        return [
+            NodeShare(node, np.frombuffer(rows, np.int32), num_pairs, tail)
+            for node, rows, num_pairs, tail in found
+        ]
+    rows, pair_rows, firsts = _rows_of_pairs(*experts.shape)
     check_experts(experts, len(nodes))
     order = (experts.argsort(axis=1, kind="stable") + firsts).ravel()
     ids = experts.take(order)
@@ -135,7 +155,7 @@ def split_share(share: NodeShare, nodes: Int32s) -> list[NodeShare]:
 
 
 def split_pairs(
-    rows: Ints, pair_rows: Int32s, experts: Int32s, weights: Floats, nodes: Int32s
+    rows: Ints | Int32s, pair_rows: Int32s, experts: Int32s, weights: Floats, nodes: Int32s
 ) -> list[NodeShare]:
     """Divide sorted pairs by node, ascending; `pair_rows` index `rows`, each of which has a pair.
 
@@ -143,7 +163,7 @@ def split_pairs(
     """
     first = int(nodes.min())
     if first >= 0 and first == int(nodes.max()):  # all for one node, and every row has pairs
-        return [NodeShare(first, rows, pair_rows, experts, weights)]
+        return [NodeShare.of(first, rows, pair_rows, experts, weights)]
     order = (nodes + 1).astype(np.uint16).argsort(kind="stable")[np.count_nonzero(nodes < 0) :]
     of_pairs, homes = pair_rows.take(order), nodes.take(order)
     cut = homes[1:] != homes[:-1]
@@ -156,7 +176,7 @@ def split_pairs(
     for a, b in pairwise(bounds):
         part, first = nth[a:b], nth[a]
         of_share = chosen[first - 1 : part[-1]]
-        shares.append(NodeShare(int(homes[a]), of_share, part - first, ids[a:b], factors[a:b]))
+        shares.append(NodeShare.of(int(homes[a]), of_share, part - first, ids[a:b], factors[a:b]))
     return shares
 
 
@@ -202,21 +222,20 @@ def fan_out(share: NodeShare, workers: Int32s, width: int, row_type: RowType) ->
 def _fan_out_compiled(share: NodeShare, workers: Int32s, width: int, row_type: RowType) -> FanOut:
     assert _compiled is not None, "no compiler"
     scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
-    rows = share.rows.astype(np.int32)
     try:
         memory, ats, most, cuts, nbytes = _compiled.fan_out(
             share.pair_rows,
             share.experts,
             share.weights,
             workers,
-            rows,
+            share.rows,
             width * int(row_type),
             scales,
         )
     except ValueError as exc:
         raise WireError(f"{_NOT_HELD}: {exc}") from exc
     shares, pieces = [WorkerShare(*share) for share, _ in cuts], [piece for _, piece in cuts]
-    shape, num_places = (len(rows), most), len(share.experts)
+    shape, num_places = (len(share.rows), most), share.num_pairs
     return FanOut(shares, Tables(memory, ats, num_places, shape, True, pieces, nbytes))
 
 

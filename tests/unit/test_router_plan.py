@@ -75,6 +75,20 @@ def test_every_pair_goes_to_one_node_in_order(block):
     assert seen == expected
 
 
+@given(blocks(), st.sets(st.integers(0, 4)))
+def test_both_forms_divide_alike_and_leave_out_what_is_not_ours(block, others):
+    experts, weights, worker_of, node_of_worker = block
+    nodes = np.where(np.isin(node_of_worker, list(others)), NOT_OURS, node_of_worker)[worker_of]
+    mine = split_by_node(experts, weights, nodes.astype(np.int32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_compiled", None if plan._compiled else _C)
+        theirs = split_by_node(experts, weights, nodes.astype(np.int32))
+    assert [s.node for s in mine] == sorted(set(nodes[experts].ravel().tolist()) - {NOT_OURS})
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.node, a.rows.tolist(), a.num_pairs) == (b.node, b.rows.tolist(), b.num_pairs)
+        assert a.tail == b.tail, "what travels"
+
+
 @given(blocks())
 def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
     experts, weights, worker_of, _ = block
@@ -191,7 +205,7 @@ def test_pairs_that_nobody_computes():
     rows, experts, workers = (
         np.array(v, np.int32) for v in ([0, 1], [3, 4], [0, 0, 0, 2, NOT_OURS])
     )
-    share = NodeShare(0, np.arange(2), rows, experts, np.ones(2, np.float32))
+    share = NodeShare.of(0, np.arange(2), rows, experts, np.ones(2, np.float32))
     with pytest.raises(WireError, match="experts that this node does not hold"):
         fan_out(share, workers, 40, RowType.BF16)
 
