@@ -20,6 +20,7 @@ from common.placement.plan import Plan
 from common.plan_file import write_plan
 from common.transport.buffers import BufferPool
 from common.transport.inproc import InprocFabric, Script
+from common.transport.link import LinkLimits
 from services.attention.worker import AttentionWorker
 from services.expert.worker import ExpertWorker
 from services.router.worker import RouterWorker
@@ -49,8 +50,11 @@ class InprocCluster:
 
     async def start(self, process: ProcessId) -> Any:
         """Start one service, or its successor after `crash`."""
+        limits = LinkLimits(window=self.config.limits.link_window)
         service = WORKERS[process.role](
-            self.config, process.index, self.fabric.transport(pool=self.new_pool())
+            self.config,
+            process.index,
+            self.fabric.transport(link_limits=limits, pool=self.new_pool()),
         )
         self.services[process] = service
         await service.start(self.tasks)
@@ -104,6 +108,7 @@ async def inproc_cluster(
     seed: int = 0,
     script: Script | None = None,
     block_deadline_s: float = 30.0,
+    link_window: int = 64,
     trace_events: int = 0,
     new_pool: Callable[[], BufferPool] = BufferPool,
     plan: Plan | None = None,
@@ -119,7 +124,8 @@ async def inproc_cluster(
     }  # fmt: skip
     config = local_cluster(model, **(defaults | layout), run_dir=run_dir)
     config = replace(
-        config, limits=replace(config.limits, block_deadline_s=block_deadline_s),
+        config,
+        limits=replace(config.limits, block_deadline_s=block_deadline_s, link_window=link_window),
         cluster=replace(config.cluster, trace_events=trace_events),
     )  # fmt: skip
     config = replace(

@@ -123,8 +123,12 @@ class LaneState:
         ops.publish(ids, gate_weights, self.experts[:b], self.weights[:b], self._count, self._told)
 
     def keep(self, payload: Buffer) -> None:
-        """An answer is in, whose rows will be read where they are: takes a reference."""
+        """An answer is in, whose rows will be read where they are: takes a reference.
+
+        The next may come before it is given up, whatever the link's window.
+        """
         self._kept = payload.retain()
+        payload.give_credit()
 
     def answered(self) -> None:
         """The answer is in, kept or else in `answer`. Its layer was published, so the one before has been read."""
