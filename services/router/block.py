@@ -113,7 +113,7 @@ class SourceWork:
             start += len(share.rows) if share.node != home else 0
         order = sorted(self.shares, key=lambda call: (self.shares[call].node, call))
         rows, starts = zip(*((self.shares[c].rows, self.starts[c]) for c in order), strict=True)
-        slots = sum_table(rows, starts, self.request.num_rows)
+        slots = sum_table(rows, list(starts), self.request.num_rows)
         if some:
             self.ids = (slots[:, 0] >= 0).nonzero()[0].astype(np.int32)
             slots = slots[self.ids]

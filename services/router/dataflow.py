@@ -28,10 +28,9 @@ from services.router.counters import Counters
 from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
-from services.router.plan import NodeShare, check_experts, fan_out, split_by_node
+from services.router.plan import NodeShare, check_experts, fan_out, side_by_side, split_by_node
 from services.router.routes import Routes
 from services.router.rows import Rows, open_rows, rows_again
-from services.router.tables import side_by_side
 
 
 @dataclass(slots=True)

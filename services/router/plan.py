@@ -259,12 +259,29 @@ def _worker_shares(workers: Int32s, starts: Ints, end: int, table: Int32s) -> li
     ]
 
 
-def sum_table(rows: Sequence[Ints], starts: Sequence[int], num_rows: int) -> Int32s:
+def side_by_side(parts: Sequence[Int32s], width: int, row_type: RowType, slots: Int32s) -> Tables:
+    """A message for each of `parts`, indices of its rows, in places one behind the other; plain sums by `slots`."""
+    if _compiled is not None:
+        scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
+        memory, ats, pieces, nbytes = _compiled.side_by_side(
+            parts, slots, width * int(row_type), scales
+        )
+        num_places, shape = sum(map(len, parts)), (slots.shape[0], slots.shape[1])
+        return Tables(memory, ats, num_places, shape, False, pieces, nbytes)
+    ends = np.cumsum([0, *map(len, parts)]).tolist()
+    index = np.concatenate([np.empty(0, np.int32), *parts])
+    return tables_of(index, pairwise(ends), width, row_type, slots)
+
+
+def sum_table(rows: Sequence[Int32s], starts: list[int], num_rows: int) -> Int32s:
     """Where each row's partials lie, in the order of the sum: int32 [num_rows, k], -1 beyond a row's last.
 
     Share j has the partials of rows[j], from place starts[j] on; shares are in the order of the sum. k is a power of
     two, so that few kernels are compiled.
     """
+    if _compiled is not None:
+        memory, most = _compiled.sum_table(rows, starts, num_rows)
+        return np.frombuffer(memory, np.int32).reshape(num_rows, most)
     counts = [len(part) for part in rows]
     every = np.concatenate(rows)
     ends = np.cumsum(counts)

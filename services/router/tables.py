@@ -6,9 +6,8 @@ each from a multiple of 256 bytes on, so that a device gets all with one copy. A
 which rows are sent; a *piece*, places one behind the other, is the rows of one message. Pieces lie in one block.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,12 +85,3 @@ def tables_of(
     a, b, c, d = ats
     shape = (0, 0) if slots is None else (slots.shape[0], slots.shape[1])
     return Tables(memory, (a, b, c, d), len(index), shape, weights is not None, pieces, end)
-
-
-def side_by_side(
-    parts: Sequence[npt.NDArray[Any]], width: int, row_type: RowType, slots: Int32s
-) -> Tables:
-    """A message for each of `parts`, indices of its rows, in places one behind the other; plain sums by `slots`."""
-    ends = np.cumsum([0, *map(len, parts)]).tolist()
-    index = np.concatenate([np.empty(0, np.int32), *parts])
-    return tables_of(index, pairwise(ends), width, row_type, slots)

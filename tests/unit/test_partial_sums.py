@@ -14,9 +14,8 @@ from common.transport.seam import Seam
 from common.wire.blocks import DISPATCH_ROWS, PARTIAL_ROWS, row_segment
 from common.wire.header import Header, Kind, Wire
 from services.router.block import SourceWork
-from services.router.plan import NodeShare, split_pairs
+from services.router.plan import NodeShare, side_by_side, split_pairs
 from services.router.rows import open_rows, sum_dtype
-from services.router.tables import side_by_side
 
 WIDTH, HOME, ROWS, NODES = 40, 2, 23, 6
 
@@ -63,7 +62,7 @@ def test_a_block_whose_rows_are_not_apart_is_refused_and_leaves_nothing():
     memory = open_rows(pool, Seam())
     segment = row_segment(2, WIDTH, DISPATCH_ROWS[Wire.FP8])
     tables = side_by_side(
-        [np.arange(2)], WIDTH, DISPATCH_ROWS[Wire.FP8], np.zeros((2, 1), np.int32)
+        [np.arange(2, dtype=np.int32)], WIDTH, DISPATCH_ROWS[Wire.FP8], np.zeros((2, 1), np.int32)
     )
     payload, request = pool.acquire(segment.end), Header(Kind.DISPATCH, Wire.FP8)
     with pytest.raises(WireError, match="0 bytes of rows in device memory"):

@@ -15,9 +15,11 @@ from services.router.plan import (
     check_pairs,
     divide_share,
     fan_out,
+    side_by_side,
     split_by_node,
     split_share,
     split_unicast,
+    sum_table,
 )
 from services.router.routes import NOT_OURS
 
@@ -87,6 +89,42 @@ def test_both_forms_divide_alike_and_leave_out_what_is_not_ours(block, others):
     for a, b in zip(mine, theirs, strict=True):
         assert (a.node, a.rows.tolist(), a.num_pairs) == (b.node, b.rows.tolist(), b.num_pairs)
         assert a.tail == b.tail, "what travels"
+
+
+@given(blocks(), st.sampled_from(RowType), st.integers(1, 300), st.randoms(use_true_random=False))
+def test_both_forms_lay_partials_side_by_side_alike(block, row_type, width, rng):
+    experts, weights, worker_of, node_of_worker = block
+    shares = split_by_node(experts, weights, node_of_worker[worker_of])
+    rows = [share.rows for share in shares]
+    starts = [rng.randrange(1 << 20) for _ in rows]
+    relays = [part for part in rows if rng.random() < 0.7]
+    made = []
+    for form in (plan._compiled, None if plan._compiled else _C):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "_compiled", form)
+            slots = sum_table(rows, starts, len(experts))
+            made.append((slots, side_by_side(relays, width, row_type, slots)))
+    (slots, a), (same, b) = made
+    assert slots.tolist() == same.tolist()
+    for row, places in enumerate(slots.tolist()):
+        held = [
+            s + part.tolist().index(row)
+            for part, s in zip(rows, starts, strict=True)
+            if row in part
+        ]
+        assert places == held + [-1] * (len(places) - len(held))
+    assert (a.pieces, a.shape, a.num_places, a.nbytes) == (
+        b.pieces,
+        b.shape,
+        b.num_places,
+        b.nbytes,
+    )
+    assert (a.index.tolist(), a.slots.tolist()) == (b.index.tolist(), b.slots.tolist())
+    assert a.index.tolist() == [row for part in relays for row in part.tolist()]
+    tables = [
+        np.frombuffer(t.memory, np.int64, 4 * len(t.pieces), t.ats[1]).tolist() for t in (a, b)
+    ]
+    assert tables[0] == tables[1]
 
 
 @given(blocks())
