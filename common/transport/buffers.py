@@ -51,9 +51,7 @@ class Buffer:
         self, storage: npt.NDArray[np.uint8], give_back: Callable[["Buffer"], None]
     ) -> None:
         self.storage = storage  # headroom, then capacity for the payload
-        self.tensor: Any = (
-            None  # the same as torch sees it, made at the first need: see common.tensors
-        )
+        self.tensor: Any = None  # the same as torch sees it: see `common.tensors.storage_of`
         self.view = storage.data  # ten times cheaper to slice and to pack into than the array
         self.address: int = storage.ctypes.data
         self.capacity = storage.nbytes - HEADER_NBYTES

@@ -167,6 +167,7 @@ class UcxMessages(BaseLink):
                 continue
             where, landing = 0, part.landing
             if landing is not None:
+                assert wanted in (None, landing.block), "places of answers in several blocks"
                 wanted, where = landing.block, landing.offset
             parts.append(
                 (link._to, tag, part.number, part.target, part.num_rows, part.num_pairs, credits, answer,

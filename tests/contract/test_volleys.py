@@ -328,6 +328,24 @@ def test_more_than_the_slots_of_a_neighbour_go_by_ucx(tmp_path):
     check_no_block_leaked(net)
 
 
+def test_places_of_answers_in_two_blocks_are_a_mistake(tmp_path):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        fleet = Fleet(net, [RowsPeer()])
+        await fleet.open()
+        pool = fleet.dialler.pool
+        volley = Volley(REQUEST, Kind.EXPERT_IN, pool, pool.take(320), WRITTEN)
+        for number in range(2):
+            place = pool.take(160).rows(0, 160)
+            part = Part(volley, 900 + number, 0, 160, 1, 160 * number, 160, b"", place, 0)
+            fleet.outboxes[0].send(part)
+        with pytest.raises(AssertionError, match="several blocks"):
+            volley.leave()
+
+    run(net, main, leak_free=False)
+
+
 def test_a_full_queue_refuses_a_message_and_the_others_go(net):
     async def main():
         peer = RowsPeer()

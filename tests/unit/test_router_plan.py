@@ -127,6 +127,26 @@ def test_both_forms_lay_partials_side_by_side_alike(block, row_type, width, rng)
     assert tables[0] == tables[1]
 
 
+@pytest.mark.parametrize(
+    ("rows", "starts", "sentence"),
+    [
+        ([np.array([0, 3], np.int32)], [0], "row 3 of 3"),
+        ([np.array([-1], np.int32)], [0], "row -1 of 3"),
+        ([np.array([0, 1])], [0], "not of 32 bits"),
+        ([np.array([0], np.int32)], [0, 1], "every share has a start"),
+        ([np.array([0], np.int32)], [1 << 70], "too large"),
+    ],
+)
+def test_tables_of_partials_outside_their_rows_are_refused(rows, starts, sentence):
+    with pytest.raises((ValueError, OverflowError), match=sentence):
+        _C.sum_table(rows, starts, 3)
+    slots = np.zeros((3, 1), np.int32)
+    with pytest.raises((ValueError, TypeError)):
+        _C.side_by_side([np.array([0, 1])], slots, 16, 0)
+    with pytest.raises(TypeError):
+        _C.side_by_side([None], slots, 16, 0)
+
+
 @given(blocks())
 def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
     experts, weights, worker_of, _ = block
