@@ -44,6 +44,7 @@ TRITON = {
     "stage": "stage",
     "deliver": "stage",
     "add_placed": "stage",
+    "publish": "stage",
     "combine": "combine",
     "combine_fp8": "combine",
     "sum_partials": "combine",
@@ -51,7 +52,6 @@ TRITON = {
     "expert_ffn_grouped": "expert_ffn",
     "gate_v3": "gate",
     "gate_v2": "gate",
-    "publish": "gate",
     "rms_norm": "norm_rope",
     "norm_rope": "norm_rope",
     "cache_write": "norm_rope",
@@ -100,6 +100,7 @@ route = _choose(_pack.route)
 stage = _choose(_stage.stage)
 deliver = _choose(_stage.deliver)
 add_placed = _choose(_stage.add_placed)
+publish = _choose(_stage.publish)
 combine = _choose(_combine.combine)
 combine_fp8 = _choose(_combine.combine_fp8)
 sum_partials = _choose(_combine.sum_partials)
@@ -107,7 +108,6 @@ expert_ffn = _choose(_expert_ffn.expert_ffn)
 expert_ffn_grouped = _choose(_expert_ffn.expert_ffn_grouped)
 gate_v3 = _choose(_gate.gate_v3)
 gate_v2 = _choose(_gate.gate_v2)
-publish = _choose(_gate.publish)
 rms_norm = _choose(_norm.rms_norm)
 norm_rope = _choose(_paged.norm_rope)
 cache_write = _choose(_paged.cache_write)

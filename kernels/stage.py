@@ -1,4 +1,4 @@
-"""Rows into buffers of a captured graph and out of them: kernels on both sides of it, where the driver would copy.
+"""What passes between a captured graph and the outside: kernels, where the driver would copy or record an event.
 
 A copy by the driver is three of its calls, and what is launched behind one waits for another engine of the card.
 Floor: 2 x bytes moved / copy bandwidth, or the link's where rows lie on another card.
@@ -13,6 +13,10 @@ from kernels.launch import Launcher
 from kernels.pack import unit_of, units
 
 _COLUMNS = 1024
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_RELEASE = tl.constexpr(
+    "{ .reg .pred p; mov.u32 $0, %tid.x; setp.eq.u32 p, $0, 0; @p st.release.sys.global.u64 [$1], $2; }"
+)
 
 
 @triton.jit
@@ -106,3 +110,30 @@ def deliver(staged: Tensor, place: Tensor) -> None:
     _deliver[(most,)](
         staged, place, size, triton.next_power_of_2(size), num_warps=4, **PROGRAMMATIC
     )
+
+
+@triton.jit
+def _publish(IDS, WEIGHTS, TO_IDS, TO_WEIGHTS, COUNT, TOLD, num, C: tl.constexpr):
+    for start in range(0, num, C):
+        i = start + tl.arange(0, C)
+        tl.store(TO_IDS + i, tl.load(IDS + i, mask=i < num), mask=i < num)
+        tl.store(TO_WEIGHTS + i, tl.load(WEIGHTS + i, mask=i < num), mask=i < num)
+    number = tl.load(COUNT) + 1
+    tl.debug_barrier()  # these stores, and those of kernels that have ended, come before the release
+    tl.store(COUNT, number)
+    if _INTERPRETED:
+        tl.store(TOLD, number)
+    else:
+        tl.inline_asm_elementwise(
+            _RELEASE, "=r,l,l", [TOLD, number], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+def publish(
+    ids: Tensor, weights: Tensor, to_ids: Tensor, to_weights: Tensor, count: Tensor, told: Tensor
+) -> None:
+    """Copy ids and weights to pinned memory, count a step, int64 [1], and then tell the number there, in `told`.
+
+    A kernel, since a graph with copies to the host takes 8.3 us to launch, one of 100 kernels 5.2 (H100, 2026-11-26).
+    """
+    _publish[(1,)](ids, weights, to_ids, to_weights, count, told, ids.numel(), 1024, num_warps=8)

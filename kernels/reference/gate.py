@@ -65,15 +65,3 @@ def _mask_groups(scores: Tensor, group_scores: Tensor, top_k_groups: int, fill: 
     rows, groups = group_scores.shape
     grouped = scores.view(rows, groups, -1).masked_fill(outside.unsqueeze(-1), fill)
     return grouped.view(rows, -1)
-
-
-def publish(
-    ids: Tensor, weights: Tensor, to_ids: Tensor, to_weights: Tensor, count: Tensor, told: Tensor
-) -> None:
-    """Copy ids and weights to host memory, count a step, int64 [1], and then tell the number there, in `told`.
-
-    Whoever reads the number there sees the copies, and what was launched before has written: on every device.
-    """
-    to_ids.copy_(ids)
-    to_weights.copy_(weights)
-    told.copy_(count.add_(1))

@@ -37,9 +37,8 @@ class Calls:
     fleet: Fleet = field(init=False)
     works: dict[int, NodeWork] = field(default_factory=dict)  # by question to an expert: who asked
     sources: dict[int, SourceWork] = field(default_factory=dict)  # by share of a source
-    _loads: dict[int, dict[int, int]] = field(
-        default_factory=dict
-    )  # by question to a router: rows by worker
+    # by question to a router: rows by worker
+    _loads: dict[int, dict[int, int]] = field(default_factory=dict)
     _down: dict[int, frozenset[int]] = field(default_factory=dict)  # by node: workers it has lost
     _next: int = 0
 

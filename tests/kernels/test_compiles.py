@@ -43,7 +43,7 @@ with tempfile.NamedTemporaryFile() as file:
     Path(file.name).write_bytes(kernel.asm["cubin"])
     sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
 print("rows", len(re.findall("LDG.E.64", sass[:sass.index("FMUL")])))
-ptx = compiled(kernels.gate._publish, ["*i32", "*fp32"] * 2 + ["*i64"] * 2, ["i32"], {"C": 1024},
+ptx = compiled(kernels.stage._publish, ["*i32", "*fp32"] * 2 + ["*i64"] * 2, ["i32"], {"C": 1024},
                num_warps=8).asm["ptx"]
 print("publish", *re.findall(r"st[.]global[.]v4|bar[.]sync|st[.]release[.]sys", ptx))
 for fp8, unit in ((True, 8), (False, 4)):
@@ -142,7 +142,7 @@ def compiled(self, *given, grid, warmup=False, **options):
     seen.add((self.fn.__name__, run(self, *given, grid=grid, warmup=True, **options).hash))
 
 jit.JITFunction.run = compiled
-from kernels import gate, quant, stream, swiglu
+from kernels import gate, quant, stage, stream, swiglu
 
 def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
@@ -157,7 +157,7 @@ for m in (1, 16, 17):
         gate.choose(torch.zeros(m, 256), bias, softmax=softmax, top_k=8, num_groups=8, top_k_groups=4,
                     norm_topk_prob=not softmax, routed_scaling_factor=2.5)
     ids, number = torch.zeros(m, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    gate.publish(ids, ids.float(), ids, ids.float(), number, number)
+    stage.publish(ids, ids.float(), ids, ids.float(), number, number)
 for name in sorted({name for name, _ in seen}):
     print(name, sum(name == other for other, _ in seen))
 """

@@ -119,7 +119,7 @@ assert ties.tolist() == [[0, 1, 2, 3, 4, 5]], "ties: the lowest id"
 
 for n in (1, 127, 1000):
     ids, weights = torch.randint(0, 256, (n, 8)).int(), torch.rand(n, 8)
-    for module in (gate, ref_gate):
+    for module in (stage, ref_stage):
         to_ids, to_weights = -torch.ones(n + 1, 8).int(), -torch.ones(n + 1, 8)
         count, number = torch.tensor([6]), torch.zeros(1).long()
         for _ in range(2):
