@@ -58,6 +58,8 @@ class HopTimes:
 @dataclass(slots=True)
 class _Pending:
     future: "asyncio.Future[Tensor]"
+    layer: int
+    microbatch: int
     num_rows: int
     num_answers: int  # wanted
     posted_ns: int
@@ -179,7 +181,7 @@ class MoeClient:
         future: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         num_answers = 1 if self._answers_whole else len(self.routers)
         self._pending[block] = _Pending(
-            future, num_rows, num_answers, now_ns, out, self.epoch, keep
+            future, layer, microbatch, num_rows, num_answers, now_ns, out, self.epoch, keep
         )
         tables = (layout, experts.numpy(), weights.numpy())  # views: the device may yet write there
         fence = self.seam.fence(written if isinstance(rows, DeviceRows) else None)
@@ -316,10 +318,9 @@ class MoeClient:
 
         for block, pending in list(self._pending.items()):
             if now_ns - pending.posted_ns > limit_ns:  # and is asked of nobody
-                late = (
-                    f"the device has not written the rows of a block within {self.deadline_s:g} s"
-                )
-                self._fail(block, DeadlineExceeded(late))
+                late = f"the device has not written a block within {self.deadline_s:g} s"
+                whose = f"(layer {pending.layer}, micro-batch {pending.microbatch})"
+                self._fail(block, DeadlineExceeded(f"{late} {whose}"))
 
     def _fail(self, block: int, error: AtollError) -> None:
         pending = self._settle(block)
