@@ -36,50 +36,76 @@ static void sort_pairs(
 
 /* What one node gets: `rows` [num_rows] and the tail of its RELAY, three sections of [num_pairs]. */
 typedef struct {
-    Py_ssize_t num_rows, num_pairs;
+    Py_ssize_t num_rows, num_pairs, section; /* the last in numbers */
     Py_ssize_t last_row; /* that was counted */
     int32_t *to_rows, *to_pairs;
     PyObject *rows, *tail;
 } Share;
 
+/* Room for what was counted. */
+static int open_share(Share *share)
+{
+    share->section = aligned(share->num_pairs * 4, SECTION);
+    share->rows = PyBytes_FromStringAndSize(NULL, share->num_rows * 4);
+    share->tail = PyBytes_FromStringAndSize(NULL, 3 * share->section);
+    if (share->rows == NULL || share->tail == NULL)
+        return -1;
+    share->to_rows = (int32_t *)PyBytes_AS_STRING(share->rows);
+    share->to_pairs = memset(PyBytes_AS_STRING(share->tail), 0, 3 * share->section);
+    share->section /= 4;
+    return 0;
+}
+
+/* All pairs are of one node, as where there is no other. */
+static int share_whole(const int32_t *ids, const int32_t *weights, Py_ssize_t num_rows, Py_ssize_t top_k, Share *share)
+{
+    share->num_rows = num_rows;
+    share->num_pairs = num_rows * top_k;
+    if (open_share(share) < 0)
+        return -1;
+    int32_t *to = share->to_pairs;
+    for (int32_t row = 0; row < num_rows; row++) {
+        share->to_rows[row] = row;
+        for (Py_ssize_t i = 0; i < top_k; i++)
+            *to++ = row;
+    }
+    memcpy(share->to_pairs + share->section, ids, share->num_pairs * 4);
+    memcpy(share->to_pairs + 2 * share->section, weights, share->num_pairs * 4);
+    return 0;
+}
+
 /* Count what each node gets, then write it; `shares` has one for every node up to the greatest. */
 static int share_out(
-    const int32_t *ids, const int32_t *weights, const int32_t *nodes, Py_ssize_t num, Py_ssize_t top_k, Share *shares,
-    Py_ssize_t num_nodes)
+    const int32_t *ids, const int32_t *weights, const int32_t *nodes, Py_ssize_t num_rows, Py_ssize_t top_k,
+    Share *shares, Py_ssize_t num_nodes)
 {
     for (Py_ssize_t n = 0; n < num_nodes; n++)
         shares[n].last_row = -1;
-    for (Py_ssize_t i = 0; i < num; i++)
-        if (nodes[i] >= 0) {
-            Share *share = shares + nodes[i];
-            share->num_pairs++;
-            share->num_rows += share->last_row != i / top_k;
-            share->last_row = i / top_k;
-        }
+    for (Py_ssize_t row = 0, i = 0; row < num_rows; row++)
+        for (Py_ssize_t end = i + top_k; i < end; i++)
+            if (nodes[i] >= 0) {
+                Share *share = shares + nodes[i];
+                share->num_pairs++;
+                share->num_rows += share->last_row != row;
+                share->last_row = row;
+            }
     for (Share *share = shares; share < shares + num_nodes; share++) {
-        if (share->num_pairs == 0)
-            continue;
-        Py_ssize_t nbytes = 3 * aligned(share->num_pairs * 4, SECTION);
-        share->rows = PyBytes_FromStringAndSize(NULL, share->num_rows * 4);
-        share->tail = PyBytes_FromStringAndSize(NULL, nbytes);
-        if (share->rows == NULL || share->tail == NULL)
+        if (share->num_pairs != 0 && open_share(share) < 0)
             return -1;
-        share->to_rows = (int32_t *)PyBytes_AS_STRING(share->rows);
-        share->to_pairs = memset(PyBytes_AS_STRING(share->tail), 0, nbytes);
         share->num_rows = 0;
         share->last_row = -1;
     }
-    for (Py_ssize_t i = 0; i < num; i++)
-        if (nodes[i] >= 0) {
-            Share *share = shares + nodes[i];
-            Py_ssize_t section = aligned(share->num_pairs * 4, SECTION) / 4;
-            if (share->last_row != i / top_k)
-                share->to_rows[share->num_rows++] = (int32_t)(share->last_row = i / top_k);
-            *share->to_pairs = (int32_t)(share->num_rows - 1);
-            share->to_pairs[section] = ids[i];
-            share->to_pairs[2 * section] = weights[i];
-            share->to_pairs++;
-        }
+    for (Py_ssize_t row = 0, i = 0; row < num_rows; row++)
+        for (Py_ssize_t end = i + top_k; i < end; i++)
+            if (nodes[i] >= 0) {
+                Share *share = shares + nodes[i];
+                if (share->last_row != row)
+                    share->to_rows[share->num_rows++] = (int32_t)(share->last_row = row);
+                *share->to_pairs = (int32_t)(share->num_rows - 1);
+                share->to_pairs[share->section] = ids[i];
+                share->to_pairs[2 * share->section] = weights[i];
+                share->to_pairs++;
+            }
     return 0;
 }
 
@@ -90,7 +116,7 @@ static int share_out(
 static PyObject *split(PyObject *Py_UNUSED(module), PyObject *args)
 {
     Py_buffer in[3];
-    Py_ssize_t top_k, num_nodes = 0;
+    Py_ssize_t top_k, num_nodes = 0, first = PY_SSIZE_T_MAX;
     if (!PyArg_ParseTuple(args, "y*y*y*n", &in[0], &in[1], &in[2], &top_k))
         return NULL;
     Py_ssize_t num = in[0].len / 4, num_experts = in[2].len / 4;
@@ -115,11 +141,14 @@ static PyObject *split(PyObject *Py_UNUSED(module), PyObject *args)
         }
         nodes[i] = ((const int32_t *)in[2].buf)[ids[i]];
         num_nodes = Py_MAX(num_nodes, nodes[i] + 1);
+        first = Py_MIN(first, nodes[i]);
     }
     shares = PyMem_Calloc(num_nodes + 1, sizeof *shares);
     if (shares == NULL)
         PyErr_NoMemory();
-    else if (share_out(ids, weights, nodes, num, top_k, shares, num_nodes) == 0)
+    else if ((first >= 0 && first == num_nodes - 1 ? share_whole(ids, weights, num / top_k, top_k, shares + first)
+                                                   : share_out(ids, weights, nodes, num / top_k, top_k, shares, num_nodes))
+             == 0)
         result = PyList_New(0);
     for (Py_ssize_t n = 0; result != NULL && n < num_nodes; n++) {
         if (shares[n].num_pairs == 0)
@@ -201,6 +230,27 @@ static PyObject *tail_of(const Segment *segments, Py_ssize_t first, Py_ssize_t l
     return tail;
 }
 
+/* A tuple of numbers, and of `last` if it is to have one, whose reference is taken over: a third of Py_BuildValue's time. */
+static PyObject *tuple_of(const Py_ssize_t *numbers, Py_ssize_t num, PyObject *last, int has_last)
+{
+    PyObject *tuple = has_last && last == NULL ? NULL : PyTuple_New(num + has_last);
+    if (tuple == NULL) {
+        Py_XDECREF(last);
+        return NULL;
+    }
+    if (has_last)
+        PyTuple_SET_ITEM(tuple, num, last);
+    for (Py_ssize_t i = 0; i < num; i++) {
+        PyObject *number = PyLong_FromSsize_t(numbers[i]);
+        PyTuple_SET_ITEM(tuple, i, number);
+        if (number == NULL)
+            Py_CLEAR(tuple);
+        if (tuple == NULL)
+            return NULL;
+    }
+    return tuple;
+}
+
 /* [((worker, start, stop, segments, tail), (start, stop, place, bytes))]: the shares of workers and their pieces, which
  * are also written to `pieces`, as long as there are segments. `end` is that of the block.
  */
@@ -219,12 +269,17 @@ static PyObject *cut(
         int64_t piece[] = {start, rows, *end, *end + scales};
         memcpy(pieces, piece, sizeof piece);
         pieces += 4;
-        PyObject *share = Py_BuildValue(
-            "(innnN)(nnnn)", segments[first].worker, start, start + rows, last - first,
-            tail_of(segments, first, last, counts), start, start + rows, *end, nbytes);
-        if (share == NULL || PyList_Append(shares, share) < 0)
+        Py_ssize_t share[] = {segments[first].worker, start, start + rows, last - first};
+        Py_ssize_t place[] = {start, start + rows, *end, nbytes};
+        PyObject *both = PyTuple_New(2);
+        if (both != NULL) {
+            PyTuple_SET_ITEM(both, 0, tuple_of(share, 4, tail_of(segments, first, last, counts), 1));
+            PyTuple_SET_ITEM(both, 1, tuple_of(place, 4, NULL, 0));
+        }
+        if (both == NULL || PyTuple_GET_ITEM(both, 0) == NULL || PyTuple_GET_ITEM(both, 1) == NULL
+            || PyList_Append(shares, both) < 0)
             Py_CLEAR(shares);
-        Py_XDECREF(share);
+        Py_XDECREF(both);
         *end += aligned(nbytes, TABLE_ALIGN);
     }
     return shares;
@@ -245,21 +300,20 @@ static Py_ssize_t most_pairs(const int32_t *pair_rows, Py_ssize_t num, Py_ssize_
     return most;
 }
 
-/* fan_out(pair_rows, experts, weights, workers, rows, row_nbytes, scale_nbytes)
+/* fan_out(tail, num_pairs, workers, rows, row_nbytes, scale_nbytes)
  *     -> (memory of the tables, (index, pieces, slots, weights), most, shares and pieces, bytes of the block)
  *
- * workers [num_experts], rows [num_rows]; the tables are those of `services.router.tables`.
+ * The tail is a NodeShare's; workers [num_experts], rows [num_rows]; the tables are those of `services.router.tables`.
  */
 static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    Py_buffer in[5];
-    Py_ssize_t row_nbytes, scale_nbytes;
-    if (!PyArg_ParseTuple(
-            args, "y*y*y*y*y*nn", &in[0], &in[1], &in[2], &in[3], &in[4], &row_nbytes, &scale_nbytes))
+    Py_buffer in[3];
+    Py_ssize_t num, row_nbytes, scale_nbytes;
+    if (!PyArg_ParseTuple(args, "y*ny*y*nn", &in[0], &num, &in[1], &in[2], &row_nbytes, &scale_nbytes))
         return NULL;
-    Py_ssize_t num = in[0].len / 4, num_experts = in[3].len / 4, num_rows = in[4].len / 4, num_segments, most, end;
-    const int32_t *pair_rows = in[0].buf, *experts = in[1].buf, *weights = in[2].buf, *workers = in[3].buf;
-    const int32_t *rows = in[4].buf;
+    Py_ssize_t num_experts = in[1].len / 4, num_rows = in[2].len / 4, section = in[0].len / 12, num_segments, most, end;
+    const int32_t *pair_rows = in[0].buf, *experts = pair_rows + section, *weights = experts + section;
+    const int32_t *workers = in[1].buf, *rows = in[2].buf;
     PyObject *memory = NULL, *shares = NULL, *result = NULL;
     Segment *segments = NULL;
     Py_ssize_t *counts = PyMem_Calloc(2 * num_experts + 1, sizeof *counts), *starts = counts + num_experts;
@@ -267,7 +321,11 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
         PyErr_NoMemory();
         goto done;
     }
-    if (!same_length(in, 3) || (most = most_pairs(pair_rows, num, num_rows)) == 0
+    if (num < 1 || in[0].len != 3 * aligned(num * 4, SECTION)) {
+        PyErr_Format(PyExc_ValueError, "%zd bytes for %zd pairs", in[0].len, num);
+        goto done;
+    }
+    if ((most = most_pairs(pair_rows, num, num_rows)) == 0
         || (num_segments = count_pairs(experts, num, workers, num_experts, counts)) < 0)
         goto done;
     segments = PyMem_Malloc((num_segments + 1) * sizeof *segments);
@@ -296,7 +354,7 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
 done:
     PyMem_Free(counts);
     PyMem_Free(segments);
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 3; i++)
         PyBuffer_Release(&in[i]);
     Py_XDECREF(memory);
     Py_XDECREF(shares);

@@ -224,13 +224,7 @@ def _fan_out_compiled(share: NodeShare, workers: Int32s, width: int, row_type: R
     scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
     try:
         memory, ats, most, cuts, nbytes = _compiled.fan_out(
-            share.pair_rows,
-            share.experts,
-            share.weights,
-            workers,
-            share.rows,
-            width * int(row_type),
-            scales,
+            share.tail, share.num_pairs, workers, share.rows, width * int(row_type), scales
         )
     except ValueError as exc:
         raise WireError(f"{_NOT_HELD}: {exc}") from exc
