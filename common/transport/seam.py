@@ -21,11 +21,16 @@ class Event(Protocol):
 class Fence:
     """A point in the stream. `passed` turns True in `Seam.poll`, which then makes the calls in their order."""
 
-    __slots__ = ("calls", "passed")
+    __slots__ = ("calls", "passed", "query")
 
-    def __init__(self, *, passed: bool) -> None:
+    def __init__(self, *, passed: bool, query: Callable[[], bool] | None = None) -> None:
         self.passed = passed
+        self.query = query  # until it is passed
         self.calls: list[Callable[[], None]] = []
+
+    def reached(self) -> bool:
+        """Whether the device is there, though nobody may have looked and made the calls yet."""
+        return self.passed or (self.query is not None and self.query())
 
     def then(self, call: Callable[[], None]) -> None:
         """Make `call` once the fence is passed: now if it is."""
@@ -46,7 +51,7 @@ class Seam:
         self.on_open: Callable[[], None] | None = None
         self._new_event = new_event
         self._events: list[Event] = []
-        self._open: deque[tuple[Callable[[], bool], Event | None, Fence]] = deque()
+        self._open: deque[tuple[Event | None, Fence]] = deque()
 
     def __repr__(self) -> str:
         return f"<Seam [{len(self._open)} open fences]>"
@@ -68,8 +73,8 @@ class Seam:
             event = self._events.pop() if self._events else self._new_event()
             event.record()
             query = event.query
-        fence = Fence(passed=False)
-        self._open.append((query, event, fence))
+        fence = Fence(passed=False, query=query)
+        self._open.append((event, fence))
         if self.on_open is not None:
             self.on_open()
         return fence
@@ -78,15 +83,15 @@ class Seam:
         """Look at the open fences, oldest first; True when one was passed."""
         passed = []
         # one stream: none is passed before those in front
-        while self._open and self._open[0][0]():
-            _, event, fence = self._open.popleft()
+        while self._open and self._open[0][1].reached():
+            event, fence = self._open.popleft()
             passed.append(fence)
             if event is not None:
                 self._events.append(event)
         if not passed:
             return False
         for fence in passed:
-            fence.passed = True
+            fence.passed, fence.query = True, None
             for call in fence.calls:
                 call()
             fence.calls.clear()

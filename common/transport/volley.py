@@ -17,6 +17,7 @@ from common.wire.header import HEADER_NBYTES, Header, Kind
 if TYPE_CHECKING:
     from common.transport.ucx_messages import UcxMessages
 
+_TOGETHER = 4  # that many do not wait for the rest
 # link, tag, credits to return, number of the answer
 Ticket = tuple["UcxMessages", int, int, int, "Part"]
 
@@ -39,13 +40,20 @@ class Volley:
         """Every message is posted: send what links have taken as soon as the block is written."""
         self.has_left = True
         if self.tickets:
+            self.hurry()
             self.fence.then(self._send)
         self.block.release()
 
+    def hurry(self) -> None:
+        """Send what links have taken if the block is written by now."""
+        if self.fence.reached():
+            self._send()
+
     def _send(self) -> None:
         tickets, self.tickets = self.tickets, []  # which know us
-        first, *_ = tickets[0]
-        first.send_together(self.request, self.kind, tickets)
+        if tickets:
+            first, *_ = tickets[0]
+            first.send_together(self.request, self.kind, tickets)
 
 
 class Part:
@@ -107,8 +115,11 @@ class Part:
 
     def post(self, link: Link) -> None:
         """Raises what `Link.post` does."""
-        if self.volley.has_left or not link.take_part(self):
+        volley = self.volley
+        if volley.has_left or not link.take_part(self):
             link.post(self.header, self.payload, landing=self.landing)
+        elif len(volley.tickets) % _TOGETHER == 0:
+            volley.hurry()
 
     def release(self) -> None:
         """Drop what is held for another try."""

@@ -328,6 +328,46 @@ def test_more_than_the_slots_of_a_neighbour_go_by_ucx(tmp_path):
     check_no_block_leaked(net)
 
 
+def test_four_messages_leave_before_the_rest_is_posted_if_the_block_is_written(shared):
+    written = [False]
+
+    async def main():
+        peer = RowsPeer()
+        fleet = Fleet(shared, [peer])
+        await fleet.open(LinkLimits(window=32))
+        pool = fleet.dialler.pool
+        block = pool.take(11 * 160)
+        volley = Volley(
+            REQUEST, Kind.EXPERT_IN, pool, block, Fence(passed=False, query=lambda: written[0])
+        )
+
+        def post(numbers):
+            for n in numbers:
+                part = Part(volley, 900 + n, 0, 160, 1, 160 * n, 160, b"12345678", None, 0)
+                fleet.outboxes[0].send(part)
+
+        post(range(4))
+        assert len(volley.tickets) == 4, "the block is not written"
+        written[0] = True
+        post(range(4, 10))
+        assert len(volley.tickets) == 2, "eight have left"
+        await peer.until(lambda: len(peer.got) == 8)
+        assert not volley.fence.passed, "nobody polled"
+        written[0] = False
+        post([10])
+        volley.leave()
+        await asyncio.sleep(0.05)
+        assert len(peer.got) == 8, "the rest waits for the block"
+        for call in volley.fence.calls:
+            call()
+        await peer.until(lambda: len(peer.got) == 11)
+        assert [header.block for header, _, _ in peer.got] == list(range(900, 911))
+        fleet.settle()
+
+    run(shared, main)
+    check_no_block_leaked(shared)
+
+
 def test_places_of_answers_in_two_blocks_are_a_mistake(tmp_path):
     net = DeviceUcxNet(tmp_path)
 

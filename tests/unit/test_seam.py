@@ -76,3 +76,17 @@ def test_events_are_used_again_and_numbers_are_not_taken_for_them():
 def test_without_a_device_nothing_is_asked():
     fence = Seam().fence(lambda: 1 / 0)
     assert fence.passed
+
+
+def test_a_fence_that_is_reached_makes_its_calls_when_somebody_polls():
+    stream, seen = Stream(), []
+    seam = Seam(stream.event)
+    fence = seam.fence()
+    fence.then(lambda: seen.append("call"))
+    assert not fence.reached()
+    stream.events[0].there = True
+    assert (fence.reached(), fence.passed, seen) == (True, False, [])
+    assert seam.poll()
+    assert (fence.passed, seen) == (True, ["call"])
+    seam.fence()  # the event is used again
+    assert fence.reached()
