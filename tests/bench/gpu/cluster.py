@@ -1,6 +1,7 @@
 """The real services as processes on the cards of this machine: attention and routers on GPU 0, experts on GPU 1.
 
-With one card everything is on it. Processes that share a card need NVIDIA's MPS, which `mps` runs for a benchmark.
+With more `cards` experts are spread over all but the first, with one card everything is on it. Processes that share a
+card need NVIDIA's MPS, which `mps` runs for a benchmark.
 """
 
 import contextlib
@@ -27,13 +28,13 @@ from common.config import (
     Node,
     PlacementSection,
 )
-from common.ids import Role
+from common.ids import ProcessId, Role
 
 # torch would start CUDA in this process to count them, before MPS is there
 NUM_CARDS = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 DEVICE = "cuda" if NUM_CARDS else "cpu"  # to try the benchmarks without a GPU
 _READY_S = 240.0
-Launch = tuple[str, Role, str, list[str]]  # of a process: name, role, module, arguments
+Launch = tuple[str, ProcessId, str, list[str]]  # name, the first process in it, module, arguments
 
 
 def gpu_config(
@@ -61,21 +62,24 @@ def gpu_config(
     )  # fmt: skip
 
 
-def card_of(role: Role) -> int:
-    """Experts on the second card, where there is one."""
-    return int(role is Role.EXPERT and NUM_CARDS > 1)
+def card_of(process: ProcessId, cards: int) -> int:
+    """Experts in turn on all of the first `cards` but one, where there are two."""
+    cards = min(cards, NUM_CARDS)
+    return 1 + process.index % (cards - 1) if process.role is Role.EXPERT and cards > 1 else 0
 
 
 class GpuCluster:
     """The processes of a cluster, from entering to leaving; `without` leaves a role to the caller."""
 
-    def __init__(self, config: ClusterConfig, *, without: Role | None = None) -> None:
+    def __init__(
+        self, config: ClusterConfig, *, without: Role | None = None, cards: int = 2
+    ) -> None:
         port = 0
         if without is None:
             port = _free_port()
         self.config = replace(config, gateway=replace(config.gateway, port=port))
         self.url = f"http://127.0.0.1:{port}"
-        self._without = without
+        self._without, self._cards = without, cards
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -86,10 +90,10 @@ class GpuCluster:
         secret.chmod(0o600)
         file = run_dir / "cluster.toml"
         file.write_text(self.config.to_toml())
-        for name, role, module, arguments in self.launches():
+        for name, process, module, arguments in self.launches():
             environ = os.environ | {"OMP_NUM_THREADS": "1"}
-            if role is not Role.GATEWAY:
-                environ["CUDA_VISIBLE_DEVICES"] = str(card_of(role))
+            if process.role is not Role.GATEWAY:
+                environ["CUDA_VISIBLE_DEVICES"] = str(card_of(process, self._cards))
             command = [sys.executable, "-m", *_profiled(name), module, "--cluster", str(file)]
             with (run_dir / f"{name}.log").open("wb") as log:
                 self._processes[name] = subprocess.Popen(
@@ -108,7 +112,7 @@ class GpuCluster:
         for spec in self.config.processes():
             role = spec.id.role
             if role is not self._without and (role is not Role.GATEWAY or self._without is None):
-                yield str(spec.id), role, f"services.{role}", ["--index", str(spec.id.index)]
+                yield str(spec.id), spec.id, f"services.{role}", ["--index", str(spec.id.index)]
 
     def __exit__(self, *_: object) -> None:
         self.stop()

@@ -31,7 +31,7 @@ import torch
 import uvloop
 
 from common.config import ClusterConfig
-from common.ids import Role
+from common.ids import ProcessId, Role
 from common.model import names
 from common.model.hf_config import load_config
 from common.model.loader import dequantise
@@ -76,7 +76,8 @@ class HostedCluster(GpuCluster):
             for part in [np.array([i]) for i in range(alone)] + parts:
                 first, last = int(part[0]), int(part[-1])
                 arguments = ["--role", str(role), "--indices", f"{first}-{last}"]
-                yield f"{role}-{first}-{last}", role, "tests.bench.gpu.host", arguments
+                name = f"{role}-{first}-{last}"
+                yield name, ProcessId(role, first), "tests.bench.gpu.host", arguments
 
 
 class CountingAttention(Attention):

@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--divide", default="destinations", help="as in the cluster's file")
+    parser.add_argument("--cards", type=int, default=2, help="the first's experts are on the rest")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=7168)
     parser.add_argument("--spin-us", type=int, default=-1, help="as in the cluster's file")
@@ -243,7 +244,7 @@ def main() -> None:
             trace_events=(1 << 16) * int(args.trace), spin_us=args.spin_us,
         )  # fmt: skip
         with (
-            GpuCluster(config, without=Role.ATTENTION) as cluster,
+            GpuCluster(config, without=Role.ATTENTION, cards=args.cards) as cluster,
             torch.inference_mode(),
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
@@ -259,6 +260,7 @@ def main() -> None:
     if args.out:
         layout = {
             "experts": args.experts,
+            "cards_used": args.cards,
             "hidden": args.hidden,
             "routers": args.routers,
             "divide": args.divide,
