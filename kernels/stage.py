@@ -20,32 +20,33 @@ _RELEASE = tl.constexpr(
 
 
 @triton.jit
-def _copy_row(SOURCE, OUT, row, size, C: tl.constexpr):
+def _copy_row(SOURCE, row, OUT, to, size, C: tl.constexpr):
     at = tl.arange(0, C)
     value = tl.load(SOURCE + row * size + at, mask=at < size)
-    tl.store(OUT + row * size + at, value, mask=at < size)
+    tl.store(OUT + to * size + at, value, mask=at < size)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "first"])
 def _stage(
-    ROWS, SCALES, OUT, TO_ROWS, TO_SCALES, PLACE, n, size, scale_size, UNIT: tl.constexpr,
-    C: tl.constexpr, CS: tl.constexpr,
+    ROWS, SCALES, OUT, TO_ROWS, TO_SCALES, PLACES, n, first, size, scale_size, out_nbytes,
+    UNIT: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    _copy_row(units(ROWS, UNIT), units(TO_ROWS, UNIT), row, size, C)
-    _copy_row(units(SCALES, UNIT), units(TO_SCALES, UNIT), row, scale_size, CS)
+    to = first + row
+    _copy_row(units(ROWS, UNIT), row, units(TO_ROWS, UNIT), to, size, C)
+    _copy_row(units(SCALES, UNIT), row, units(TO_SCALES, UNIT), to, scale_size, CS)
+    tl.store(PLACES + 1 + to, OUT.to(tl.int64) + row * out_nbytes)
     if row == 0:
-        tl.store(PLACE, OUT.to(tl.int64))
-        tl.store(PLACE + 1, n)
+        tl.store(PLACES, first + n)
 
 
 @triton.jit
-def _deliver(STAGED, PLACE, size, C: tl.constexpr):
+def _deliver(STAGED, PLACES, size, C: tl.constexpr):
     after_predecessor()
     row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(PLACE + 1):
-        out = tl.multiple_of(tl.load(PLACE), 16).to(tl.pointer_type(tl.int64))
-        _copy_row(units(STAGED, 8), out, row, size, C)
+    if row < tl.load(PLACES):
+        out = tl.multiple_of(tl.load(PLACES + 1 + row), 16).to(tl.pointer_type(tl.int64))
+        _copy_row(units(STAGED, 8), row, out, 0, size, C)
 
 
 @triton.jit
@@ -67,16 +68,17 @@ _launch_stage = Launcher(_stage)
 
 
 def stage(
-    rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, place: Tensor
-) -> None:
-    """Copy rows [n, width] of bytes and scales fp32 [n, blocks] to the first n of a graph's, and note what `out` is.
+    rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, places: Tensor,
+    first: int = 0,
+) -> None:  # fmt: skip
+    """Copy rows [n, width] of bytes and scales fp32 [n, blocks] to a graph's, from row `first` on, and note `out`.
 
-    All contiguous; `place` int64 [2] gets the address of `out`, a multiple of 16, and n, for `deliver`. The rows may be
-    memory of another process.
+    All contiguous; `places` int64 [1 + most] gets the number of rows so far and the address of each one's output, a
+    multiple of 16, for `deliver`. The rows may be memory of another process.
     """
     n, row_nbytes = rows.shape[0], rows.shape[1] * rows.element_size()
-    scale_nbytes = 4 * scales.shape[1]
-    assert out.data_ptr() % 16 == 0, "an output that is not aligned"
+    scale_nbytes, out_nbytes = 4 * scales.shape[1], out.shape[1] * out.element_size()
+    assert out.data_ptr() % 16 == out_nbytes % 16 == 0, "outputs that are not aligned"
     unit = unit_of(row_nbytes, scale_nbytes, rows.data_ptr(), scales.data_ptr())
     size, scale_size = row_nbytes // unit, scale_nbytes // unit
 
@@ -85,8 +87,8 @@ def stage(
         return (unit, *columns), {"num_warps": 4}
 
     _launch_stage(
-        (unit, size, scale_size, rows.dtype), (n, 1, 1),
-        (rows, scales, out, to_rows, to_scales, place), (n, size, scale_size), describe,
+        (unit, size, scale_size, rows.dtype, out.dtype), (n, 1, 1),
+        (rows, scales, out, to_rows, to_scales, places), (n, first, size, scale_size, out_nbytes), describe,
     )  # fmt: skip
 
 
@@ -101,14 +103,14 @@ def add_placed(h: Tensor, place: Tensor, shared: Tensor | None) -> None:
     )
 
 
-def deliver(staged: Tensor, place: Tensor) -> None:
-    """Copy the rows that `stage` brought, now outputs [most, width], to where they are wanted.
+def deliver(staged: Tensor, places: Tensor) -> None:
+    """Copy the rows that `stage` brought, now outputs [most, width], each to where it is wanted.
 
     A row has a multiple of 16 bytes.
     """
     most, size = staged.shape[0], staged.shape[1] * staged.element_size() // 8
     _deliver[(most,)](
-        staged, place, size, triton.next_power_of_2(size), num_warps=4, **PROGRAMMATIC
+        staged, places, size, triton.next_power_of_2(size), num_warps=4, **PROGRAMMATIC
     )
 
 

@@ -7,13 +7,16 @@ from torch import Tensor
 
 
 def stage(
-    rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, place: Tensor
-) -> None:
+    rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, places: Tensor,
+    first: int = 0,
+) -> None:  # fmt: skip
     """See `kernels.stage.stage`."""
-    n = rows.shape[0]
-    to_rows[:n].view(torch.uint8).copy_(rows.view(torch.uint8))
-    to_scales[:n].copy_(scales)
-    place[0], place[1] = out.data_ptr(), n
+    end = first + rows.shape[0]
+    to_rows[first:end].view(torch.uint8).copy_(rows.view(torch.uint8))
+    to_scales[first:end].copy_(scales)
+    places[0] = end
+    out_nbytes = out.shape[1] * out.element_size()
+    places[1 + first : 1 + end] = out.data_ptr() + torch.arange(len(rows)) * out_nbytes
 
 
 def add_placed(h: Tensor, place: Tensor, shared: Tensor | None) -> None:
@@ -26,10 +29,11 @@ def add_placed(h: Tensor, place: Tensor, shared: Tensor | None) -> None:
     h[:n] += rows if shared is None else rows + shared[:n]
 
 
-def deliver(staged: Tensor, place: Tensor) -> None:
+def deliver(staged: Tensor, places: Tensor) -> None:
     """See `kernels.stage.deliver`."""
-    address, n = place.tolist()
-    ctypes.memmove(address, staged.data_ptr(), n * staged.shape[1] * staged.element_size())
+    n, *addresses = places.tolist()
+    for row, address in zip(staged[:n], addresses, strict=False):
+        ctypes.memmove(address, row.data_ptr(), row.nbytes)
 
 
 def publish(

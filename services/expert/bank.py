@@ -17,6 +17,27 @@ from common.plan_file import first_residents
 from kernels.reference.ffn import Network, network
 from kernels.reference.linear import resident
 
+MAX_BATCH_ROWS = 4096
+
+
+@dataclass(slots=True)
+class Call:
+    """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows).
+
+    Its outputs are wanted in `out`, if that is given.
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    segments: list[tuple[int, int]]
+    out: torch.Tensor | None = None
+
+    @property
+    def quantised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and scales."""
+        assert self.scales is not None, "rows without scales"
+        return self.rows, self.scales
+
 
 @dataclass(slots=True)
 class Bank:
@@ -56,18 +77,21 @@ class Bank:
         for table in (self.weights, self.hashes, self.rows, self._networks):
             table.pop(place, None)
 
+    @property
+    def max_batch_rows(self) -> int:
+        """Of calls that are computed together, unless it is one: more rows would not share what they cost."""
+        return MAX_BATCH_ROWS
+
     def copies(self, rows: torch.Tensor, scales: torch.Tensor | None) -> bool:
-        """Whether `ffn` reads these rows once, to copy them."""
+        """Whether these rows are read once, to copy them."""
         del rows, scales
         return False
 
     def ffn(
-        self, layer: int, expert: int, rows: torch.Tensor, scales: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """SwiGLU network of one expert: fp32 [num_rows, width] -> fp32 [num_rows, width], maybe in `out`."""
+        self, layer: int, expert: int, rows: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """SwiGLU network of one expert: fp32 [num_rows, width] -> fp32 [num_rows, width]."""
         assert scales is None, "rows are dequantised before they come here"
-        del out
         place = layer, expert
         self.rows[place] += rows.shape[0]
         run = self._networks.get(place)
@@ -76,16 +100,20 @@ class Bank:
             run = self._networks[place] = network(w.gate_up, w.down)
         return run(rows)
 
-    def ffn_together(
-        self,
-        layer: int,
-        segments: Sequence[tuple[int, int]],
-        rows: torch.Tensor,
-        scales: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """Several experts at once: not on CPU, where nothing is gained."""
-        del layer, segments, rows, scales
+    def together(self, layer: int, calls: Sequence[Call]) -> list[torch.Tensor] | None:
+        """Calls at once, each output maybe where it is wanted; None: not in this way, as always on CPU."""
+        del layer, calls
         return None
+
+
+def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pieces one behind the other; e4m3 as bytes, which is all that libraries can join."""
+    dtype = pieces[0].dtype
+    if len(pieces) == 1:
+        return pieces[0]
+    if dtype is torch.float8_e4m3fn:
+        return torch.cat([piece.view(torch.uint8) for piece in pieces]).view(dtype)
+    return torch.cat(list(pieces))
 
 
 def read_expert(checkpoint: Source, model: ModelConfig, place: Place) -> FfnWeights:

@@ -22,7 +22,7 @@ from common.plan_file import first_residents
 from common.wire.header import Wire
 from kernels import ops
 from kernels.reference.quant import BLOCK
-from services.expert.bank import Bank, read_expert
+from services.expert.bank import MAX_BATCH_ROWS, Bank, Call, read_expert
 from services.expert.device_experts import DeviceExpert, GraphedExperts, Group, GroupedExperts
 
 Tensor = torch.Tensor
@@ -58,44 +58,55 @@ class DeviceBank(Bank):
                 self.grouped.forget(network)
         Bank.drop(self, place)  # slots: a class of its own, which `super()` would not find
 
+    @property
+    def max_batch_rows(self) -> int:
+        # as many as a graph takes, unless experts share launches
+        return MAX_BATCH_ROWS if self.grouped else GraphedExperts.BUCKETS[-1]
+
     def copies(self, rows: Tensor, scales: Tensor | None) -> bool:
-        return scales is not None and len(rows) <= GraphedExperts.BUCKETS[-1]
+        most = GroupedExperts.ROWS[-1] if self.grouped else GraphedExperts.BUCKETS[-1]
+        return scales is not None and len(rows) <= most
 
     def ffn(
-        self, layer: int, expert: int, rows: Tensor, scales: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """SwiGLU network of one expert: rows [n, width] (e4m3 with scales) -> [n, width], maybe in `out`."""
+        self, layer: int, expert: int, rows: Tensor, scales: Tensor | None = None
+    ) -> torch.Tensor:
+        """SwiGLU network of one expert: rows [n, width] (e4m3 with scales) -> [n, width]."""
         self.rows[layer, expert] += len(rows)
         network = self.experts[layer, expert]
         if (
             self.graphed is not None
             and network.is_fp8
             and scales is not None
-            and self.copies(rows, scales)
+            and self._fits(len(rows))
         ):
-            return self.graphed(network, rows, scales, out)
+            (output,) = self.graphed(network, [Call(rows, scales, [])])
+            return output
         return network(rows, scales)
 
-    def ffn_together(
-        self, layer: int, segments: Sequence[tuple[int, int]], rows: Tensor, scales: Tensor
-    ) -> torch.Tensor | None:
-        """Experts of a layer on their rows, one behind the other: segments of (expert, number of rows).
+    def _fits(self, num_rows: int) -> bool:
+        return num_rows <= GraphedExperts.BUCKETS[-1]
 
-        None where they have to be computed one by one.
-        """
-        if self.grouped is None:
+    def together(self, layer: int, calls: Sequence[Call]) -> list[Tensor] | None:
+        """FP8 rows of one expert as a graph, of several experts as one launch, if they have slots for it."""
+        if any(call.scales is None for call in calls):
             return None
-        groups: list[Group] = []
-        start = 0
-        for expert, count in segments:
-            groups.append((self.experts[layer, expert], start, start + count))
-            start += count
-        result = self.grouped(groups, rows, scales)
-        if result is not None:
+        segments = [segment for call in calls for segment in call.segments]
+        networks = [self.experts[layer, expert] for expert, _ in segments]
+        is_one = all(network is networks[0] for network in networks) and networks[0].is_fp8
+        outputs = None
+        if self.graphed is not None and is_one and self._fits(sum(count for _, count in segments)):
+            outputs = self.graphed(networks[0], calls)
+        elif self.grouped is not None:
+            groups: list[Group] = []
+            start = 0
+            for network, (_, count) in zip(networks, segments, strict=True):
+                groups.append((network, start, start + count))
+                start += count
+            outputs = self.grouped(groups, calls)
+        if outputs is not None:
             for expert, count in segments:
                 self.rows[layer, expert] += count
-        return result
+        return outputs
 
 
 def load_bank(config: ClusterConfig, worker: int) -> Bank:
@@ -141,7 +152,7 @@ def _warm_up(bank: DeviceBank, wire: Wire, device: torch.device) -> None:
             values, scales = ops.quantise(rows)
             network(values, scales) if wire is Wire.FP8 else network(rows, None)
             if bank.grouped is not None and wire is Wire.FP8:
-                bank.grouped([(network, 0, n)], values, scales)
+                bank.grouped([(network, 0, n)], [Call(values, scales, [])])
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Experts on a GPU: one as it is, one on few rows as a CUDA graph, several of a layer in one launch each way."""
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +13,7 @@ from common.transport.device import open_copy
 from kernels import ops
 from kernels.graphs import Replays
 from kernels.reference.quant import BLOCK
+from services.expert.bank import Call, joined
 
 Tensor = torch.Tensor
 Group = tuple["DeviceExpert", int, int]  # and its rows: the first, the one behind the last
@@ -52,6 +54,27 @@ class DeviceExpert:
         return linear((torch.nn.functional.silu(gate) * up).to(dtype), self.down)
 
 
+class _Staged:
+    """The buffers of graphs: rows of calls, one call behind the other, and where each row's output is wanted."""
+
+    def __init__(self, most: int, width: int, device: torch.device) -> None:
+        self.rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
+        self.scales = torch.ones(most, -(-width // BLOCK), device=device)
+        self.places = torch.zeros(1 + most, dtype=torch.int64, device=device)
+
+    def bring(self, calls: Sequence[Call]) -> list[Tensor]:
+        """Copy rows e4m3 [n, width] with scales, contiguous. Their outputs, bf16, which `ops.deliver` copies there."""
+        outputs, first = [], 0
+        for call in calls:
+            out = call.out
+            if out is None or out.dtype is not torch.bfloat16:
+                out = torch.empty_like(call.rows, dtype=torch.bfloat16)
+            ops.stage(*call.quantised, out, self.rows, self.scales, self.places, first)
+            outputs.append(out)
+            first += len(call.rows)
+        return outputs
+
+
 class GraphedExperts:
     """FP8 experts on few rows as CUDA graphs: a call cost 133 us of Python, with copies by torch; its kernels launched
     one by one cost 271 (128 rows, hidden 2048, two H100 hosts, 2026-11-25).
@@ -63,32 +86,20 @@ class GraphedExperts:
     BUCKETS = (8, 16, 32, 64, 128)
 
     def __init__(self, width: int, device: torch.device) -> None:
-        blocks = -(-width // BLOCK)
         self._graphs = Replays(device)
-        most = self.BUCKETS[-1]
-        self._rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
-        self._scales = torch.ones(most, blocks, device=device)
-        self._place = torch.zeros(2, dtype=torch.int64, device=device)  # of the outputs
+        self._staged = _Staged(self.BUCKETS[-1], width, device)
 
-    def __call__(
-        self, expert: DeviceExpert, rows: Tensor, scales: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        """rows e4m3 [n, width] with scales fp32, n at most the largest bucket, contiguous: bf16 [n, width].
-
-        In `out` if that is bf16; contiguous.
-        """
-        n = len(rows)
-        bucket = _bucket(self.BUCKETS, n)
-        if out is None or out.dtype is not torch.bfloat16:
-            out = torch.empty_like(rows, dtype=torch.bfloat16)
-        ops.stage(rows, scales, out, self._rows, self._scales, self._place)
+    def __call__(self, expert: DeviceExpert, calls: Sequence[Call]) -> list[Tensor]:
+        """Outputs of an expert, bf16; no more rows together than the largest bucket."""
+        bucket = _bucket(self.BUCKETS, sum(len(call.rows) for call in calls))
+        outputs = self._staged.bring(calls)
         self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
-        return out
+        return outputs
 
     def _compute(self, expert: DeviceExpert, bucket: int) -> None:
         """The step of a graph."""
-        rows = self._rows[:bucket].view(torch.float8_e4m3fn)
-        ops.deliver(expert(rows, self._scales[:bucket]), self._place)
+        rows = self._staged.rows[:bucket].view(torch.float8_e4m3fn)
+        ops.deliver(expert(rows, self._staged.scales[:bucket]), self._staged.places)
 
     def forget(self, expert: DeviceExpert) -> None:
         """Its weights are given up: a graph would read them."""
@@ -114,9 +125,7 @@ class GroupedExperts:
         self._free = list(range(size))[::-1]
         self._graphs = Replays(device)
         self._copy = open_copy(device)
-        self._rows = torch.zeros(self.ROWS[-1], width, dtype=torch.uint8, device=device)
-        self._scales = torch.ones(self.ROWS[-1], -(-width // BLOCK), device=device)
-        self._place = torch.zeros(2, dtype=torch.int64, device=device)  # of the outputs
+        self._staged = _Staged(self.ROWS[-1], width, device)
         self._table = torch.zeros(self.GROUPS[-1], 3, dtype=torch.int32, device=device)
         self._stagings = torch.zeros(
             self._STAGINGS, self.GROUPS[-1], 3, dtype=torch.int32, pin_memory=device.type == "cuda"
@@ -141,8 +150,8 @@ class GroupedExperts:
         if slot is not None:
             self._free.append(slot)
 
-    def __call__(self, groups: list[Group], rows: Tensor, scales: Tensor) -> Tensor | None:
-        """rows e4m3 [n, width] with scales fp32, contiguous: bf16 [n, width].
+    def __call__(self, groups: list[Group], calls: Sequence[Call]) -> list[Tensor] | None:
+        """Outputs, bf16; `groups` are of the rows of all calls, one call behind the other.
 
         None when an expert has no slot, or there are more groups than the largest bucket.
         """
@@ -152,15 +161,17 @@ class GroupedExperts:
             return None
         count = _bucket(self.GROUPS, len(slots))
         self._upload(slots, count)
-        n, most = len(rows), max(stop - start for _, start, stop in slots)
+        sizes = [len(call.rows) for call in calls]
+        n, most = sum(sizes), max(stop - start for _, start, stop in slots)
         if n > self.ROWS[-1] or most > self.TALL[-1]:
+            rows, scales = map(joined, zip(*(call.quantised for call in calls), strict=True))
             table = self._table[:count]
-            return ops.expert_ffn_grouped(rows, scales, table, *self._stacked, max_rows=most)
+            out = ops.expert_ffn_grouped(rows, scales, table, *self._stacked, max_rows=most)
+            return list(torch.split(out, sizes))
         num, tall = _bucket(self.ROWS, n), _bucket(self.TALL, most)
-        out = torch.empty_like(rows, dtype=torch.bfloat16)
-        ops.stage(rows, scales, out, self._rows, self._scales, self._place)
+        outputs = self._staged.bring(calls)
         self._graphs.run((num, count, tall), partial(self._compute, num, count, tall))
-        return out
+        return outputs
 
     def _upload(self, slots: list[tuple[int, int, int]], count: int) -> None:
         """The first `count` groups on the device, in its turn: memory of its own for each batch under way."""
@@ -173,11 +184,11 @@ class GroupedExperts:
 
     def _compute(self, num: int, count: int, tall: int) -> None:
         """The step of a graph."""
-        rows = self._rows[:num].view(torch.float8_e4m3fn)
+        rows = self._staged.rows[:num].view(torch.float8_e4m3fn)
         out = ops.expert_ffn_grouped(
-            rows, self._scales[:num], self._table[:count], *self._stacked, max_rows=tall
+            rows, self._staged.scales[:num], self._table[:count], *self._stacked, max_rows=tall
         )
-        ops.deliver(out, self._place)
+        ops.deliver(out, self._staged.places)
 
 
 def _bucket(sizes: tuple[int, ...], wanted: int) -> int:

@@ -1,7 +1,5 @@
 """The arithmetic of an expert worker: rows of several calls in, one output row per row, in the same order."""
 
-from dataclasses import dataclass
-
 import torch
 
 from common.errors import WireError
@@ -16,22 +14,9 @@ from common.wire.blocks import (
 )
 from common.wire.header import Header
 from kernels import ops
-from services.expert.bank import Bank
+from services.expert.bank import Bank, Call, joined
 
 Tensor = torch.Tensor
-
-
-@dataclass(slots=True)
-class Call:
-    """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows).
-
-    Its outputs are wanted in `out`, if that is given.
-    """
-
-    rows: Tensor
-    scales: Tensor | None
-    segments: list[tuple[int, int]]
-    out: Tensor | None = None
 
 
 def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
@@ -78,11 +63,12 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
 
 def compute(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
     """Outputs of several calls of one layer, each [num_rows, width]; calls for the same expert share one pass."""
-    if len(calls) == 1 and len(calls[0].segments) == 1:  # one block for one expert: no regrouping
-        ((expert, _),) = calls[0].segments
-        (call,) = calls
-        outputs = [bank.ffn(layer, expert, call.rows, call.scales, call.out)]
-    else:
+    outputs = bank.together(layer, calls)
+    if outputs is None and len(calls) == 1 and len(calls[0].segments) == 1:
+        (call,) = calls  # one block for one expert: no regrouping
+        ((expert, _),) = call.segments
+        outputs = [bank.ffn(layer, expert, call.rows, call.scales)]
+    elif outputs is None:
         outputs = _regrouped(bank, layer, calls)
     return [_placed(call, output) for call, output in zip(calls, outputs, strict=True)]
 
@@ -95,15 +81,6 @@ def _placed(call: Call, output: Tensor) -> Tensor:
 
 
 def _regrouped(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
-    if calls[0].scales is not None:
-        segments = [segment for call in calls for segment in call.segments]
-        all_rows, all_scales = (
-            _joined([c.rows for c in calls]),
-            _joined([_scales(c) for c in calls]),
-        )
-        together = bank.ffn_together(layer, segments, all_rows, all_scales)
-        if together is not None:
-            return list(torch.split(together, [len(call.rows) for call in calls]))
     by_expert: dict[int, list[tuple[int, slice]]] = {}  # expert -> (call, its rows)
     for index, call in enumerate(calls):
         start = 0
@@ -112,10 +89,10 @@ def _regrouped(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
             start += count
     outputs: list[Tensor | None] = [None] * len(calls)
     for expert, parts in by_expert.items():
-        rows = _joined([calls[index].rows[part] for index, part in parts])
+        rows = joined([calls[index].rows[part] for index, part in parts])
         scales = None
         if calls[0].scales is not None:
-            scales = _joined([_scales(calls[index])[part] for index, part in parts])
+            scales = joined([calls[index].quantised[1][part] for index, part in parts])
         result = bank.ffn(layer, expert, rows, scales)
         pieces = torch.split(result, [part.stop - part.start for _, part in parts])
         for (index, part), piece in zip(parts, pieces, strict=True):
@@ -126,18 +103,3 @@ def _regrouped(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
                 outputs[index] = piece.new_empty(calls[index].rows.shape)
             outputs[index][part] = piece  # type: ignore[index]
     return [output for output in outputs if output is not None]
-
-
-def _scales(call: Call) -> Tensor:
-    assert call.scales is not None, "calls with and without scales in one batch"
-    return call.scales
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """Pieces one behind the other; e4m3 as bytes, which is all that libraries can join."""
-    dtype = pieces[0].dtype
-    if len(pieces) == 1:
-        return pieces[0]
-    if dtype is torch.float8_e4m3fn:
-        return torch.cat([piece.view(torch.uint8) for piece in pieces]).view(dtype)
-    return torch.cat(pieces)

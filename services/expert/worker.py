@@ -32,7 +32,6 @@ from services.expert.device_bank import load_bank, read_one
 from services.expert.engine import compute, parse
 from services.expert.holdings import Holdings
 
-MAX_BATCH_ROWS = 4096
 MAX_BATCHES = 2  # launched at a time: the device goes on without waiting, later blocks gather in the batcher meanwhile
 Call = Waiting[tuple[Link, Header, Buffer]]
 log = logging.getLogger(__name__)
@@ -57,13 +56,14 @@ class ExpertWorker:
             "compute_us": 0,
             "failed": 0,
         }
-        self.batcher: Batcher[tuple[Link, Header, Buffer]] = Batcher(MAX_BATCH_ROWS)
+        self.batcher: Batcher[tuple[Link, Header, Buffer]] = Batcher(0)  # of the bank's size
         self._scheduled = False
         self._in_flight = 0  # batches that the device computes
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load the resident experts, then keep dialling the routers of its node."""
         self.bank = load_bank(self.config, self.spec.id.index)
+        self.batcher.max_rows = self.bank.max_batch_rows
         self.loop = asyncio.get_running_loop()
         routers = self.config.routers_of(self.spec.node)
         self.holdings = Holdings(self.bank, partial(read_one, self.config), len(routers))

@@ -79,14 +79,26 @@ for name in ("pack", "unpack"):
 for width, n in ((128, 3), (144, 1), (200, 5)):
     rows, scales = torch.randint(0, 256, (n, width), dtype=torch.uint8), torch.rand(n, -(-width // 128))
     out, to_rows = torch.zeros(n + 1, width).bfloat16(), torch.zeros(6, width, dtype=torch.uint8)
-    to_scales, at = torch.zeros(6, scales.shape[1]), torch.zeros(2).long()
+    to_scales, at = torch.zeros(6, scales.shape[1]), torch.zeros(7).long()
     stage.stage(rows, scales, out, to_rows, to_scales, at)
     assert torch.equal(to_rows[:n], rows) and torch.equal(to_scales[:n], scales), "stage"
     assert not to_rows[n:].any() and not to_scales[n:].any(), "stage: behind the rows"
-    assert at.tolist() == [out.data_ptr(), n], "stage: the place"
-    outputs = torch.randn(6, width).bfloat16()
+    assert at.tolist()[: n + 1] == [n, *(row.data_ptr() for row in out[:n])], "stage: the places"
+    outputs, alone = torch.randn(6, width).bfloat16(), torch.zeros(2, width).bfloat16()
     stage.deliver(outputs, at)
     assert torch.equal(out[:n], outputs[:n]) and not out[n:].any(), "deliver"
+    stage.stage(rows[:1], scales[:1], alone, to_rows, to_scales, at, n)
+    assert torch.equal(to_rows[:n], rows) and torch.equal(to_rows[n], rows[0]), "stage: one call more"
+    assert torch.equal(to_scales[n], scales[0]) and at[0] == n + 1, "stage: one call more"
+    for module in (stage, ref_stage):
+        out.zero_(), alone.zero_()
+        module.deliver(outputs, at)
+        assert torch.equal(out[:n], outputs[:n]) and torch.equal(alone[0], outputs[n]), "deliver two calls"
+        assert not out[n:].any() and not alone[1:].any(), "deliver two calls"
+    ref_at = torch.zeros(7).long()
+    ref_stage.stage(rows, scales, out, to_rows, to_scales, ref_at)
+    ref_stage.stage(rows[:1], scales[:1], alone, to_rows, to_scales, ref_at, n)
+    assert torch.equal(at, ref_at), "stage: the reference"
 
 for shared in (None, torch.randn(6, 1100)):
     before, answer = torch.randn(6, 1100), torch.randn(5, 1100)

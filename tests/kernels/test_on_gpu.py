@@ -197,15 +197,25 @@ def test_rows_go_into_a_graph_and_out_of_it(width):
             torch.zeros(most, width).byte().cuda(),
             torch.zeros(most, scales.shape[1]).cuda(),
         )
-        place, outputs = torch.zeros(2).long().cuda(), torch.randn(most, width).bfloat16().cuda()
-        out = torch.full((n + 1, width), float("nan")).bfloat16().cuda()
-        ops.stage(given, scales, out, to_rows, to_scales, place)
-        ops.deliver(outputs, place)
+        places, outputs = (
+            torch.zeros(most + 1).long().cuda(),
+            torch.randn(most, width).bfloat16().cuda(),
+        )
+        outs = [torch.full((n + 1, width), float("nan")).bfloat16().cuda() for _ in range(2)]
+        first = n // 3  # rows of a call before
+        for out, part in zip(outs, (slice(first), slice(first, n)), strict=True):
+            if len(given[part]):
+                ops.stage(
+                    given[part], scales[part], out, to_rows, to_scales, places, part.start or 0
+                )
+        ops.deliver(outputs, places)
         assert torch.equal(to_rows[:n], given)
         assert torch.equal(to_scales[:n], scales)
         assert not to_rows[n:].any()
-        assert torch.equal(out[:n], outputs[:n])
-        assert out[n:].isnan().all(), "written behind the rows"
+        assert torch.equal(outs[0][:first], outputs[:first])
+        assert torch.equal(outs[1][: n - first], outputs[first:n])
+        assert outs[0][first:].isnan().all(), "written behind the rows"
+        assert outs[1][n - first :].isnan().all(), "written behind the rows"
 
 
 @on_gpu

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from kernels import ops
+from services.expert.bank import MAX_BATCH_ROWS, Call
 from services.expert.device_bank import DeviceBank
 from services.expert.device_experts import DeviceExpert, GraphedExperts, GroupedExperts
-from services.expert.engine import Call, compute
+from services.expert.engine import compute
 
 WIDTH, HIDDEN = 256, 128
 
@@ -62,12 +63,37 @@ def test_outputs_go_where_they_are_wanted(counts):
         assert torch.equal(output, wanted)
 
 
+@pytest.mark.parametrize("counts", [(3, 5, 1), (64, 64), (1, 127), (100, 29)], ids=str)
+@pytest.mark.parametrize("are_placed", [True, False])
+def test_calls_of_one_expert_are_one_graph_if_they_fit(counts, are_placed, monkeypatch):
+    held, replays = bank(), []
+    monkeypatch.setattr(
+        GraphedExperts, "_compute", lambda *args, real=GraphedExperts._compute: replays.append(real(*args))
+    )  # fmt: skip
+    calls = [Call(*rows(count, seed=i), [(0, count)]) for i, count in enumerate(counts)]
+    wanted = [held.experts[0, 0](call.rows, call.scales) for call in calls]
+    if are_placed:
+        for call, output in zip(calls, wanted, strict=True):
+            call.out = torch.full_like(output, float("nan"))
+    for call, output, expected in zip(calls, compute(held, 0, calls), wanted, strict=True):
+        assert torch.equal(output, expected)
+        assert not are_placed or output is call.out
+    fits = sum(counts) <= held.max_batch_rows
+    assert len(replays) == (1 if fits else 0)
+    assert held.rows[0, 0] == sum(counts)
+
+
+def test_how_many_rows_are_computed_together():
+    assert (bank().max_batch_rows, packed_bank().max_batch_rows) == (128, MAX_BATCH_ROWS)
+
+
 def test_an_output_of_another_type_stays_where_it_is():
     held = bank()
     given, scales = rows(8)
     out = torch.full((8, WIDTH), float("nan"), dtype=torch.float64)
     (output,) = compute(held, 0, [Call(given, scales, [(0, 8)], out)])
-    assert torch.equal(output, held.ffn(0, 0, given, scales).to(output.dtype))
+    assert output.dtype is torch.bfloat16
+    assert torch.equal(output, held.ffn(0, 0, given, scales))
     assert out.isnan().all()
 
 
@@ -115,7 +141,7 @@ def test_experts_together_compute_what_each_does(size, counts):
     (out,) = compute(held, 0, [Call(given, scales, segments)])
     assert torch.equal(out, torch.cat(expected))
     assert held.rows == {(0, e): n for e, n in enumerate(counts)}
-    ran_together = held.ffn_together(0, segments, given, scales) is not None
+    ran_together = held.together(0, [Call(given, scales, segments)]) is not None
     assert ran_together == (size == 3)
 
 
@@ -135,5 +161,5 @@ def test_a_slot_that_was_given_up_serves_the_next_expert():
     new = expert(9)
     held.add((0, 7), new, "h")
     given, scales = rows(6)
-    together = held.ffn_together(0, [(0, 2), (7, 4)], given, scales)
+    (together,) = held.together(0, [Call(given, scales, [(0, 2), (7, 4)])])
     assert torch.equal(together[2:], new(given[2:], scales[2:]))
