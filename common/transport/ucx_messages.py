@@ -375,6 +375,14 @@ class UcxMessages(BaseLink):
             self._next = (self._next + 1) & _SEQUENCE_MASK
             self._deliver(arrival.header, arrival.buffer)
 
+    def _deliver(self, header: Header, buffer: Buffer) -> None:
+        """Before a message is handled, with others behind it, goes what the device has written by now."""
+        seam = self._plane.seam
+        if seam.is_open and seam.poll() and self.state is not LinkState.OPEN:
+            buffer.release()
+        else:
+            super()._deliver(header, buffer)
+
     def _drop_receives(self) -> None:
         """What is in goes back to its pool now, the rest when UCX has ended it."""
         announced, self._announced = self._announced, {}

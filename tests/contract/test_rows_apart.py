@@ -544,6 +544,35 @@ def test_rows_wait_for_their_fence_and_what_is_behind_them_too(tmp_path):
     check_no_block_leaked(net)
 
 
+@pytest.mark.parametrize("rows", [b"", b"apart"], ids=["alone", "with rows"])
+def test_messages_that_came_together_do_not_keep_what_the_device_has_written(tmp_path, rows):
+    net, seen = DeviceUcxNet(tmp_path), []
+
+    class Slow(RowsPeer):
+        """Launches something at each message, which is done before the next is handled."""
+
+        def on_message(self, link, header, payload):
+            seen.append(header.block)
+            ManualEvent.passed = False
+            self.seam.fence().then(lambda: seen.append("written"))
+            ManualEvent.passed = True
+            super().on_message(link, header, payload)
+
+    async def main():
+        here, there = Slow(), RowsPeer()
+        here.seam = Seam(ManualEvent)
+        _, _, listener = await linked(net, here, there, seam=here.seam)
+        for block in range(3):  # nobody reads before the last is posted
+            post(there.links[0], Header(Kind.EXPERT_OUT, block=block), listener.pool, rows, b"tail")
+        await here.until(lambda: len(here.got) == 3)
+        async with asyncio.timeout(5):
+            await poll_until(lambda: not here.seam.is_open)
+        assert seen == [0, "written", 1, "written", 2, "written"]
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
 def test_a_fence_that_is_passed_after_its_link_closed_sends_nothing(tmp_path):
     net = DeviceUcxNet(tmp_path)
 
