@@ -133,8 +133,12 @@ class ExpertWorker:
         self._schedule()
 
     def _schedule(self) -> None:
-        if self.batcher and not self._scheduled and self._in_flight < MAX_BATCHES:
-            self._scheduled = True
+        if not self.batcher or self._scheduled or self._in_flight >= MAX_BATCHES:
+            return
+        self._scheduled = True
+        if self._in_flight == 0 and self.transport.pool.polled:  # a device that idles need not wait
+            self._run()
+        else:
             self.loop.call_soon(self._run)
 
     def _run(self) -> None:

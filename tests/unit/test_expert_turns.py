@@ -1,0 +1,122 @@
+"""When an expert worker computes what has come: a device that idles at once, else all that came by then together."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.config import ClusterConfig, ModelSection, Node
+from common.transport.buffers import BufferPool
+from common.transport.seam import Seam
+from common.wire.header import Header, Kind, Wire
+from services.expert import worker as module
+from services.expert.worker import ExpertWorker
+
+WIDTH = 128
+CONFIG = ClusterConfig(
+    model=ModelSection(path=Path("model")), nodes=(Node(attention=1, experts=1),)
+)
+
+
+class Stream:
+    """What was launched, and how much of it is done."""
+
+    def __init__(self):
+        self.launched, self.done = [], 0
+
+    def event(self):
+        return Event(self)
+
+
+class Event:
+    """There when all is done that was launched before it was recorded."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def record(self):
+        self.number = len(self.stream.launched)
+
+    def query(self):
+        return self.stream.done >= self.number
+
+
+class Asker:
+    """A link: keeps the blocks that are answered."""
+
+    def __init__(self):
+        self.answered = []
+
+    def post(self, header, payload):
+        assert header.kind is Kind.EXPERT_OUT
+        self.answered.append(header.block)
+
+
+@pytest.fixture
+def expert(monkeypatch):
+    def new(*, on_device):
+        stream, pool = Stream(), BufferPool()
+        pool.polled = on_device
+
+        def compute(bank, layer, calls):
+            stream.launched.append([call.block for call in calls])
+            return [torch.zeros(call.num_rows, WIDTH) for call in calls]
+
+        monkeypatch.setattr(module, "compute", compute)
+        monkeypatch.setattr(module, "parse", lambda header, payload, bank: header)
+        seam = Seam(stream.event if on_device else None)
+        worker = ExpertWorker(CONFIG, 0, SimpleNamespace(pool=pool, seam=seam))
+        worker.bank, worker.loop = None, asyncio.get_running_loop()
+        worker.batcher.max_rows = 100
+        return worker, stream, seam
+
+    return new
+
+
+def ask(worker, link, *blocks):
+    for block in blocks:
+        header = Header(Kind.EXPERT_IN, Wire.FP32, layer=1, width=WIDTH, num_rows=1, block=block)
+        payload = worker.transport.pool.acquire(8)
+        worker.on_message(link, header, payload)
+
+
+def test_a_device_that_idles_begins_with_the_first_and_goes_on_with_all_that_came(expert):
+    async def main():
+        worker, stream, seam = expert(on_device=True)
+        link = Asker()
+        ask(worker, link, 1, 2, 3)
+        assert stream.launched == [[1]], "at once"
+        await asyncio.sleep(0)
+        assert stream.launched == [[1], [2, 3]]
+        ask(worker, link, 4, 5)
+        await asyncio.sleep(0)
+        assert len(stream.launched) == module.MAX_BATCHES, "no more at a time"
+        stream.done = 1
+        assert seam.poll()
+        await asyncio.sleep(0)
+        assert (link.answered, stream.launched[2:]) == ([1], [[4, 5]])
+        stream.done = 3
+        seam.poll()
+        assert link.answered == [1, 2, 3, 4, 5]
+        ask(worker, link, 6)
+        assert stream.launched[3:] == [[6]], "it idles again"
+        stream.done = 4
+        seam.poll()
+        assert worker.transport.pool.outstanding == 0
+
+    asyncio.run(main())
+
+
+def test_without_a_device_all_that_came_is_computed_together(expert):
+    async def main():
+        worker, stream, _ = expert(on_device=False)
+        link = Asker()
+        ask(worker, link, 1, 2, 3)
+        assert stream.launched == []
+        await asyncio.sleep(0)
+        assert (stream.launched, link.answered) == ([[1, 2, 3]], [1, 2, 3])
+        assert worker.transport.pool.outstanding == 0
+
+    asyncio.run(main())
