@@ -4,7 +4,7 @@ All k loads of a program are in flight together; the sum runs in ascending k. Fu
 bits are those of the reference: product and sum are rounded apart. Floor: (k rows in + 1 row out) / copy bandwidth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -96,11 +96,18 @@ def combine(
     out [n, width] bf16, fp32 or float64. A row without pairs becomes zero. All contiguous. In a plain sum a slot of
     OTHER + i is row i of `more`, whose dtype may be another.
     """
+    combining(source, slots, weights, out, more)()
+
+
+def combining(
+    source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor, more: Tensor | None = None
+) -> Callable[[], object]:
+    """`combine` to be launched later, prepared by then; the tensors stay where they are and with the caller."""
     assert more is None or weights is None, "two sources are for plain sums"
     n, depth = slots.shape
     width = source.shape[1]
     if n == 0:
-        return
+        return lambda: None
     weighted, two, few = weights is not None, more is not None, n < _SPLIT_ROWS
     pointers = (
         source,
@@ -118,7 +125,7 @@ def combine(
         options = {"num_warps": _warps(n), "enable_fp_fusion": False, "maxnreg": limit}
         return constants, options | PROGRAMMATIC
 
-    _launch_combine(
+    return _launch_combine.prepared(
         (depth, weighted, two, few, width, dtypes),
         (n, -(-width // _COLUMNS), 1), pointers, (width,), describe,
     )  # fmt: skip

@@ -47,6 +47,7 @@ TRITON = {
     "publish": "stage",
     "combine": "combine",
     "combine_fp8": "combine",
+    "combining": "combine",
     "sum_partials": "combine",
     "expert_ffn": "expert_ffn",
     "expert_ffn_grouped": "expert_ffn",
@@ -102,6 +103,7 @@ deliver = _choose(_stage.deliver)
 add_placed = _choose(_stage.add_placed)
 publish = _choose(_stage.publish)
 combine = _choose(_combine.combine)
+combining = _choose(_combine.combining)
 combine_fp8 = _choose(_combine.combine_fp8)
 sum_partials = _choose(_combine.sum_partials)
 expert_ffn = _choose(_expert_ffn.expert_ffn)

@@ -6,7 +6,8 @@ same holds for the sum of node partials, in ascending node order: float64 partia
 once.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,6 +93,13 @@ def _combine_on_host(
         for j in range(1, table.shape[1]):
             acc += terms[:, j]
         sums[part] = acc
+
+
+def combining(
+    source: Tensor, slots: Tensor, weights: Tensor | None, out: Tensor, more: Tensor | None = None
+) -> Callable[[], object]:
+    """See `kernels.combine.combining`."""
+    return functools.partial(combine, source, slots, weights, out, more)
 
 
 def combine_fp8(

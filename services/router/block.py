@@ -6,6 +6,7 @@
 Neither sends anything nor looks at a clock: `services.router.dataflow` moves the messages.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,6 +43,14 @@ class Timing:
 
 
 @dataclass(slots=True)
+class Answer:
+    """A node's sum that is an answer, prepared while experts compute: `launch` writes the rows of `buffer`."""
+
+    buffer: Buffer
+    launch: Callable[[], object]
+
+
+@dataclass(slots=True)
 class NodeWork:
     """This node's pairs of one block, their expert outputs as they come, and who is still missing.
 
@@ -56,6 +65,7 @@ class NodeWork:
     outputs: Outputs  # in places of the fan-out
     waiting: dict[int, WorkerShare] = field(default_factory=dict)  # by question
     timing: Timing = field(default_factory=Timing)
+    answer: "Answer | None" = None
 
     def put(self, call: int, payload: Buffer, segment: RowSegment) -> None:
         """Copy an answer to its places."""
@@ -67,14 +77,14 @@ class NodeWork:
         self.timing.include(header)
         return not self.waiting
 
-    def sum_into(self, out: Tensor) -> None:
-        """The weighted sum per row, [num_rows, width]: products and sums in float64 when `out` is, else in fp32."""
-        ops.combine(self.outputs.rows, self.outputs.slots, self.outputs.weights, out)
+    def summing(self, out: Tensor) -> Callable[[], object]:
+        """What sums: the weighted sum per row, [num_rows, width], in float64 when `out` is, else in fp32."""
+        return ops.combining(self.outputs.rows, self.outputs.slots, self.outputs.weights, out)
 
     def exact(self) -> Tensor:
         """The weighted sum per row, float64 [num_rows, width]."""
         out = self.outputs.rows.new_empty((self.num_rows, self.request.width), dtype=torch.float64)
-        self.sum_into(out)
+        self.summing(out)()
         return out
 
 

@@ -202,6 +202,7 @@ class Dataflow:
         self._works[key] = work
         self.calls.ask_experts(work, plan.shares, plan.tables.pieces, gathered, self.clock_ns())
         self.counters.rows_to_experts += plan.tables.num_places
+        self._answers.prepare(work, self.calls.sources.get(key))
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -375,6 +376,8 @@ class Dataflow:
         work = self._works.pop(key, None)
         if work is not None:
             self._rows.release(work.outputs)
+            if work.answer is not None:
+                work.answer.buffer.release()
             for call, share in work.waiting.items():
                 self.calls.settle_expert(share.worker, call)
 

@@ -138,6 +138,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # kernels are left out
     ops.gather_pieces = ops.combine = ops.sum_partials = lambda *_, **__: None
+    ops.combining = lambda *_: ops.combine
     pool = DevicePool("cpu")
     homes = tuple(w * args.nodes // args.experts for w in range(args.experts))
     plan = Plan(1, {LAYER: tuple((w,) for w in range(args.experts))}, homes)
