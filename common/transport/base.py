@@ -18,7 +18,7 @@ from common.errors import LinkClosed
 from common.ids import ProcessId
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.seam import Seam
-from common.wire.header import Header
+from common.wire.header import Header, Landed
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
@@ -103,6 +103,14 @@ class Handler(Protocol):
 
     def on_close(self, link: Link, error: LinkClosed) -> None:
         """The link is gone; everything owed by the peer on it will never come."""
+        ...
+
+
+class LandedHandler(Handler, Protocol):
+    """One that takes answers in short whose rows landed: hundreds of these come a second, and with nothing else."""
+
+    def on_landed(self, link: Link, answer: Landed, landing: "DeviceRows") -> None:
+        """Instead of `on_message`, with the rows at `landing`, as it was posted; its reference stays the link's."""
         ...
 
 

@@ -23,7 +23,7 @@ from common.errors import AtollError, Fatal, LinkClosed, Overloaded, WireError
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.credits import Credits
-from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, Kind
+from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, Kind, read_landed
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
@@ -70,6 +70,8 @@ class BaseLink(Link, ABC):
         self._landings: dict[int, DeviceRows] = {}  # answer number -> where its rows go
         self._num_landings = 0
         self._error: LinkClosed | None = None
+        # of a handler that has it: see `LandedHandler`
+        self._on_landed: Callable[..., None] | None = getattr(handler, "on_landed", None)
         self._on_free: Callable[[], None] = self._freed  # one bound method for every message
         self.has_data = mine.data and peer.data
 
@@ -305,6 +307,30 @@ class BaseLink(Link, ABC):
             self._handler.on_message(self, header, payload)
         except Exception as exc:
             self._handler_raised(exc)
+
+    def _deliver_landed(self, message: bytes) -> bool:
+        """An answer that is a header alone, as its rows have landed, for a handler that takes it in short.
+
+        False: it is to be taken as any other message.
+        """
+        if self._on_landed is None or (answer := read_landed(message)) is None:
+            return False
+        landing = self._landings.get(answer.answer)
+        if landing is None or landing.nbytes != answer.payload_nbytes:
+            return False
+        try:
+            self._credits.arrived()
+            self._credits.granted(answer.credits)
+        except WireError as exc:
+            self._fail(WireError(f"{self._peer.process}: {exc}"))
+            return True
+        del self._landings[answer.answer]
+        if self._queue:
+            self._flush()
+        self._call(self._on_landed, self, answer, landing)
+        landing.release()
+        self._freed()
+        return True
 
     def _take_control(self, frame: dict[str, Any]) -> None:
         if "bye" in frame:

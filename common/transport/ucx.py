@@ -1,7 +1,8 @@
 """The production transport: data messages over UCX, everything else over authenticated control sockets.
 
-Decides when links and listeners come and go; `ucx_link`, `ucx_messages` and `ucx_plane` move the data, `neighbour` what
-stays on a host, `control` and `handshake` prove who is there, `reactor` is the only file that knows UCX's library.
+Decides when links and listeners come and go; `ucx_link`, `ucx_messages`, `ucx_arrivals` and `ucx_plane` move the data,
+`neighbour` what stays on a host, `control` and `handshake` prove who is there, `reactor` is the only file that knows
+UCX's library.
 """
 
 import asyncio

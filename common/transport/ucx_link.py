@@ -1,4 +1,7 @@
-"""One link over UCX: it opens by an authenticated control socket, and closes. `ucx_messages` moves its data."""
+"""One link over UCX: it opens by an authenticated control socket, and closes.
+
+`ucx_messages` sends on it, `ucx_arrivals` receives.
+"""
 
 import asyncio
 import base64
@@ -11,7 +14,8 @@ from common.errors import AtollError, AuthError, LinkClosed, WireError
 from common.transport.base import Handler, Hello, Link
 from common.transport.control import Channel
 from common.transport.link import LinkState
-from common.transport.ucx_messages import SENDER_MASK, SENDER_SHIFT, UcxMessages
+from common.transport.ucx_arrivals import SENDER_MASK, SENDER_SHIFT
+from common.transport.ucx_messages import UcxMessages
 
 if TYPE_CHECKING:
     from common.transport.ucx_plane import DataPlane

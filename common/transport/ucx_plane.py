@@ -20,8 +20,8 @@ from common.transport.link import LinkLimits
 from common.transport.port import IN_PROGRESS, RowsPort, is_compiled
 from common.transport.reactor import Reactor
 from common.transport.seam import Seam
+from common.transport.ucx_arrivals import SENDER_MASK, SENDER_SHIFT
 from common.transport.ucx_link import UcxLink
-from common.transport.ucx_messages import SENDER_MASK, SENDER_SHIFT
 from common.wire.header import HEADER_NBYTES
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from common.transport.base import Link
 from common.transport.buffers import Buffer
 from common.wire.blocks import RowSegment
-from common.wire.header import Header
+from common.wire.header import Header, Landed
 from kernels import ops
 from kernels.reference.combine import OTHER
 from services.router.plan import NodeShare, WorkerShare, sum_table
@@ -35,7 +35,7 @@ class Timing:
     compute_us: int = 0
     combine_us: int = 0
 
-    def include(self, other: "Timing | Header") -> None:
+    def include(self, other: "Timing | Header | Landed") -> None:
         """Keep the part that waited and computed longest: the block cannot be done before it."""
         if other.queue_us + other.compute_us >= self.queue_us + self.compute_us:
             self.queue_us, self.compute_us = other.queue_us, other.compute_us
@@ -71,10 +71,10 @@ class NodeWork:
         """Copy an answer to its places."""
         self.outputs.put(self.waiting[call].start, payload, segment)
 
-    def arrived(self, call: int, header: Header) -> bool:
+    def arrived(self, call: int, answer: Header | Landed) -> bool:
         """An answer is in its places. True when it was the last."""
         del self.waiting[call]
-        self.timing.include(header)
+        self.timing.include(answer)
         return not self.waiting
 
     def summing(self, out: Tensor) -> Callable[[], object]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.transport.outbox import Outbox
-from common.wire.header import Kind
-from services.router.block import Int32s, NodeWork, SourceWork
+from common.transport.base import Hello
+from common.transport.outbox import Call, Outbox
+from common.wire.header import Header, Kind, Landed
+from services.router.block import Int32s, NodeWork, SourceWork, Work
 from services.router.counters import Counters
 from services.router.plan import NodeShare, WorkerShare
 from services.router.routes import Fleet
@@ -149,6 +150,17 @@ class Calls:
                 )
 
     # ---- answers -------------------------------------------------------------------------------
+
+    def asked(self, peer: Hello, answer: Header | Landed) -> tuple[Call, Work] | None:
+        """The question, and what it is about; None, and counted, when nobody waits for the answer any more."""
+        call, is_expert_s = answer.block, answer.kind == Kind.EXPERT_OUT
+        item: Work | None = (self.works if is_expert_s else self.sources).get(call)
+        outbox = self.experts[peer.process.index] if is_expert_s else self.routers[peer.node]
+        owed = outbox.owed(call)
+        if owed is None or item is None:
+            self.counters.late += 1
+            return None
+        return owed, item
 
     def settle_expert(self, worker: int, call: int) -> bool:
         """The worker's answer is good, or no longer wanted. False when nothing was owed."""

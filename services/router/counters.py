@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from common.wire.blocks import DISPATCH_ROWS, EXPERT_OUT_ROWS, row_segment
-from common.wire.header import Header, Kind
+from common.wire.header import Header, Kind, Landed
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Counters:
     operations: dict[int, int] = field(default_factory=dict)
     links: dict[int, tuple[LinkTraffic, LinkTraffic]] = field(default_factory=dict)
 
-    def received(self, header: Header) -> None:
+    def received(self, header: Header | Landed) -> None:
         """A data message came in."""
         self.messages_in += 1
         self.bytes_in += header.payload_nbytes

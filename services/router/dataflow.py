@@ -15,11 +15,11 @@ from common.placement.plan import Plan
 from common.tensors import check_rows
 from common.transport.base import Link, tell
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.device import release_behind
+from common.transport.device import DeviceRows, release_behind
 from common.transport.outbox import Call, Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import EXPERT_OUT_ROWS, PARTIAL_ROWS, RowSegment, RowType
-from common.wire.header import Header, Kind, Wire
+from common.wire.header import Header, Kind, Landed, Wire
 from services.router import payloads
 from services.router.answers import Answers
 from services.router.block import Int32s, NodeWork, SourceWork, Work
@@ -99,22 +99,22 @@ class Dataflow:
                 except AtollError as exc:
                     self._forget(header.block)
                     self._fail(link, header, str(exc))
-            elif header.kind is Kind.EXPERT_OUT:
-                self._on_expert_out(link.peer.process.index, header, payload)
-            elif header.kind is Kind.PARTIAL:
-                self._on_partial(link.peer.node, header, payload)
+            elif header.kind in (Kind.EXPERT_OUT, Kind.PARTIAL):
+                self._on_answer(link, header, payload)
             elif header.kind is Kind.FAILED:
                 self._on_failed(link, header, payload)
             else:
                 raise WireError(f"{header.kind.name} sent to a router")
-            if self.trace is not None:
-                self.trace.span(
-                    header.kind.name.lower(), header.trace, header.layer, header.microbatch, started,
-                    self.clock_ns(), header.target if header.kind is Kind.EXPERT_OUT else link.peer.node,
-                )  # fmt: skip
+            self._trace(link, header.kind, header, started)
         finally:
             if payload is not None:
                 payload.release()
+
+    def _trace(self, link: Link, kind: Kind, about: Header, started_ns: int) -> None:
+        if self.trace is not None:
+            who = link.peer.process.index if kind is Kind.EXPERT_OUT else link.peer.node
+            place = about.trace, about.layer, about.microbatch
+            self.trace.span(kind.name.lower(), *place, started_ns, self.clock_ns(), who)
 
     def _on_request(self, link: Link, header: Header, payload: Buffer | None) -> None:
         routes = self.epochs.routes(header.epoch, header.layer)
@@ -129,9 +129,8 @@ class Dataflow:
         self.counters.split_us += (self.clock_ns() - started) // 1000
 
     def _on_dispatch(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
-        rows, experts, weights = payloads.read_dispatch(
-            header, payload, self.num_experts, self.slices
-        )
+        sizes = self.num_experts, self.slices
+        rows, experts, weights = payloads.read_dispatch(header, payload, *sizes)
         if routes.has_replicas(header.layer):
             check_experts(experts, self.num_experts)  # else `split` does
         table = routes.senders(header.layer, experts, self.calls.fleet)
@@ -206,20 +205,49 @@ class Dataflow:
 
     # ---- answers -------------------------------------------------------------------------------
 
-    def _on_expert_out(self, worker: int, header: Header, payload: Buffer | None) -> None:
-        call = header.block
-        owed, work = self.experts[worker].owed(call), self.calls.works.get(call)
-        if owed is None or work is None:
-            self.counters.late += 1
+    def on_landed(self, link: Link, answer: Landed, landing: DeviceRows) -> None:
+        """`on_message` of an answer whose rows are in their places. Raises WireError if these are another's."""
+        self.counters.received(answer)
+        started = 0 if self.trace is None else self.clock_ns()
+        asked = self.calls.asked(link.peer, answer)
+        if asked is None:
             return
-        row_type = EXPERT_OUT_ROWS[work.request.wire]
-        num_rows, width = owed.num_rows, work.request.width
-        payload, segment = check_rows(payload, num_rows, width, row_type, "EXPERT_OUT")
-        self._put(work, owed, payload, segment)
-        self.calls.settle_expert(worker, call)
-        if work.arrived(call, header):
-            del self._works[work.key]
-            self._finish_work(work)
+        owed, item = asked
+        if owed.landing is not landing:
+            raise WireError(f"{link.peer.process} answered {answer.block} with rows of another")
+        self._answered(link, owed, item, answer)
+        self._trace(link, Kind(answer.kind), item.request, started)
+
+    def _on_answer(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        """Its rows are copied to where they are summed, unless they came there."""
+        asked = self.calls.asked(link.peer, header)
+        if asked is None:
+            return
+        owed, item = asked
+        rows = EXPERT_OUT_ROWS if header.kind is Kind.EXPERT_OUT else PARTIAL_ROWS
+        row_type, width = rows[item.request.wire], item.request.width
+        payload, segment = check_rows(payload, owed.num_rows, width, row_type, header.kind.name)
+        if payload.rows is None or payload.rows is not owed.landing:
+            item.put(owed.number, payload, segment)
+            if payload.rows is not None:  # the device has yet to read them
+                release_behind(self.seam, payload.retain())
+        self._answered(link, owed, item, header)
+
+    def _answered(self, link: Link, owed: Call, item: Work, answer: Header | Landed) -> None:
+        """The rows of an answer are in their places."""
+        call, node = owed.number, link.peer.node
+        if isinstance(item, NodeWork):
+            self.calls.settle_expert(link.peer.process.index, call)
+            if item.arrived(call, answer):
+                del self._works[item.key]
+                self._finish_work(item)
+            return
+        self.counters.crossed(
+            node, Kind.PARTIAL, item.request, owed.num_rows, owed.num_pairs, answer.payload_nbytes, inward=True
+        )  # fmt: skip
+        self.calls.settle_router(node, call)
+        item.timing.include(answer)
+        self._partial_arrived(item, call)
 
     def _finish_work(self, work: NodeWork) -> None:
         source = self.calls.sources.pop(work.key, None)
@@ -232,30 +260,6 @@ class Dataflow:
         else:
             self._answers.share(source, work)
             self._partial_arrived(source, work.key)
-
-    def _put(self, item: Work, owed: Call, payload: Buffer, segment: RowSegment) -> None:
-        """Copy an answer to where it is summed, unless its rows came there."""
-        if payload.rows is None or payload.rows is not owed.landing:
-            item.put(owed.number, payload, segment)
-            if payload.rows is not None:  # the device has yet to read them
-                release_behind(self.seam, payload.retain())
-
-    def _on_partial(self, node: int, header: Header, payload: Buffer | None) -> None:
-        call = header.block
-        owed, source = self.routers[node].owed(call), self.calls.sources.get(call)
-        if owed is None or source is None:
-            self.counters.late += 1
-            return
-        row_type = PARTIAL_ROWS[source.request.wire]
-        num_rows, width = owed.num_rows, source.request.width
-        payload, segment = check_rows(payload, num_rows, width, row_type, "PARTIAL")
-        self._put(source, owed, payload, segment)
-        self.counters.crossed(
-            node, header.kind, header, num_rows, owed.num_pairs, header.payload_nbytes, inward=True
-        )
-        self.calls.settle_router(node, call)
-        source.timing.include(header)
-        self._partial_arrived(source, call)
 
     def _partial_arrived(self, source: SourceWork, call: int) -> None:
         if source.arrived(call):

@@ -23,12 +23,13 @@ from common.plan_file import cluster_plan
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport, tell
 from common.transport.buffers import Buffer
+from common.transport.device import DeviceRows
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
 from common.waiting import poll_until
 from common.wire.blocks import combined_rows
-from common.wire.header import Header, Wire
+from common.wire.header import Header, Landed, Wire
 from services.router.dataflow import Dataflow
 from services.router.placement import Placement
 from services.router.plan import split_by_node, split_unicast
@@ -176,6 +177,10 @@ class RouterWorker:
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Every data message is the dataflow's."""
         self.flow.on_message(link, header, payload)
+
+    def on_landed(self, link: Link, answer: Landed, landing: DeviceRows) -> None:
+        """Likewise."""
+        self.flow.on_landed(link, answer, landing)
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
         """Status questions from gateways, answers from experts, what other routers lost or want no more."""

@@ -23,12 +23,12 @@ from common.ids import ProcessId, Role
 from common.placement.plan import Plan
 from common.transport.base import Hello
 from common.transport.buffers import Buffer
-from common.transport.device import DevicePool
+from common.transport.device import DevicePool, DeviceRows
 from common.transport.link import BaseLink, LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.volley import Part
 from common.wire.blocks import RowType, dispatch_layout, row_segment
-from common.wire.header import Header, Kind, Wire
+from common.wire.header import HEADER_NBYTES, Header, Kind, Landed, Wire
 from kernels import ops
 from services.router.dataflow import Dataflow
 
@@ -80,6 +80,10 @@ class SilentLink(BaseLink):
         assert header is not None
         self._deliver(header, buffer)
 
+    def take_landed(self, message: bytes) -> None:
+        """An answer has arrived."""
+        assert self._deliver_landed(message)
+
 
 class Handler:
     """Gives a link to the dataflow."""
@@ -91,6 +95,9 @@ class Handler:
 
     def on_message(self, link: SilentLink, header: Header, payload: Buffer | None) -> None:
         self.flow.on_message(link, header, payload)
+
+    def on_landed(self, link: SilentLink, answer: Landed, landing: DeviceRows) -> None:
+        self.flow.on_landed(link, answer, landing)
 
 
 def block(pool: DevicePool, rows: int, experts: int, number: int) -> Buffer:
@@ -110,7 +117,7 @@ def block(pool: DevicePool, rows: int, experts: int, number: int) -> Buffer:
     return buffer
 
 
-def answer(pool: DevicePool, request: Header) -> Buffer:
+def answer(request: Header) -> bytes:
     """An EXPERT_OUT or PARTIAL as it comes in: its rows are where they were wanted."""
     segment = row_segment(request.num_rows, WIDTH, RowType.BF16)
     header = request.derive(
@@ -119,10 +126,10 @@ def answer(pool: DevicePool, request: Header) -> Buffer:
         num_rows=request.num_rows,
         payload_nbytes=segment.end,
     )
-    header.rows_nbytes = segment.end
-    buffer = pool.acquire(0)
-    header.pack_into(buffer.view)
-    return buffer
+    header.rows_nbytes, header.landed = segment.end, 1
+    message = bytearray(HEADER_NBYTES)
+    header.pack_into(message)
+    return bytes(message)
 
 
 def main() -> None:
@@ -165,12 +172,12 @@ def main() -> None:
             origin.take(message)
             split = time.perf_counter()
             requests = [(link, header) for link in links for header in link.requests()]
-            answers = [(link, answer(pool, request)) for link, request in requests]
+            answers = [(link, answer(request)) for link, request in requests]
             ready = time.perf_counter()
-            for link, buffer in answers[:-1]:
-                link.take(buffer)
+            for link, landed in answers[:-1]:
+                link.take_landed(landed)
             last = time.perf_counter()
-            answers[-1][0].take(answers[-1][1])
+            answers[-1][0].take_landed(answers[-1][1])
             ended = time.perf_counter()
             assert origin.posted.pop().kind is Kind.COMBINED
             for name, seconds in (

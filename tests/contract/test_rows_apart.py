@@ -24,8 +24,8 @@ from common.transport.neighbour import Neighbour
 from common.transport.port import CANCELED
 from common.transport.seam import Seam
 from common.transport.ucx import UcxTransport
+from common.transport.ucx_arrivals import _Arrival
 from common.transport.ucx_link import UcxLink
-from common.transport.ucx_messages import _Arrival
 from common.waiting import poll_until
 from common.wire.header import Header, Kind
 from tests.contract.harness import LIMITS, ROUTER, InprocNet, Peer, UcxNet, hello, run
@@ -124,6 +124,18 @@ class RowsPeer(Peer):
             self.answer(link, header, rows)
         if payload is not None:
             payload.release()
+        self._note("message", link)
+
+
+class LandedPeer(RowsPeer):
+    """Takes answers in short whose rows landed; `num_landed` of them."""
+
+    num_landed = 0
+
+    def on_landed(self, link, answer, landing):
+        self.num_landed += 1
+        self.places.append((landing.block, landing.offset))
+        self.got.append((answer, landing.tensor.cpu().numpy().tobytes(), b""))
         self._note("message", link)
 
 
@@ -386,11 +398,12 @@ def test_rows_in_reach_are_read_where_they_are_and_kept_until_then(tmp_path, clo
     run(net, main)
 
 
-def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path):
+@pytest.mark.parametrize("kind", [RowsPeer, LandedPeer])
+def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path, kind):
     net = ReachingUcxNet(tmp_path)
 
     async def main():
-        here, there = RowsPeer(), HoldingPeer()
+        here, there = kind(), HoldingPeer()
         link, dialler, listener = await linked(net, here, there)
         place = dialler.pool.acquire_rows(4096)
         for _ in range(3):  # the same places again
@@ -406,12 +419,82 @@ def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path):
             answer.release()
             await here.until(lambda: bool(here.got))
             ((header, rows, _),) = here.got
-            assert (header.landed, rows, here.places.pop()[0]) == (1, b"\7" * 4096, place.block)
+            assert (rows, here.places.pop()[0]) == (b"\7" * 4096, place.block)
             here.got.clear()
             place.tensor.zero_()
+        if kind is LandedPeer:
+            assert (here.num_landed, link._credits.owed, link._credits.available) == (3, 1, 8)
+        else:
+            assert header.landed == 1
         assert len(link._neighbour._known) == 0
         assert len(there.links[0]._neighbour._known) == 2
         place.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda header, here, there: 5, "answer 5, which nobody waits for"),
+        (lambda header, here, there: setattr(there, "_num_sent", 9) or header.answer, "received nothing"),
+        (lambda header, here, there: setattr(here._credits, "_unreturned", 8) or header.answer,
+         "more messages than its window of 8"),
+        (lambda header, here, there: setattr(there._credits, "owed", 9) or header.answer,
+         "8 more credits than it was sent messages"),
+    ], ids=["number", "order", "window", "credits"],
+)  # fmt: skip
+def test_what_is_wrong_about_an_answer_that_landed_closes_the_link(tmp_path, spoil, sentence):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here, there = LandedPeer(), HoldingPeer()
+        link, dialler, listener = await linked(net, here, there)
+        place = dialler.pool.acquire_rows(4096)
+        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
+        place.release()
+        await there.until(lambda: bool(there.got))
+        ((header, payload),) = there.got
+        answer = listener.pool.acquire_with(payload.landing.retain())
+        header.answer = spoil(header, link, there.links[0])
+        there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
+        if sentence == "received nothing":  # what overtook others waits for them
+            await asyncio.sleep(0.05)
+            assert not here.got
+            link.close("enough")
+        await here.until(lambda: bool(here.closed))
+        if sentence != "received nothing":
+            assert sentence in str(here.closed[0][1])
+        assert here.num_landed == 0
+        answer.release()
+        payload.release()
+
+    run(net, main, leak_free=False)
+
+
+def test_whoever_raises_at_an_answer_that_landed_loses_the_link(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    class Raising(LandedPeer):
+        def on_landed(self, link, answer, landing):
+            raise ValueError("not like this")
+
+    async def main():
+        here, there = Raising(), HoldingPeer()
+        link, dialler, listener = await linked(net, here, there)
+        place = dialler.pool.acquire_rows(4096)
+        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
+        place.release()
+        await there.until(lambda: bool(there.got))
+        ((header, payload),) = there.got
+        answer = listener.pool.acquire_with(payload.landing.retain())
+        payload.release()
+        there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
+        answer.release()
+        await here.until(lambda: bool(here.closed))
+        assert "failed: ValueError" in str(here.closed[0][1])
+        await there.until(lambda: bool(there.closed))
 
     run(net, main)
     check_no_block_leaked(net)

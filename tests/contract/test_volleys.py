@@ -22,6 +22,7 @@ from tests.contract.test_death import child, kill
 from tests.contract.test_rows_apart import (
     NETS,
     DeviceUcxNet,
+    LandedPeer,
     ManualEvent,
     RowsPeer,
     answering,
@@ -42,8 +43,8 @@ def net(request, tmp_path):
 class Fleet:
     """A dialler with a link and an outbox to each of some listeners."""
 
-    def __init__(self, net, there):
-        self.net, self.there, self.here = net, there, RowsPeer()
+    def __init__(self, net, there, kind=RowsPeer):
+        self.net, self.there, self.here = net, there, kind()
 
     async def open(self, limits=LIMITS, **options):
         self.listeners = [self.net.transport(limits) for _ in self.there]
@@ -190,13 +191,14 @@ def answers_of(fleet, bodies):
         yield number, offset == places[number], rows == inverse
 
 
-def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_to(shared):
+@pytest.mark.parametrize("kind", [RowsPeer, LandedPeer])
+def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_to(shared, kind):
     net, bodies = shared, random_bodies(random.Random(5), 20, 2)
 
     async def main():
         async with AsyncExitStack() as stack:
             _, addresses = await processes(stack, net, "invert", "invert")
-            fleet = Fleet(net, [])
+            fleet = Fleet(net, [], kind)
             await fleet.dial(addresses)
             assert all(link._is_met for link in fleet.links)
             _, landings, _ = fleet.ask(bodies, landed=True)
@@ -205,6 +207,8 @@ def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_t
                 (n, True, True) for n in range(len(bodies))
             ]
             assert all(place is landings for place, _ in fleet.here.places)
+            if kind is LandedPeer and DEVICE != "cpu":  # whose memory a process does not reach
+                assert fleet.here.num_landed == len(bodies)
             fleet.settle()
             landings.release()
             for link in fleet.links:
@@ -214,14 +218,15 @@ def test_processes_on_the_device_read_the_block_and_write_where_they_are_asked_t
     check_no_block_leaked(net)
 
 
-def test_a_killed_process_takes_nobody_along_and_its_memory_comes_back(shared):
+@pytest.mark.parametrize("kind", [RowsPeer, LandedPeer])
+def test_a_killed_process_takes_nobody_along_and_its_memory_comes_back(shared, kind):
     net = shared
     bodies = [(n % 2, bytes([n]) * 40_000, b"tail-of8") for n in range(8)]
 
     async def main():
         async with AsyncExitStack() as stack:
             (doomed, _), addresses = await processes(stack, net, "hold", "invert")
-            fleet = Fleet(net, [])
+            fleet = Fleet(net, [], kind)
             await fleet.dial(addresses)
             _, landings, _ = fleet.ask(bodies, landed=True)
             await fleet.here.until(lambda: len(fleet.here.got) == 4)
