@@ -50,8 +50,13 @@ class SilentLink(BaseLink):
 
     def take_part(self, part: Part) -> bool:
         self._credits.available -= 1
-        self.parts.append((part, 0 if part.landing is None else self._land(part.landing)))
+        answer = 0 if part.landing is None else self._land(part.landing)
+        part.volley.tickets.append((self, 0, 0, answer, part))  # type: ignore[arg-type]
+        self.parts.append((part, answer))
         return True
+
+    def send_together(self, *_: object) -> None:
+        """Part of the wire."""
 
     def requests(self) -> list[Header]:
         """What was posted, or taken as part of a volley."""
