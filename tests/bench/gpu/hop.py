@@ -4,7 +4,8 @@
 
 Two processes, one card each (or one card for both). A message has arrived when its rows are in memory of the receiver:
 those of a neighbour are copied there. Latency is half a round trip of the same size both ways; the rate is that of
-messages one way with some in flight, each answered by an empty one.
+messages one way with some in flight, each answered by an empty one. Both sides go on within their handlers, as services
+do.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,10 +50,8 @@ class Side:
         self.transport = transport
         self.link: Link | None = None
         self.opened = asyncio.Event()
-        self.arrived = asyncio.Event()
-        self.num = 0
         self.closed = asyncio.Event()
-        self.answers = False
+        self.taken: Callable[[], None] | None = None  # of the near side; the far one answers
 
     def on_open(self, link: Link) -> None:
         self.link = link
@@ -76,11 +77,10 @@ class Side:
 
     def take(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """A message is here."""
-        if self.answers:
+        if self.taken is None:
             link.post(message(header.layer), payload if header.layer == ECHO else None)
         else:
-            self.num += 1
-            self.arrived.set()
+            self.taken()
         if payload is not None:
             payload.release()
 
@@ -104,12 +104,34 @@ def transport() -> UcxTransport:
 async def far(address: str) -> None:
     t = transport()
     side = Side(t)
-    side.answers = True
     await t.listen(address, hello(1), side)
     print("listening", flush=True)
     async with asyncio.timeout(120):
         await side.closed.wait()
     await t.close()
+
+
+async def exchange(
+    side: Side, link: Link, buffer: Buffer, layer: int, num: int, flight: int
+) -> list[float]:
+    """Post `num` messages, `flight` at a time: when it began, and when each was answered, in seconds."""
+    moments, left, done = [time.perf_counter()], num - flight, asyncio.Event()
+
+    def taken() -> None:
+        nonlocal left
+        moments.append(time.perf_counter())
+        if left > 0:
+            left -= 1
+            link.post(message(layer), buffer)
+        elif len(moments) > num:
+            done.set()
+
+    side.taken = taken
+    for _ in range(flight):
+        link.post(message(layer), buffer)
+    async with asyncio.timeout(60):
+        await done.wait()
+    return moments
 
 
 async def near(address: str, sizes: list[int]) -> list[dict[str, Any]]:
@@ -122,28 +144,13 @@ async def near(address: str, sizes: list[int]) -> list[dict[str, Any]]:
     rows = []
     for nbytes in sizes:
         buffer = t.pool.acquire(nbytes, rows_nbytes=nbytes)
-        times = []
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            before = side.num
-            link.post(message(ECHO), buffer)
-            while side.num == before:
-                side.arrived.clear()
-                await side.arrived.wait()
-            times.append((time.perf_counter() - started) / 2e-6)
+        moments = await exchange(side, link, buffer, ECHO, ROUNDS, 1)
+        times = [(later - earlier) / 2e-6 for earlier, later in pairwise(moments)]
         row: dict[str, Any] = {"bytes": nbytes, "one_way_us": round(median(times[50:]), 1)}
         for flight in (1, 8, 32):
-            begun, posted = side.num, 0
-            started = time.perf_counter()
-            while side.num - begun < MESSAGES:
-                while posted < MESSAGES and posted - (side.num - begun) < flight:
-                    link.post(message(COUNT), buffer)
-                    posted += 1
-                side.arrived.clear()
-                await side.arrived.wait()
-            seconds = time.perf_counter() - started
-            row[f"us_per_message_{flight}"] = round(seconds / MESSAGES * 1e6, 1)
-            row[f"gb_per_s_{flight}"] = round(nbytes * MESSAGES / seconds / 1e9, 1)
+            first, *_, last = await exchange(side, link, buffer, COUNT, MESSAGES, flight)
+            row[f"us_per_message_{flight}"] = round((last - first) / MESSAGES * 1e6, 1)
+            row[f"gb_per_s_{flight}"] = round(nbytes * MESSAGES / (last - first) / 1e9, 1)
         buffer.release()
         rows.append(row)
         print(json.dumps(row), flush=True)
