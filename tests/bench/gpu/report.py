@@ -44,31 +44,36 @@ def hop() -> str:
 
 def round_trip() -> str:
     """One router, and several that divide blocks, beside NCCL and the bare loop."""
-    one, several, nccl, bare = (
-        read(name) for name in ("round_trip", "routers", "nccl", "bare_loop")
-    )
+    nccl, bare, *ours = (
+        read(name) for name in ("nccl", "bare_loop", "round_trip", "routers", "small", "small_routers")
+    )  # fmt: skip
     layers = {r["tokens"]: r["layer_us"] for r in nccl["rows"]}
     floor = {(r["tokens"], r["in_flight"]): r for r in bare["rows"]}
     lines = [
-        "| tokens | blocks in flight | routers | round trip, us | without the expert, us | us per block "
-        "| bare loop: round trip, per block, us | NCCL, synchronous: us per layer |",
-        "|---|---|---|---|---|---|---|---|",
+        "| experts' hidden width | tokens | blocks in flight | routers | round trip, us | without the expert, us "
+        "| us per block | bare loop: round trip, per block, us | NCCL, synchronous: us per layer |",
+        "|---" * 9 + "|",
     ]
-    rows = [(r, facts["routers"]) for facts in (one, several) for r in facts["rows"]]
-    for r, routers in sorted(rows, key=lambda row: (row[0]["tokens"], row[0]["in_flight"], row[1])):
-        least = floor.get((r["tokens"], r["in_flight"]))
+    rows = [
+        ((-facts["hidden"], r["tokens"], r["in_flight"], facts["routers"]), r)
+        for facts in ours
+        for r in facts["rows"]
+    ]
+    for (hidden, tokens, in_flight, routers), r in sorted(rows, key=lambda row: row[0]):
+        least = floor.get((tokens, in_flight))
         beside = "" if least is None else f"{least['latency_us']}, {least['per_block_us']}"
         lines.append(
-            f"| {r['tokens']} | {r['in_flight']} | {routers} | {r['latency_us']} | {r['without_expert_us']} "
-            f"| {r['per_block_us']} | {beside} | {layers.get(r['tokens'], '')} |"
+            f"| {-hidden} | {tokens} | {in_flight} | {routers} | {r['latency_us']} | {r['without_expert_us']} "
+            f"| {r['per_block_us']} | {beside} | {layers.get(tokens, '')} |"
         )
     return "\n".join(
         [
             *lines, "",
-            f"`python -m tests.bench.gpu.round_trip [--routers {several['routers']} --divide blocks]`, "
-            f"{one['experts']} experts of hidden width {one['hidden']}, every token to all of them; "
-            "`python -m tests.bench.gpu.bare_loop`: the same way, experts that only convert their rows, none of our "
-            f"protocol; `python -m tests.bench.gpu.nccl`; all in one call. {where(one)}.",
+            f"`python -m tests.bench.gpu.round_trip [--routers N --divide blocks] [--hidden {ours[-1]['hidden']}]`, "
+            f"{ours[0]['experts']} experts, every token to all of them; experts of hidden width {ours[-1]['hidden']} "
+            "do next to nothing, as those of the bare loop; `python -m tests.bench.gpu.bare_loop`: the same way, "
+            "experts that only convert their rows, none of our protocol; `python -m tests.bench.gpu.nccl`; all in one "
+            f"call. {where(ours[0])}.",
         ]
     )  # fmt: skip
 
