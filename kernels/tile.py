@@ -18,7 +18,7 @@ PAIRS = 66  # of SMs of an H100 or H200
 def tiles_pay(num_rows: int, hidden: int) -> bool:
     """Whether an expert's tiles fill all SMs, and few of them are of rows that are not there: the library is slower."""
     columns, blocks = hidden // 128, -(-num_rows // 128)
-    return columns >= 16 and -(-blocks // 2) * columns >= 64 and (blocks % 2 == 0 or blocks >= 9)
+    return columns >= 16 and -(-blocks // 2) * columns >= 48 and (blocks % 2 == 0 or blocks >= 13)
 
 
 def whole(units: int) -> int:
