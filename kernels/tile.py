@@ -1,18 +1,15 @@
 """Launches of many-row FP8 products (tile_hopper): which units are cut, an expert."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
+from kernels.stream import WORKERS, blocks_of
 from kernels.tile_hopper import tile_units
 
-PAIRS = 66  # of SMs of an H100 or H200
+PAIRS = WORKERS // 2
 
 
 def tiles_pay(num_rows: int, hidden: int) -> bool:
@@ -25,15 +22,6 @@ def whole(units: int) -> int:
     """How many of `units` are not cut in two: whole rounds of all pairs, and a last one that is more than half full."""
     rest = units % PAIRS
     return units - rest if 2 * rest <= PAIRS else units
-
-
-@functools.cache
-def _layout(rows: int) -> object:
-    return gl.NVMMASharedLayout.get_default_for([rows, 128], gl.float8e4nv)
-
-
-def _blocks(matrix: Tensor, rows: int) -> object:
-    return TensorDescriptor.from_tensor(matrix, [rows, 128], _layout(rows))
 
 
 def multiply(
@@ -53,7 +41,7 @@ def multiply(
     big = whole(units) if swiglu or kb % 4 == 0 else units
     sub_rows, sub_tiles = (width, width // 128) if swiglu else (128, 1)
     tile_units[(min(PAIRS, 2 * units - big),)](
-        _blocks(w, 128 if swiglu else 64), _blocks(x, 64 if swiglu else 128), x_scales, w_scales, out,
+        blocks_of(w, 128 if swiglu else 64), blocks_of(x, 64 if swiglu else 128), x_scales, w_scales, out,
         x_scales if out_scales is None else out_scales, m, stride, width, kb, units, big, row_blocks, columns,
         sub_rows, sub_tiles, w_scales.shape[0], swiglu, num_warps=4, maxnreg=168, **PROGRAMMATIC,
     )  # fmt: skip
