@@ -4,8 +4,11 @@ Three regimes, chosen by the number of rows alone; within each a row's bits depe
 
 - up to `STREAM_ROWS` rows, reading the weights is all the work: `stream_expert`, three launches that begin to
   read before their predecessor has ended;
-- above, torch's block-scaled scaled_mm, with SwiGLU and requantisation in one launch;
-- `reproducible`: the same bits for any number of rows, `tile_gemm` instead of the library above STREAM_ROWS.
+- where there are tiles for all SMs, `tile_expert`, with SwiGLU and requantisation in the first product;
+- between, torch's block-scaled scaled_mm, with SwiGLU and requantisation in one launch.
+
+The first two have one order of sums: `reproducible` does without the library, and a row's bits do not depend on the
+number of rows either. Shapes that are no multiples of 128 take `tile_gemm` above STREAM_ROWS.
 
 Floor: max((weights + rows in + rows out) / read bandwidth, 6 * rows * width * hidden / FP8 peak).
 """
@@ -17,6 +20,7 @@ from torch.nn.functional import ScalingType, pad, scaled_mm
 from kernels.block_gemm import tile_gemm
 from kernels.stream import STREAM_ROWS, stream_expert
 from kernels.swiglu import swiglu_dense
+from kernels.tile import tile_expert, tiles_pay
 
 
 def scaled_product(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
@@ -71,8 +75,10 @@ def expert_ffn(
         return torch.empty(0, down.shape[0], dtype=torch.bfloat16, device=rows.device)
     if m <= STREAM_ROWS:
         return stream_expert(rows, scales, *weights)
-    if reproducible or hidden % 128 or rows.shape[1] % 128:
+    if hidden % 128 or rows.shape[1] % 128:
         return _tiles(rows, scales, *weights)
+    if reproducible or tiles_pay(m, hidden):
+        return tile_expert(rows, scales, *weights)
     return _library(rows, scales, *weights)
 
 

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.hopper import barrier
 from kernels.quant import quotients
+from kernels.swiglu import swiglu
 
 
 @gluon.jit
@@ -15,11 +16,6 @@ def add_scaled(product, scale, acc):
         "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, acc], dtype=gl.float32,
         is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@gluon.jit
-def _swiglu(gate, up):
-    return gate / (1.0 + gl.exp(-gate)) * up
 
 
 @gluon.jit
@@ -36,19 +32,19 @@ def _block_scale(magnitude, MIN: gl.constexpr):
 
 
 _quotients = gluon.jit(quotients.fn)
+_swiglu = gluon.jit(swiglu.fn)
 
 
 @gluon.jit
-def store_hidden(
-    gate, up, q, q_scales, hidden, blocks, group, item, row, ok, peaks, met, ACC: gl.constexpr,
-    WG: gl.constexpr, BM: gl.constexpr, MIN: gl.constexpr,
+def hidden(
+    gate, up, width, group, item, peaks, met, ACC: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
+    MIN: gl.constexpr,
 ):  # fmt: skip
-    """SwiGLU and quantisation of a group whose sums [64, BM] are whole: the same bits as from stored sums."""
+    """SwiGLU of a group whose sums [64, BM] are whole, as e4m3, and its scales: the same bits as from stored sums."""
     column = group * 128 + gl.arange(0, BM, gl.SliceLayout(0, ACC))
     if BM == 64:
         column += WG * 64
-    inside = (column < hidden)[None, :]
-    x = gl.where(inside, _swiglu(gate, up), 0.0)
+    x = gl.where((column < width)[None, :], _swiglu(gate, up), 0.0)
     peak = _magnitude(x)
     if BM == 64:
         # The other half of the block's columns is the other warpgroup's.
@@ -58,7 +54,35 @@ def store_hidden(
         mbarrier.wait(met, item & 1)
         peak = gl.maximum(peak, peaks.index(item % 2 * 2 + 1 - WG).load(gl.SliceLayout(1, ACC)))
     scale = _block_scale(peak, MIN)
-    at = q + row[:, None] * hidden + column[None, :]
-    gl.store(at, _quotients(x, scale).to(gl.float8e4nv), mask=ok[:, None] & inside)
+    return _quotients(x, scale).to(gl.float8e4nv), scale
+
+
+@gluon.jit
+def store_hidden(
+    gate, up, q, q_scales, width, blocks, group, item, row, ok, peaks, met, ACC: gl.constexpr,
+    WG: gl.constexpr, BM: gl.constexpr, MIN: gl.constexpr,
+):  # fmt: skip
+    """SwiGLU and quantisation of a group whose sums [64, BM] are whole, to q [M, width] and its scales."""
+    value, scale = hidden(gate, up, width, group, item, peaks, met, ACC, WG, BM, MIN)
+    column = group * 128 + gl.arange(0, BM, gl.SliceLayout(0, ACC))
+    if BM == 64:
+        column += WG * 64
+    at = q + row[:, None] * width + column[None, :]
+    gl.store(at, value, mask=ok[:, None] & (column < width)[None, :])
     if WG == 0 or BM == 128:
         gl.store(q_scales + row * blocks + group, scale, mask=ok)
+
+
+@gluon.jit
+def store_wide(value, out, first, M, column, width):
+    """Store value [64, N] at rows from `first` on, below M, and columns from `column` on: 16 bytes a thread."""
+    EACH: gl.constexpr = 128 // value.dtype.primitive_bitwidth  # columns of a thread
+    ACROSS: gl.constexpr = value.shape[1] // EACH  # threads
+    # the rows of a warp stay there
+    WIDE: gl.constexpr = gl.BlockedLayout(
+        [ACROSS // 2, EACH], [32 // ACROSS, ACROSS], [4, 1], [1, 0]
+    )
+    row = first + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
+    c = column + gl.arange(0, value.shape[1], gl.SliceLayout(0, WIDE))
+    at = out + row.to(gl.int64)[:, None] * width + c[None, :]
+    gl.store(at, gl.convert_layout(value, WIDE), mask=(row < M)[:, None] & (c < width)[None, :])

@@ -56,7 +56,8 @@ def _layout(rows: int) -> object:
     return gl.NVMMASharedLayout.get_default_for([rows, 128], gl.float8e4nv)
 
 
-def _blocks(matrix: Tensor, rows: int) -> object:
+def blocks_of(matrix: Tensor, rows: int) -> object:
+    """Descriptor of blocks of `rows` rows and 128 columns of an e4m3 matrix."""
     return TensorDescriptor.from_tensor(matrix, [rows, 128], _layout(rows))
 
 
@@ -88,7 +89,7 @@ def _multiply(
         sub_rows, small_sub, out_sub, sub_tiles, limit = 128, s.n, s.n, 1, num_rows
     workers = WORKERS if big else min(WORKERS, s.groups)
     stream_hopper.stream_units[(workers,)](
-        _blocks(x, x_rows), x_scales, _blocks(w, 128), _blocks(w, s.n), w_scales, out, out.stride(0),
+        blocks_of(x, x_rows), x_scales, blocks_of(w, 128), blocks_of(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
         halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns, s.n,
         stages, of_multiplier, big, parts, halves == 2, SCALE_MIN, wide, num_warps=4, maxnreg=per_thread,

@@ -96,7 +96,7 @@ class DeviceModel:
         """
         page_tokens, num_pages = self.cache.page_tokens, self.cache.num_pages
         most = min(s.max_rows, self.max_context - 1, page_tokens * num_pages)
-        for n in ops.KINDS_OF_ROWS:
+        for n in ops.KINDS_OF_EXPERT_ROWS:
             if n > most:
                 break
             pages = tuple(range(-(-n // page_tokens)))

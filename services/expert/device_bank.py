@@ -146,7 +146,7 @@ def load_bank(config: ClusterConfig, worker: int) -> Bank:
 def _warm_up(bank: DeviceBank, wire: Wire, device: torch.device) -> None:
     """Compile what experts launch, before anybody waits for one: for every kind of number of rows."""
     networks = list(bank.experts.values())[:1]  # all are alike
-    for n in ops.KINDS_OF_ROWS:
+    for n in ops.KINDS_OF_EXPERT_ROWS:
         rows = torch.zeros(n, bank.width, device=device, dtype=torch.bfloat16)
         for network in networks:
             values, scales = ops.quantise(rows)

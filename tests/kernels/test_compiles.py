@@ -132,6 +132,20 @@ for m in (64, 128):
 """
 )
 
+TILES = (
+    COMPILED
+    + """
+from kernels import tile
+
+def e4m3(*shape):
+    return torch.zeros(shape, dtype=torch.float8_e4m3fn)
+
+m, scales = 300, torch.ones(5, 512)
+tile.multiply(e4m3(m, 640), scales, e4m3(512, 640), torch.ones(4, 5), e4m3(m, 256), torch.ones(2, 512))
+tile.multiply(e4m3(m, 640), scales, e4m3(512, 640), torch.ones(4, 5), torch.empty(m, 512, dtype=torch.bfloat16))
+"""
+)
+
 # How many kernels come of many numbers of rows?
 COUNT = (
     NO_DEVICE
@@ -142,13 +156,17 @@ def compiled(self, *given, grid, warmup=False, **options):
     seen.add((self.fn.__name__, run(self, *given, grid=grid, warmup=True, **options).hash))
 
 jit.JITFunction.run = compiled
-from kernels import gate, quant, stage, stream, swiglu
+from kernels import gate, quant, stage, stream, swiglu, tile
 
 def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
 
 for m in (1, 2, 16, 17, 32, 63, 64, 65, 96, 127, 128):
     stream.stream_linear(e4m3(m, 640), torch.ones(m, 5), e4m3(384, 640), torch.ones(3, 5))
+for m in (129, 160, 256, 300, 1000, 1024, 2048, 20000):
+    q, scales = e4m3(m, 512), tile.turned(torch.ones(m, 5))
+    tile.multiply(e4m3(m, 640), scales, e4m3(1024, 640), torch.ones(8, 5), q, torch.ones(4, scales.shape[1]))
+    tile.multiply(q, torch.ones(4, scales.shape[1]), e4m3(640, 512), torch.ones(5, 4), torch.ones(m, 640).bfloat16())
 for m in (1, 2, 3, 16, 128, 129, 160):
     swiglu.swiglu_dense(torch.zeros(m, 256), scales_by_block=True)
     quant.quantise(torch.zeros(m, 128))
@@ -198,6 +216,19 @@ def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scal
         assert int(shared) <= 227 << 10
 
 
+def test_many_row_products_for_hopper_spill_nothing_and_are_not_serialised(tmp_path):
+    lines = run_apart(TILES, tmp_path)
+    assert len(lines) == 2
+    for line in lines:
+        name, products, waits, spills, shared = line.split()
+        assert name == "tile_units"
+        # big units and small ones, for each warpgroup: a product is four instructions and is waited for once
+        assert int(products) in (32, 48)
+        assert int(waits) == int(products) / 4
+        assert int(spills) == 0
+        assert int(shared) <= 227 << 10
+
+
 def test_kernels_compile_for_hopper(tmp_path):
     lines = run_apart(CHECK, tmp_path)
     assert lines[-2:] == ["combine", "grouped experts"]
@@ -216,5 +247,13 @@ def test_a_number_of_rows_does_not_ask_for_a_kernel_of_its_own(tmp_path):
     """Each costs half a second when a request first brings that number."""
     counts = {name: int(n) for name, n in (line.split() for line in run_apart(COUNT, tmp_path))}
     # up to 16, 64, 128 rows; gates of V3, of V2, of V2 balanced; a multiple of 16 ids and not
-    wanted = {"stream_units": 3, "_swiglu_dense": 1, "_quantise": 1, "_gate": 3, "_publish": 2}
+    wanted = {
+        "stream_units": 3,
+        "tile_units": 2,
+        "_swiglu_dense": 1,
+        "_quantise": 1,
+        "_gate": 3,
+        "_publish": 2,
+    }
+    wanted["_turn"] = 1
     assert counts == wanted

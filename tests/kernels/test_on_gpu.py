@@ -5,7 +5,8 @@ import torch
 from ffn_cases import error, exact, expert, rows
 from markers import on_gpu
 
-from kernels import ops
+from kernels import ops, swiglu, tile
+from kernels.block_gemm import tile_gemm
 from kernels.graphs import Replays
 from kernels.reference import combine as ref_combine
 from kernels.reference import gate as ref_gate
@@ -254,8 +255,36 @@ def test_reproducible_expert_has_one_order_for_any_number_of_rows(hidden):
 
 
 @on_gpu
+@pytest.mark.parametrize("n", [129, 200, 256, 300, 1000, 2048, 4097])
+@pytest.mark.parametrize(("width", "hidden"), [(7168, 2048), (1024, 2304), (640, 768)])
+def test_many_rows_have_the_bits_of_stored_sums(n, width, hidden):
+    """Big and small units, K of which 4 blocks are no part, a bad scale, rows and halves that are not there."""
+    gate_up, gate_up_scales, down, down_scales = expert(width, hidden, device="cuda")
+    q, scales = rows(n, width, device="cuda", seed=n)
+    scales[n // 3, 0] = float("nan")
+    both = torch.empty(n, 2 * hidden, device="cuda")
+    tile_gemm(q, scales, gate_up, gate_up_scales, both, 2)
+    h, h_scales = swiglu.swiglu_dense(both, scales_by_block=False)
+    wanted = torch.empty(n, width, dtype=torch.bfloat16, device="cuda")
+    tile_gemm(h, h_scales, down, down_scales, wanted, 1)
+    x_scales = tile.turned(scales)
+    assert torch.equal(x_scales[:, :n].nan_to_num(-1.0), scales.t().nan_to_num(-1.0))
+    got_h = torch.full_like(h.view(torch.uint8), 0xFF).view(h.dtype)
+    got_scales = torch.full((h_scales.shape[1], x_scales.shape[1]), -7.0, device="cuda")
+    tile.multiply(q, x_scales, gate_up, gate_up_scales, got_h, got_scales)
+    got = torch.full_like(wanted.view(torch.int16), -1).view(wanted.dtype)
+    tile.multiply(got_h, got_scales, down, down_scales, got)
+    for found, expected in ((got_h, h), (got_scales[:, :n].t(), h_scales), (got, wanted)):
+        assert torch.equal(found.contiguous().view(torch.uint8), expected.view(torch.uint8))
+    assert torch.all(got_scales[:, n:] == -7)
+    assert got[n // 3].isnan().all()
+    assert got[n // 3 + 1 :].isfinite().all()
+
+
+@on_gpu
 @pytest.mark.parametrize(
-    ("most", "sizes"), [(128, (1, 3, 17, 63, 64, 65, 127)), (300, (129, 255, 299))]
+    ("most", "sizes"),
+    [(128, (1, 3, 17, 63, 64, 65, 127)), (300, (129, 255, 299)), (2100, (1000, 1793, 2047))],
 )
 def test_within_a_regime_a_row_depends_on_no_other_row(most, sizes):
     weights, (q, scales) = expert(7168, 2048, device="cuda"), rows(most, 7168, device="cuda")

@@ -2,7 +2,9 @@
 
 import pytest
 
+from kernels.ops import KINDS_OF_EXPERT_ROWS
 from kernels.stream import WORKERS, share
+from kernels.tile import PAIRS, tiles_pay, whole
 
 
 def spans(num_rows, halves, parts=1):
@@ -50,3 +52,26 @@ def test_the_busiest_worker(num_rows, halves, busiest):
     for worker, first, end in spans(num_rows, halves):
         load[worker] += end - first
     assert max(load) == busiest
+
+
+def test_units_are_cut_where_a_last_round_would_be_less_than_half_full():
+    for units in range(1, 5 * PAIRS):
+        big, last = whole(units), units % PAIRS
+        assert big in (units, units - last)
+        rounds = -(-big // PAIRS) + (units > big) / 2  # small units take half as long
+        assert rounds == min(-(-units // PAIRS), units // PAIRS + (1 if 2 * last > PAIRS else 0.5))
+        assert 2 * (units - big) <= PAIRS
+
+
+@pytest.mark.parametrize("hidden", [2048, 4096, 18432])
+def test_who_warms_up_has_launched_all_that_rows_can_ask_for(hidden):
+    assert any(tiles_pay(rows, hidden) for rows in KINDS_OF_EXPERT_ROWS)
+    assert not any(
+        tiles_pay(rows, hidden) for rows in (300, 600)
+    )  # half of the pairs' rows would be none
+    assert all(tiles_pay(rows, hidden) for rows in (1000, 1024, 2048, 3000, 4097, 8192))
+
+
+@pytest.mark.parametrize("hidden", [128, 1408])
+def test_a_small_expert_is_the_librarys(hidden):
+    assert not any(tiles_pay(rows, hidden) for rows in range(129, 8193))

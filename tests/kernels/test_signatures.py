@@ -22,7 +22,8 @@ def test_kernel_and_reference_have_one_signature(name):
 def test_functions_outside_triton_are_annotated(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and not any(
-            ast.unparse(d).startswith(("triton.jit", "gluon.jit")) for d in node.decorator_list
+            ast.unparse(d).startswith(("triton.jit", "gluon.jit", "hopper.paired"))
+            for d in node.decorator_list
         ):
             given = node.args.args + node.args.kwonlyargs
             missing = [a.arg for a in given if a.annotation is None and a.arg != "self"]
