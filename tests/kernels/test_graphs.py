@@ -5,6 +5,7 @@ from ffn_cases import expert, rows
 from markers import on_gpu
 
 from kernels.graphs import Replays
+from services.expert.bank import Call
 from services.expert.device_experts import DeviceExpert, GraphedExperts
 
 
@@ -61,12 +62,25 @@ def test_a_graphed_expert_computes_what_the_expert_does_wherever_its_output_is_w
     gate_up, gate_up_scales, down, down_scales = expert(7168, 2048, device="cuda")
     network = DeviceExpert(gate_up, down, gate_up_scales, down_scales)
     graphed = GraphedExperts(7168, torch.device("cuda"))
-    for n in (5, 128, 5, 1, 128, 100):  # captured at the first of a bucket, replayed after
+    for sizes in (
+        (5,),
+        (128,),
+        (3, 2),
+        (1,),
+        (100, 28),
+        (1, 40, 59),
+    ):  # captured at the first of a bucket
+        n, calls, wanted, first = sum(sizes), [], [], 0
         q, scales = rows(n, 7168, device="cuda")
         memory = torch.full((n + 2, 7168), float("nan"), device="cuda").bfloat16()
-        wanted, out = network(q, scales), memory[1 : n + 1]
-        assert graphed(network, q, scales, out) is out
-        assert torch.equal(out, wanted)
+        for size in sizes:
+            part = slice(first, first + size)
+            out = memory[1 + first : 1 + first + size] if size != 3 else None
+            calls.append(Call(q[part], scales[part], [], out))
+            wanted.append(network(q[part], scales[part]))
+            first += size
+        for call, output, expected in zip(calls, graphed(network, calls), wanted, strict=True):
+            assert call.out is None or output is call.out
+            assert torch.equal(output, expected)
         assert memory[0].isnan().all()
         assert memory[n + 1].isnan().all()
-        assert torch.equal(graphed(network, q, scales), wanted)
