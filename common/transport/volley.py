@@ -1,9 +1,10 @@
-"""Messages whose rows are pieces of one block of device memory: they leave together when the device has written it.
+"""Messages whose rows are pieces of one block of device memory: they leave once the device has written it.
 
 The places where their answers are wanted are pieces of one block, too.
 
-Each is a `Call` of an outbox like any other. Between neighbours all go with one call of the port and without a buffer
-or a header of their own; what goes by itself (no credit, another way than shared memory, asked again) gets both then.
+Each is a `Call` of an outbox like any other. Between neighbours several go with one call of the port and without a
+buffer or a header of their own; what goes by itself (no credit, another way than shared memory, asked again) gets both
+then.
 """
 
 from typing import TYPE_CHECKING

@@ -64,8 +64,7 @@ class DeviceBank(Bank):
         return MAX_BATCH_ROWS if self.grouped else GraphedExperts.BUCKETS[-1]
 
     def copies(self, rows: Tensor, scales: Tensor | None) -> bool:
-        most = GroupedExperts.ROWS[-1] if self.grouped else GraphedExperts.BUCKETS[-1]
-        return scales is not None and len(rows) <= most
+        return scales is not None and self._fits(len(rows))
 
     def ffn(
         self, layer: int, expert: int, rows: Tensor, scales: Tensor | None = None
