@@ -59,6 +59,7 @@ class ExpertWorker:
         self.batcher: Batcher[tuple[Link, Header, Buffer]] = Batcher(0)  # of the bank's size
         self._scheduled = False
         self._in_flight = 0  # batches that the device computes
+        self._ended_ns = 0  # of the last one that it has computed
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Load the resident experts, then keep dialling the routers of its node."""
@@ -181,6 +182,8 @@ class ExpertWorker:
 
     def _answer_all(self, calls: list[Call], outputs: list[torch.Tensor], started_ns: int) -> None:
         ended_ns = time.monotonic_ns()
+        started_ns = max(started_ns, self._ended_ns)  # what was launched early has waited till then
+        self._ended_ns = ended_ns
         compute_us = (ended_ns - started_ns) // 1000
         for call, rows in zip(calls, outputs, strict=True):
             link, header, payload = call.item

@@ -109,6 +109,36 @@ def test_a_device_that_idles_begins_with_the_first_and_goes_on_with_all_that_cam
     asyncio.run(main())
 
 
+def test_a_batch_that_was_launched_early_waits_for_the_device(expert, monkeypatch):
+    now = [0]
+    monkeypatch.setattr(module.time, "monotonic_ns", lambda: now[0])
+
+    async def main():
+        worker, stream, seam = expert(on_device=True)
+        link, spans = Asker(), []
+        worker.trace = SimpleNamespace(span=lambda name, *rest: spans.append((name, *rest[3:5])))
+        now[0] = 1000
+        ask(worker, link, 1)
+        now[0] = 2000
+        ask(worker, link, 2)
+        await asyncio.sleep(0)
+        for stream.done, now[0] in ((1, 9000), (2, 12000)):
+            assert seam.poll()
+        assert len(link.answered) == 2
+        now[0] = 20000
+        ask(worker, link, 3)
+        stream.done, now[0] = 3, 26000
+        assert seam.poll()
+        assert spans == [
+            ("queue", 1000, 1000), ("compute", 1000, 9000), ("queue", 2000, 9000), ("compute", 9000, 12000),
+            ("queue", 20000, 20000), ("compute", 20000, 26000),
+        ]  # fmt: skip
+        assert worker.counters["compute_us"] == 8 + 3 + 6
+        assert worker.counters["queue_us"] == 7
+
+    asyncio.run(main())
+
+
 def test_without_a_device_all_that_came_is_computed_together(expert):
     async def main():
         worker, stream, _ = expert(on_device=False)
