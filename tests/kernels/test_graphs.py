@@ -57,22 +57,15 @@ def test_a_key_is_captured_once_until_it_is_forgotten():
     assert (len(steps), x.tolist()) == (4, [5.0] * 4)
 
 
-@on_gpu
-def test_a_graphed_expert_computes_what_the_expert_does_wherever_its_output_is_wanted():
-    gate_up, gate_up_scales, down, down_scales = expert(7168, 2048, device="cuda")
-    network = DeviceExpert(gate_up, down, gate_up_scales, down_scales)
-    graphed = GraphedExperts(7168, torch.device("cuda"))
-    for sizes in (
-        (5,),
-        (128,),
-        (3, 2),
-        (1,),
-        (100, 28),
-        (1, 40, 59),
-    ):  # captured at the first of a bucket
+def check_graphed_expert(device, width, hidden):
+    """It computes what the expert does, wherever its outputs are wanted."""
+    network = DeviceExpert(*(expert(width, hidden, device=device)[i] for i in (0, 2, 1, 3)))
+    graphed = GraphedExperts(width, torch.device(device))
+    # a graph is captured at the first of a bucket, and replayed after
+    for sizes in ((5,), (128,), (3, 2), (1,), (100, 28), (1, 40, 59)):
         n, calls, wanted, first = sum(sizes), [], [], 0
-        q, scales = rows(n, 7168, device="cuda")
-        memory = torch.full((n + 2, 7168), float("nan"), device="cuda").bfloat16()
+        q, scales = rows(n, width, device=device)
+        memory = torch.full((n + 2, width), float("nan"), device=device).bfloat16()
         for size in sizes:
             part = slice(first, first + size)
             out = memory[1 + first : 1 + first + size] if size != 3 else None
@@ -84,3 +77,12 @@ def test_a_graphed_expert_computes_what_the_expert_does_wherever_its_output_is_w
             assert torch.equal(output, expected)
         assert memory[0].isnan().all()
         assert memory[n + 1].isnan().all()
+
+
+def test_a_graphed_expert_step_by_step():
+    check_graphed_expert("cpu", 256, 128)
+
+
+@on_gpu
+def test_a_graphed_expert_on_a_gpu():
+    check_graphed_expert("cuda", 7168, 2048)
