@@ -1,7 +1,7 @@
 """The expert service: dials the routers of its node, computes what comes, answers. It keeps nothing between calls.
 
 Blocks that arrive while one is computed wait in the batcher and are computed together, by layer: one turn of the event
-loop takes one batch, so that messages go on being received between batches.
+loop takes one batch, so that messages go on being received between batches. A device that idles gets the first at once.
 """
 
 import asyncio

@@ -10,11 +10,11 @@ from common.tensors import put_bytes, rows_of, write_rows
 from common.transport.buffers import Buffer, BufferPool
 from common.wire.blocks import PARTIAL_ROWS, RowType, answer_layout
 from common.wire.header import Header, Kind, Wire
-from services.router.block import Answer, NodeWork, SourceWork, Work
+from services.router.block import NodeWork, Prepared, SourceWork, Work
 from services.router.counters import Counters
 from services.router.rows import Rows
 
-Message = tuple[Header, Buffer]
+Answer = tuple[Header, Buffer]
 
 
 @dataclass(slots=True)
@@ -33,17 +33,17 @@ class Answers:
         """For a node's sum that is an answer, `source`'s or that to a RELAY: rows then wait for a launch only."""
         if source is None or self.is_whole(source):
             row_type = PARTIAL_ROWS[work.request.wire] if source is None else self.answer_rows
-            work.answer = self._prepared(work, row_type)
+            work.prepared = self._prepared(work, row_type)
 
-    def _prepared(self, work: NodeWork, row_type: RowType) -> Answer:
+    def _prepared(self, work: NodeWork, row_type: RowType) -> Prepared:
         """A node's sum goes straight into its message."""
         layout = answer_layout(work.num_rows, work.request.width, row_type)
         buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
         if work.request.wire is Wire.FP32 and row_type is not RowType.FP64:  # rounded once
-            return Answer(buffer, lambda: write_rows(buffer, layout.rows, work.exact()))
-        return Answer(buffer, work.summing(rows_of(buffer, layout.rows)))
+            return Prepared(buffer, lambda: write_rows(buffer, layout.rows, work.exact()))
+        return Prepared(buffer, work.summing(rows_of(buffer, layout.rows)))
 
-    def partial(self, work: NodeWork) -> Message:
+    def partial(self, work: NodeWork) -> Answer:
         """PARTIAL: the node's sum, rounded to what travels between nodes."""
         header, buffer = self._node_sum(work, work, Kind.PARTIAL, PARTIAL_ROWS[work.request.wire])
         node, num_pairs = work.origin.peer.node, work.request.num_pairs
@@ -62,19 +62,19 @@ class Answers:
         """Whether a block's only share is its answer."""
         return len(source.shares) == 1 and self.num_rails == 1
 
-    def whole(self, source: SourceWork, work: NodeWork) -> Message:
+    def whole(self, source: SourceWork, work: NodeWork) -> Answer:
         """COMBINED: the only share of a block, rounded once."""
         return self._node_sum(source, work, Kind.COMBINED, self.answer_rows)
 
     def share(self, source: SourceWork, work: NodeWork) -> None:
         """Sum our own share of a block, which is added to those of other nodes."""
-        assert work.answer is None, "a share that was taken for the whole block"
+        assert work.prepared is None, "a share that was taken for the whole block"
         started = self.clock_ns()
         work.summing(source.own[work.key])()
         self.memory.release(work.outputs)
         self._spent(work, started)
 
-    def combined(self, source: SourceWork) -> Message:
+    def combined(self, source: SourceWork) -> Answer:
         """COMBINED: the sum over nodes."""
         started = self.clock_ns()
         request, row_type = source.request, self.answer_rows
@@ -92,13 +92,13 @@ class Answers:
         self._spent(source, started)
         return self._header(source, Kind.COMBINED, buffer, num_rows, num_ids), buffer
 
-    def _node_sum(self, item: Work, work: NodeWork, kind: Kind, row_type: RowType) -> Message:
+    def _node_sum(self, item: Work, work: NodeWork, kind: Kind, row_type: RowType) -> Answer:
         started = self.clock_ns()
-        answer, work.answer = work.answer or self._prepared(work, row_type), None
-        answer.launch()
-        self.memory.written(answer.buffer, work.outputs)
+        prepared, work.prepared = work.prepared or self._prepared(work, row_type), None
+        prepared.launch()
+        self.memory.written(prepared.buffer, work.outputs)
         self._spent(item, started)
-        return self._header(item, kind, answer.buffer, work.num_rows), answer.buffer
+        return self._header(item, kind, prepared.buffer, work.num_rows), prepared.buffer
 
     def _header(
         self, item: Work, kind: Kind, buffer: Buffer, num_rows: int, num_ids: int = 0

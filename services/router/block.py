@@ -43,7 +43,7 @@ class Timing:
 
 
 @dataclass(slots=True)
-class Answer:
+class Prepared:
     """A node's sum that is an answer, prepared while experts compute: `launch` writes the rows of `buffer`."""
 
     buffer: Buffer
@@ -65,7 +65,7 @@ class NodeWork:
     outputs: Outputs  # in places of the fan-out
     waiting: dict[int, WorkerShare] = field(default_factory=dict)  # by question
     timing: Timing = field(default_factory=Timing)
-    answer: "Answer | None" = None
+    prepared: Prepared | None = None
 
     def put(self, call: int, payload: Buffer, segment: RowSegment) -> None:
         """Copy an answer to its places."""

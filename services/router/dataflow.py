@@ -380,8 +380,8 @@ class Dataflow:
         work = self._works.pop(key, None)
         if work is not None:
             self._rows.release(work.outputs)
-            if work.answer is not None:
-                work.answer.buffer.release()
+            if work.prepared is not None:
+                work.prepared.buffer.release()
             for call, share in work.waiting.items():
                 self.calls.settle_expert(share.worker, call)
 

@@ -141,3 +141,19 @@ def test_a_trace_has_the_same_spans():
             answer(router, link, header)
     assert spans[0] == spans[1]
     assert {name for name, *_ in spans[0]} == {"dispatch", "expert_out", "partial"}
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_nothing_is_kept_of_a_block_that_nobody_waits_for(nodes):
+    router = Router(nodes)
+    asked = list(router.ask(1))
+    assert router.pool.outstanding > 0 or nodes > 1, (
+        "the answer's buffer is there before the answers"
+    )
+    router.flow.origin_closed(router.origin)
+    assert router.flow.num_in_flight == router.pool.outstanding == 0
+    for link, header, _ in asked:
+        answer_shortly(router, link, header)
+    assert router.flow.counters.late == len(asked)
+    assert router.answered == []
+    assert router.pool.rows_outstanding == 0
