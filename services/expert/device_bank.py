@@ -87,24 +87,23 @@ class DeviceBank(Bank):
 
     def together(self, layer: int, calls: Sequence[Call]) -> list[Tensor] | None:
         """FP8 rows of one expert as a graph, of several experts as one launch, if they have slots for it."""
-        if any(call.scales is None for call in calls):
-            return None
-        segments = [segment for call in calls for segment in call.segments]
-        networks = [self.experts[layer, expert] for expert, _ in segments]
-        is_one = all(network is networks[0] for network in networks) and networks[0].is_fp8
-        outputs = None
-        if self.graphed is not None and is_one and self._fits(sum(count for _, count in segments)):
-            outputs = self.graphed(networks[0], calls)
+        groups: list[Group] = []
+        num_rows, outputs = 0, None
+        for call in calls:
+            if call.scales is None:
+                return None
+            for expert, count in call.segments:
+                groups.append((self.experts[layer, expert], num_rows, num_rows + count))
+                num_rows += count
+        one, is_one = groups[0][0], all(group[0] is groups[0][0] for group in groups)
+        if self.graphed is not None and is_one and one.is_fp8 and self._fits(num_rows):
+            outputs = self.graphed(one, calls)
         elif self.grouped is not None:
-            groups: list[Group] = []
-            start = 0
-            for network, (_, count) in zip(networks, segments, strict=True):
-                groups.append((network, start, start + count))
-                start += count
             outputs = self.grouped(groups, calls)
         if outputs is not None:
-            for expert, count in segments:
-                self.rows[layer, expert] += count
+            for call in calls:
+                for expert, count in call.segments:
+                    self.rows[layer, expert] += count
         return outputs
 
 

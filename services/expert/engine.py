@@ -35,10 +35,11 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
     for expert, count in pairs:
         total += count
         if count < 1:
+            total = -1
             break
         if (header.layer, expert) not in bank:
             raise WireError(f"expert {expert} of layer {header.layer} is not resident here")
-    if total != header.num_rows or min(flat[1::2]) < 1:
+    if total != header.num_rows:
         raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
     is_fp8 = layout.rows.row_type is RowType.FP8
     if payload.rows is not None and not payload.rows.block.on_host:
