@@ -1,5 +1,7 @@
 """Answers that a router takes in short, their rows being where they are summed: the same sums, and nothing kept."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from common.placement.plan import Plan
 from common.transport.device import DevicePool
 from common.transport.outbox import Outbox
 from common.wire.blocks import RowType, row_segment
-from common.wire.header import Kind, Landed
+from common.wire.header import MAGIC, VERSION, Kind, Landed
 from services.router.dataflow import Dataflow
 from tests.bench.router_python import LAYER, WIDTH, Handler, SilentLink, block
 
@@ -60,11 +62,12 @@ class Router:
                 yield link, header, landing
 
 
-def landed(header, **changes):
+def landed(header):
     kind = Kind.PARTIAL if header.kind is Kind.RELAY else Kind.EXPERT_OUT
     nbytes = row_segment(header.num_rows, WIDTH, RowType.BF16).end
-    values = Landed(kind, LAYER, header.block, nbytes, 0, 7, 30, 2, header.answer)
-    return values._replace(**changes)
+    return Landed(
+        MAGIC, VERSION, kind, LAYER, header.block, 1, nbytes, 0, 7, 30, 2, nbytes, header.answer
+    )
 
 
 def answer_in_full(router, link, header):
@@ -132,9 +135,7 @@ def test_a_trace_has_the_same_spans():
     spans = []
     for answer in (answer_in_full, answer_shortly):
         router = Router(2)
-        router.flow.trace = type(
-            "Recorder", (), {"span": lambda self, *span: spans[-1].append(span)}
-        )()
+        router.flow.trace = SimpleNamespace(span=lambda *span: spans[-1].append(span))
         router.flow.clock_ns = lambda: 5
         spans.append([])
         for link, header, _ in list(router.ask(1)):

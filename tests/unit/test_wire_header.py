@@ -9,6 +9,8 @@ from common.wire.header import (
     ANSWERS,
     CREDITS_OFFSET,
     HEADER_NBYTES,
+    MAGIC,
+    VERSION,
     Header,
     Kind,
     Wire,
@@ -63,7 +65,9 @@ def test_what_counts_of_an_answer_that_landed_is_what_its_header_says(
     is_whole = landed == 1 and header.rows_nbytes == header.payload_nbytes and not broken
     assert (found is not None) == (is_whole and header.kind in ANSWERS - {Kind.FAILED})
     if found is not None:
-        assert all(value == getattr(header, name) for name, value in found._asdict().items())
+        said = found._asdict()
+        assert (said.pop("magic"), said.pop("version")) == (MAGIC, VERSION)
+        assert all(value == getattr(header, name) for name, value in said.items())
 
 
 def test_the_test_knows_every_field():
