@@ -235,10 +235,10 @@ class UcxArrivals(BaseLink):
             self._deliver(arrival.header, arrival.buffer)
 
     def _taken(self, message: bytes) -> bool:
-        """Whether this, the next message, was handed over in short."""
+        """Whether this, the next message, was handed over in short, or belongs to a link that has just closed."""
         if self.state is not LinkState.OPEN:
             return False
-        if self._closes():
+        if not self._open_behind_written():
             return True
         if not self._deliver_landed(message):
             return False
@@ -248,15 +248,16 @@ class UcxArrivals(BaseLink):
         return True
 
     def _deliver(self, header: Header, buffer: Buffer) -> None:
-        if self._closes():
-            buffer.release()
-        else:
+        if self._open_behind_written():
             super()._deliver(header, buffer)
+        else:
+            buffer.release()
 
-    def _closes(self) -> bool:
-        """What the device has written goes before a message is handled, with others behind it. True: we closed."""
-        seam = self._plane.seam
-        return seam.is_open and seam.poll() and self.state is not LinkState.OPEN
+    def _open_behind_written(self) -> bool:
+        """What the device has written goes before the next message is handled. False when that has closed this link."""
+        if self._plane.seam.is_open:
+            self._plane.seam.poll()
+        return self.state is LinkState.OPEN
 
     def _drop_receives(self) -> None:
         """What is in goes back to its pool now, the rest when UCX has ended it."""

@@ -19,7 +19,7 @@ from common.errors import AtollError, ConfigError, LinkClosed, Overloaded
 from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, open_seam, synchronise
-from common.transport.link import LinkLimits
+from common.transport.link import LinkLimits, LinkState
 from common.transport.neighbour import Neighbour
 from common.transport.port import CANCELED
 from common.transport.seam import Seam
@@ -434,43 +434,75 @@ def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path, kind):
     check_no_block_leaked(net)
 
 
+async def asked(net, here, num=1, **options):
+    """A link, its other end, and there the answers to `num` questions, with rows where they are wanted.
+
+    The answers (header, buffer) are still to be posted and released.
+    """
+    there = HoldingPeer()
+    link, dialler, listener = await linked(net, here, there, **options)
+    for block in range(num):
+        place = dialler.pool.acquire_rows(4096)
+        post(
+            link, Header(Kind.EXPERT_IN, block=block), dialler.pool, bytes(100), b"", landing=place
+        )
+        place.release()
+    await there.until(lambda: len(there.got) == num)
+    answers = []
+    for header, payload in there.got:
+        reply = header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0)
+        answers.append((reply, listener.pool.acquire_with(payload.landing.retain())))
+        payload.release()
+    return link, there.links[0], answers
+
+
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ("kind", "spoil", "sentence"),
     [
-        (lambda header, here, there: 5, "answer 5, which nobody waits for"),
-        (lambda header, here, there: setattr(there, "_num_sent", 9) or header.answer, "received nothing"),
-        (lambda header, here, there: setattr(here._credits, "_unreturned", 8) or header.answer,
+        (LandedPeer, lambda *_: 5, "answer 5, which nobody waits for"),
+        (RowsPeer, lambda *_: 0, "rows that landed, though nobody waits for them"),
+        (LandedPeer, lambda *_: 0, "rows that landed, though nobody waits for them"),
+        (LandedPeer, lambda answer, here, there: setattr(here._credits, "_unreturned", 8) or answer,
          "more messages than its window of 8"),
-        (lambda header, here, there: setattr(there._credits, "owed", 9) or header.answer,
+        (LandedPeer, lambda answer, here, there: setattr(there._credits, "owed", 9) or answer,
          "8 more credits than it was sent messages"),
-    ], ids=["number", "order", "window", "credits"],
+    ], ids=["number", "none", "none in short", "window", "credits"],
 )  # fmt: skip
-def test_what_is_wrong_about_an_answer_that_landed_closes_the_link(tmp_path, spoil, sentence):
+def test_what_is_wrong_about_an_answer_that_landed_closes_the_link(tmp_path, kind, spoil, sentence):
     net = ReachingUcxNet(tmp_path)
 
     async def main():
-        here, there = LandedPeer(), HoldingPeer()
-        link, dialler, listener = await linked(net, here, there)
-        place = dialler.pool.acquire_rows(4096)
-        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
-        place.release()
-        await there.until(lambda: bool(there.got))
-        ((header, payload),) = there.got
-        answer = listener.pool.acquire_with(payload.landing.retain())
-        header.answer = spoil(header, link, there.links[0])
-        there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
-        if sentence == "received nothing":  # what overtook others waits for them
-            await asyncio.sleep(0.05)
-            assert not here.got
-            link.close("enough")
-        await here.until(lambda: bool(here.closed))
-        if sentence != "received nothing":
-            assert sentence in str(here.closed[0][1])
-        assert here.num_landed == 0
+        here = kind()
+        link, there, ((header, answer),) = await asked(net, here)
+        header.answer = spoil(header.answer, link, there)
+        there.post(header, answer)
         answer.release()
-        payload.release()
+        await here.until(lambda: bool(here.closed))
+        assert sentence in str(here.closed[0][1])
+        assert here.got == []
 
     run(net, main, leak_free=False)
+
+
+def test_an_answer_that_landed_waits_for_what_it_overtook(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here = LandedPeer()
+        _, there, ((header, answer),) = await asked(net, here)
+        there._num_sent += 1
+        there.post(header, answer)
+        answer.release()
+        await asyncio.sleep(0.05)
+        assert here.got == []
+        there._num_sent -= 2
+        there.post(Header(Kind.DISPATCH))
+        await here.until(lambda: len(here.got) == 2)
+        assert here.got[0][0].kind is Kind.DISPATCH
+        assert (here.got[1][0].kind, here.num_landed) == (Kind.EXPERT_OUT, 0)
+
+    run(net, main)
+    check_no_block_leaked(net)
 
 
 def test_whoever_raises_at_an_answer_that_landed_loses_the_link(tmp_path):
@@ -481,45 +513,43 @@ def test_whoever_raises_at_an_answer_that_landed_loses_the_link(tmp_path):
             raise ValueError("not like this")
 
     async def main():
-        here, there = Raising(), HoldingPeer()
-        link, dialler, listener = await linked(net, here, there)
-        place = dialler.pool.acquire_rows(4096)
-        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
-        place.release()
-        await there.until(lambda: bool(there.got))
-        ((header, payload),) = there.got
-        answer = listener.pool.acquire_with(payload.landing.retain())
-        payload.release()
-        there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
+        here = Raising()
+        _, there, ((header, answer),) = await asked(net, here)
+        there.post(header, answer)
         answer.release()
         await here.until(lambda: bool(here.closed))
         assert "failed: ValueError" in str(here.closed[0][1])
-        await there.until(lambda: bool(there.closed))
+        await poll_until(lambda: there.state is LinkState.CLOSED)
 
     run(net, main)
     check_no_block_leaked(net)
 
 
-def test_rows_that_landed_nowhere_close_the_link(tmp_path):
-    net = ReachingUcxNet(tmp_path)
+@pytest.mark.parametrize("kind", [RowsPeer, LandedPeer])
+def test_a_link_that_closes_as_the_device_is_looked_at_delivers_nothing_more(tmp_path, kind):
+    """Two answers came together; what was launched at the first closes the link before the second is handled."""
+    net, seam = ReachingUcxNet(tmp_path), Seam(ManualEvent)
+
+    class Closing(kind):
+        def _note(self, what, link):
+            if what == "message":
+                ManualEvent.passed = False
+                seam.fence().then(lambda: link.close("enough"))
+                ManualEvent.passed = True
+            super()._note(what, link)
 
     async def main():
-        here, there = RowsPeer(), HoldingPeer()
-        link, dialler, listener = await linked(net, here, there)
-        place = dialler.pool.acquire_rows(4096)
-        post(link, Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
-        place.release()
-        await there.until(lambda: bool(there.got))
-        ((header, payload),) = there.got
-        answer = listener.pool.acquire_with(payload.landing.retain())
-        header.answer = 0
-        there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
+        here = Closing()
+        _, there, answers = await asked(net, here, 2, seam=seam)
+        for header, answer in answers:
+            there.post(header, answer)
+            answer.release()
         await here.until(lambda: bool(here.closed))
-        assert "rows that landed, though nobody waits for them" in str(here.closed[0][1])
-        answer.release()
-        payload.release()
+        assert len(here.got) == 1
+        await poll_until(lambda: there.state is LinkState.CLOSED)
 
-    run(net, main, leak_free=False)
+    run(net, main)
+    check_no_block_leaked(net)
 
 
 def test_a_full_queue_gives_the_landing_back(net):
