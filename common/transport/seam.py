@@ -5,9 +5,12 @@ polls the fences while it progresses messages, and does not sleep while one is o
 device every fence is passed at once, so that the same code runs everywhere.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 
 class Event(Protocol):
@@ -80,7 +83,10 @@ class Seam:
         return fence
 
     def poll(self) -> bool:
-        """Look at the open fences, oldest first; True when one was passed."""
+        """Look at the open fences, oldest first; True when one was passed.
+
+        A call that raises is logged: others wait for their turn, and whoever looks has nothing to do with it.
+        """
         passed = []
         # one stream: none is passed before those in front
         while self._open and self._open[0][1].reached():
@@ -93,6 +99,9 @@ class Seam:
         for fence in passed:
             fence.passed, fence.query = True, None
             for call in fence.calls:
-                call()
+                try:
+                    call()
+                except Exception:
+                    log.exception("what waited for the device raised")
             fence.calls.clear()
         return True

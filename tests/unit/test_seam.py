@@ -73,6 +73,19 @@ def test_events_are_used_again_and_numbers_are_not_taken_for_them():
     assert event.recorded == 3
 
 
+def test_a_call_that_raises_keeps_no_other_from_its_turn(caplog):
+    stream, seen = Stream(), []
+    seam = Seam(stream.event)
+    first, second = seam.fence(lambda: True), seam.fence(lambda: True)
+    first.then(lambda: 1 / 0)
+    first.then(lambda: seen.append("of the same fence"))
+    second.then(lambda: seen.append("of the next"))
+    assert seam.poll()
+    assert seen == ["of the same fence", "of the next"]
+    assert (first.calls, second.calls, seam.is_open) == ([], [], False)
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_without_a_device_nothing_is_asked():
     fence = Seam().fence(lambda: 1 / 0)
     assert fence.passed
