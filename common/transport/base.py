@@ -107,7 +107,7 @@ class Handler(Protocol):
 
 
 class LandedHandler(Handler, Protocol):
-    """One that takes answers whose rows landed in short: most of what comes to a router, and nothing but numbers."""
+    """One that takes answers whose rows have landed without buffer and header: most of what comes to a router."""
 
     def on_landed(self, link: Link, answer: Landed, landing: "DeviceRows") -> None:
         """Instead of `on_message`, with the rows at `landing`, as it was posted; its reference stays the link's."""

@@ -173,7 +173,7 @@ class Landed(NamedTuple):
 
 
 def read_landed(message: bytes) -> Landed | None:
-    """None where all of the header must be read, which takes twice as long."""
+    """None where all of the header must be read, which takes half as long again."""
     found = Landed._make(_LANDED.unpack_from(message))
     if found.magic != MAGIC or found.version != VERSION or found.landed != 1:
         return None

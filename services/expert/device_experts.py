@@ -71,7 +71,7 @@ class _Staged:
                 out = torch.empty_like(call.rows, dtype=torch.bfloat16)
             ops.stage(*call.quantised, out, self.rows, self.scales, self.places, first)
             outputs.append(out)
-            first += call.rows.shape[0]  # a fifth of what len takes
+            first += call.rows.shape[0]  # a third of what len takes
         return outputs
 
 

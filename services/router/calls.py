@@ -151,8 +151,8 @@ class Calls:
 
     # ---- answers -------------------------------------------------------------------------------
 
-    def asked(self, peer: Hello, answer: Header | Landed) -> tuple[Call, Work] | None:
-        """The question, and what it is about; None, and counted, when nobody waits for the answer any more."""
+    def question(self, peer: Hello, answer: Header | Landed) -> tuple[Call, Work] | None:
+        """What was asked, and about what; None, and counted, when nobody waits for the answer any more."""
         call, is_expert_s = answer.block, answer.kind == Kind.EXPERT_OUT
         item: Work | None = (self.works if is_expert_s else self.sources).get(call)
         outbox = self.experts[peer.process.index] if is_expert_s else self.routers[peer.node]

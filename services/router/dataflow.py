@@ -209,10 +209,10 @@ class Dataflow:
         """`on_message` of an answer whose rows are in their places. Raises WireError if these are another's."""
         self.counters.received(answer)
         started = 0 if self.trace is None else self.clock_ns()
-        asked = self.calls.asked(link.peer, answer)
-        if asked is None:
+        question = self.calls.question(link.peer, answer)
+        if question is None:
             return
-        owed, item = asked
+        owed, item = question
         if owed.landing is not landing:
             raise WireError(f"{link.peer.process} answered {answer.block} with rows of another")
         self._answered(link, owed, item, answer)
@@ -220,10 +220,10 @@ class Dataflow:
 
     def _on_answer(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Its rows are copied to where they are summed, unless they came there."""
-        asked = self.calls.asked(link.peer, header)
-        if asked is None:
+        question = self.calls.question(link.peer, header)
+        if question is None:
             return
-        owed, item = asked
+        owed, item = question
         rows = EXPERT_OUT_ROWS if header.kind is Kind.EXPERT_OUT else PARTIAL_ROWS
         row_type, width = rows[item.request.wire], item.request.width
         payload, segment = check_rows(payload, owed.num_rows, width, row_type, header.kind.name)
@@ -380,8 +380,9 @@ class Dataflow:
         work = self._works.pop(key, None)
         if work is not None:
             self._rows.release(work.outputs)
-            if work.prepared is not None:
-                work.prepared.buffer.release()
+            prepared, work.prepared = work.prepared, None  # which may know the work
+            if prepared is not None:
+                prepared.buffer.release()
             for call, share in work.waiting.items():
                 self.calls.settle_expert(share.worker, call)
 

@@ -230,7 +230,7 @@ static PyObject *tail_of(const Segment *segments, Py_ssize_t first, Py_ssize_t l
     return tail;
 }
 
-/* A tuple of numbers, and of `last` if it is to have one, whose reference is taken over: a third of Py_BuildValue's time. */
+/* A tuple of numbers, and of `last` if it is to have one, whose reference is taken over. Without a format to read. */
 static PyObject *tuple_of(const Py_ssize_t *numbers, Py_ssize_t num, PyObject *last, int has_last)
 {
     PyObject *tuple = has_last && last == NULL ? NULL : PyTuple_New(num + has_last);
