@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.dependent import PROGRAMMATIC, after_predecessor
 from kernels.launch import Launcher
 from kernels.pack import unit_of, units
+from kernels.reference.stage import Picks
 
 _COLUMNS = 1024
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -26,15 +27,18 @@ def _copy_row(SOURCE, row, OUT, to, size, C: tl.constexpr):
     tl.store(OUT + to * size + at, value, mask=at < size)
 
 
-@triton.jit(do_not_specialize=["n", "first"])
+@triton.jit(do_not_specialize=["n", "first", "picks_at"])
 def _stage(
-    ROWS, SCALES, OUT, TO_ROWS, TO_SCALES, PLACES, n, first, size, scale_size, out_nbytes,
-    UNIT: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
+    ROWS, SCALES, OUT, TO_ROWS, TO_SCALES, PLACES, PICKS, n, first, picks_at, size, scale_size, out_nbytes,
+    UNIT: tl.constexpr, PICKED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    source = row
+    if PICKED:
+        source = tl.load(units(PICKS + picks_at, 4) + row).to(tl.int64)
     to = first + row
-    _copy_row(units(ROWS, UNIT), row, units(TO_ROWS, UNIT), to, size, C)
-    _copy_row(units(SCALES, UNIT), row, units(TO_SCALES, UNIT), to, scale_size, CS)
+    _copy_row(units(ROWS, UNIT), source, units(TO_ROWS, UNIT), to, size, C)
+    _copy_row(units(SCALES, UNIT), source, units(TO_SCALES, UNIT), to, scale_size, CS)
     tl.store(PLACES + 1 + to, OUT.to(tl.int64) + row * out_nbytes)
     if row == 0:
         tl.store(PLACES, first + n)
@@ -69,14 +73,17 @@ _launch_stage = Launcher(_stage)
 
 def stage(
     rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, places: Tensor,
-    first: int = 0,
+    first: int = 0, picks: Picks | None = None,
 ) -> None:  # fmt: skip
     """Copy rows [n, width] of bytes and scales fp32 [n, blocks] to a graph's, from row `first` on, and note `out`.
 
     All contiguous; `places` int64 [1 + most] gets the number of rows so far and the address of each one's output, a
-    multiple of 16, for `deliver`. The rows may be memory of another process.
+    multiple of 16, for `deliver`. The rows may be memory of another process. `picks`: only those rows, in that order.
     """
     n, row_nbytes = rows.shape[0], rows.shape[1] * rows.element_size()
+    memory, picks_at = places, 0
+    if picks is not None:
+        memory, picks_at, n = picks
     scale_nbytes, out_nbytes = 4 * scales.shape[1], out.shape[1] * out.element_size()
     assert out.data_ptr() % 16 == out_nbytes % 16 == 0, "outputs that are not aligned"
     unit = unit_of(row_nbytes, scale_nbytes, rows.data_ptr(), scales.data_ptr())
@@ -84,11 +91,12 @@ def stage(
 
     def describe() -> tuple[tuple[object, ...], dict[str, object]]:
         columns = triton.next_power_of_2(size), triton.next_power_of_2(scale_size)
-        return (unit, *columns), {"num_warps": 4}
+        return (unit, picks is not None, *columns), {"num_warps": 4}
 
     _launch_stage(
-        (unit, size, scale_size, rows.dtype, out.dtype), (n, 1, 1),
-        (rows, scales, out, to_rows, to_scales, places), (n, first, size, scale_size, out_nbytes), describe,
+        (unit, picks is not None, size, scale_size, rows.dtype, out.dtype), (n, 1, 1),
+        (rows, scales, out, to_rows, to_scales, places, memory),
+        (n, first, picks_at, size, scale_size, out_nbytes), describe,
     )  # fmt: skip
 
 

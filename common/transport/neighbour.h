@@ -144,6 +144,15 @@ static void name_place(Place *place, const Shared *shared, const void *address, 
     memcpy(place->key, shared->key, shared->key_nbytes);
 }
 
+/* Name rows that are offered to us: false when they are not, or not as many. */
+static int name_offered(Port *self, Place *place, const Slot *offered, size_t nbytes)
+{
+    if (offered == NULL || who_offers(self, offered) == NULL || slot_state(offered) != SLOT_OFFERED)
+        return 0;
+    *place = offered->rows;
+    return place->nbytes == nbytes && place->key_nbytes <= MAX_KEY;
+}
+
 static void wake(Port *self, Neighbour *neighbour)
 {
     if (!__atomic_load_n(&neighbour->out->is_asleep, __ATOMIC_SEQ_CST))
@@ -229,7 +238,7 @@ static int fetch_rows(Operation *op, Neighbour *neighbour, Slot *slot)
     ucs_status_t status = UCS_ERR_CANCELED;
     if (neighbour != NULL && !neighbour->is_gone && slot_state(slot) == SLOT_OFFERED) {
         agree(op, neighbour, slot);
-        ucp_rkey_h key = key_of(neighbour, &slot->rows);
+        ucp_rkey_h key = slot->is_handed_on ? NULL : key_of(neighbour, &slot->rows);
         status = UCS_ERR_UNREACHABLE;
         if (key != NULL) {
             ucp_request_param_t param = transfer_of(op, on_fetched);

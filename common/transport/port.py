@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 IN_PROGRESS = 1  # ucs_status_t; 0 is success, below 0 an error
 CANCELED = -16  # UCS_ERR_CANCELED
+NO_RESOURCE = -2  # UCS_ERR_NO_RESOURCE: no room for rows that are handed on
+UNREACHABLE = -6  # UCS_ERR_UNREACHABLE: the receiver does not reach them
 _MAX_ARRIVALS = 256  # per poll, so that a flood cannot keep completions and timers waiting
 # at import: a warm parent then has it for all that it forks
 _compiled = compiled(Path(__file__).with_name("port.c"), needs=("libucx",))
@@ -90,9 +92,10 @@ class RowsPort(Port, Protocol):
     ) -> list[int]:  # fmt: skip
         """`send_rows` for many messages that differ little from the header `template`; returns their statuses.
 
-        Rows are in the memory at address `block`, places of answers in that at `landings`. A part: (to, tag, block's
-        number, target, num_rows, num_pairs, credits, answer, place, nbytes, landing's place, landing_nbytes, what
-        follows the header).
+        Rows are in the memory at address `block`, places of answers in that at `landings`. Where `shared` is `poll`'s
+        name of rows that a neighbour offers, these are handed on, whole: the receiver reads them there. A part:
+        (to, tag, block's number, target, num_rows, num_pairs, credits, answer, place, nbytes, landing's place,
+        landing_nbytes, what follows the header).
         """
         ...
 

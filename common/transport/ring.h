@@ -27,6 +27,7 @@ enum { SLOT_FREE, SLOT_OFFERED, SLOT_TAKEN };
 typedef struct {
     uint32_t state; /* written last */
     int32_t status; /* with TAKEN: UCX's */
+    uint32_t is_handed_on; /* the rows are of a third process, and can be reached but not fetched */
     Place rows;
     Place landing;  /* where the sender wants the rows of the answer; 0 bytes: anywhere */
 } __attribute__((aligned(64))) Slot;

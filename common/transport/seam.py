@@ -43,7 +43,7 @@ class Fence:
             self.calls.append(call)
 
 
-_PASSED = Fence(passed=True)
+WRITTEN = Fence(passed=True)  # of what the device has nothing to do with any more
 
 
 class Seam:
@@ -70,7 +70,7 @@ class Seam:
         That must lie in the same stream, behind every fence that is open.
         """
         if self._new_event is None:
-            return _PASSED
+            return WRITTEN
         event = None
         if query is None:
             event = self._events.pop() if self._events else self._new_event()

@@ -1,12 +1,13 @@
 """What is sent on one link over UCX: messages, and rows in device memory beside them. `ucx_arrivals` says how."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from common.transport.base import Handler, Hello
 from common.transport.buffers import Buffer
-from common.transport.port import CANCELED, IN_PROGRESS, Foreign
+from common.transport.port import CANCELED, IN_PROGRESS, NO_RESOURCE, UNREACHABLE, Foreign
 from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT
 from common.transport.ucx_arrivals import KIND_ROWS, KIND_WITH_ROWS, SEQUENCE_MASK, UcxArrivals
 from common.wire.header import HEADER_NBYTES, Header, Kind
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from common.transport.device import DeviceBlock, DeviceRows
     from common.transport.ucx_plane import DataPlane
     from common.transport.volley import Part, Ticket
+
+
+log = logging.getLogger(__name__)
 
 
 class UcxMessages(UcxArrivals):
@@ -97,6 +101,7 @@ class UcxMessages(UcxArrivals):
         if (
             not self._is_met or self._queue or credits.available == 0 or self._endpoint is None
             or HEADER_NBYTES + len(part.tail) > self._port.max_head
+            or (part.volley.block.offer and not self._plane.hands_on)
         ):  # fmt: skip
             return False
         credits.available -= 1
@@ -111,7 +116,7 @@ class UcxMessages(UcxArrivals):
     def send_together(self, request: Header, kind: Kind, tickets: "Sequence[Ticket]") -> None:
         """The device has written the rows of messages that links of this process took."""
         block, wanted = tickets[0][4].volley.block, None  # one of all rows, one of all landings
-        parts, calls = [], []
+        parts, calls, sent = [], [], []
         for link, tag, credits, answer, part in tickets:
             if link._endpoint is None:  # closed before
                 block.release()
@@ -125,6 +130,7 @@ class UcxMessages(UcxArrivals):
                  part.place, part.nbytes, where, 0 if landing is None else landing.nbytes, part.tail)
             )  # fmt: skip
             calls.append(partial(link._rows_sent, block))
+            sent.append((link, tag, credits, answer, part))
         if not parts:
             return
         template = bytearray(HEADER_NBYTES)
@@ -134,12 +140,28 @@ class UcxMessages(UcxArrivals):
             places = *places[:2], wanted.address, self._share(wanted)
         statuses = self._port.send_together(template, not block.on_host, *places, parts, calls)
         self._reactor.kick()
-        for status, ended in zip(statuses, calls, strict=True):
-            if status != IN_PROGRESS:
+        for status, ended, ticket in zip(statuses, calls, sent, strict=True):
+            if status == NO_RESOURCE and block.offer:
+                block.release()
+                ticket[0]._send_copy(*ticket[1:])
+            elif status != IN_PROGRESS:
                 ended(status)
 
+    def _send_copy(self, tag: int, credits: int, answer: int, part: "Part") -> None:
+        """In place of rows that could not be handed on."""
+        header, payload = part.header, part.payload
+        assert payload.rows is not None, "a part without rows"
+        header.rows_nbytes, header.credits, header.answer = payload.rows.nbytes, credits, answer
+        header.payload_nbytes = payload.rows.nbytes + payload.nbytes
+        header.pack_into(payload.view)
+        payload.headroom_busy = True
+        send = partial(self._send_with_rows, payload.retain(), tag, part.landing)
+        payload.rows.fence.then(send)
+
     def _share(self, block: "DeviceBlock") -> Foreign:
-        """What a neighbour needs to reach rows: the key to all of their block, made once."""
+        """What a neighbour needs to reach rows: the key to all of their block, made once; of another's, its offer."""
+        if block.offer:
+            return block.offer
         if block.shared is None and self._is_met:
             block.shared = self._port.share(block.address, block.capacity, not block.on_host)
         return block.shared
@@ -152,5 +174,10 @@ class UcxMessages(UcxArrivals):
 
     def _rows_sent(self, rows: "DeviceRows | DeviceBlock", status: int) -> None:
         self._let_go(rows, status)
+        if status == UNREACHABLE and self._plane.hands_on:
+            log.warning(
+                "%s cannot read rows of others: they are copied from now on", self.peer.process
+            )
+            self._plane.hands_on = False
         if status < 0:
             self._lost("send", status)

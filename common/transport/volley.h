@@ -20,7 +20,7 @@ typedef struct {
 } MessageHeader;
 _Static_assert(sizeof(MessageHeader) == 128, "a header has 128 bytes");
 
-/* Rows, and where those of the answer are wanted; with Shared or None. */
+/* Rows, and where those of the answer are wanted; with Shared or None, or the number of rows that are handed on. */
 typedef struct {
     void *rows;
     size_t nbytes;
@@ -42,15 +42,24 @@ static void *neighbour_s(void *number)
     return (uintptr_t)number & 1 ? (char *)number - 1 : NULL;
 }
 
-/* Post `nbytes` of a message with its rows, in the slot of a neighbour or else by UCX; gives a status. */
+/* Post `nbytes` of a message with its rows, in the slot of a neighbour or else by UCX; gives a status.
+ *
+ * Rows that are handed on do not go by UCX: UCS_ERR_NO_RESOURCE says that there is no slot, or no room.
+ */
 static int post_rows(Operation *op, void *to, const Head *head, size_t nbytes, const Offer *offer)
 {
     ucp_ep_h endpoint = to;
     Neighbour *neighbour = neighbour_s(to);
+    int is_handed_on = PyLong_Check(offer->shared);
     if (neighbour != NULL) {
         Slot *slot = offer->shared == Py_None ? NULL : free_slot(neighbour);
-        if (slot != NULL) {
+        int is_named = slot != NULL;
+        if (is_named && is_handed_on)
+            is_named = name_offered(op->port, &slot->rows, neighbour_s(PyLong_AsVoidPtr(offer->shared)), offer->nbytes);
+        else if (is_named)
             name_place(&slot->rows, (Shared *)offer->shared, offer->rows, offer->nbytes);
+        if (is_named) {
+            slot->is_handed_on = is_handed_on;
             slot->landing.nbytes = 0;
             if (offer->landing_shared != Py_None)
                 name_place(&slot->landing, (Shared *)offer->landing_shared, offer->landing, offer->landing_nbytes);
@@ -58,6 +67,10 @@ static int post_rows(Operation *op, void *to, const Head *head, size_t nbytes, c
                 return UCS_INPROGRESS;
         }
         endpoint = neighbour->endpoint;
+    }
+    if (is_handed_on) {
+        Py_DECREF(give_back(op));
+        return UCS_ERR_NO_RESOURCE;
     }
     ucp_request_param_t param = {
         .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE

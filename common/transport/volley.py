@@ -45,6 +45,17 @@ class Volley:
             self.fence.then(self._send)
         self.block.release()
 
+    @property
+    def kind_alone(self) -> Kind:
+        """Of a message that goes by itself."""
+        return self.kind
+
+    def alone(self, part: "Part") -> tuple[DeviceRows, bytes]:
+        """Its rows, with their fence, and what follows them."""
+        rows = self.block.rows(part.place, part.nbytes)
+        rows.fence = self.fence
+        return rows, part.tail
+
     def hurry(self) -> None:
         """Send what links have taken if the block is written by now."""
         if self.fence.reached():
@@ -93,12 +104,12 @@ class Part:
 
     @property
     def header(self) -> Header:
-        """Made at the first need."""
+        """Of the message by itself, made at the first need; a link fills in the payload's bytes."""
         if self._header is None:
             volley = self.volley
             self._header = volley.request.derive(
-                volley.kind, target=self.target, num_rows=self.num_rows, num_pairs=self.num_pairs,
-                payload_nbytes=self.nbytes + len(self.tail),
+                volley.kind_alone, target=self.target, num_rows=self.num_rows, num_pairs=self.num_pairs,
+                payload_nbytes=0,
             )  # fmt: skip
             self._header.block = self.number
         return self._header
@@ -107,10 +118,9 @@ class Part:
     def payload(self) -> Buffer:
         """Likewise."""
         if self._payload is None:
-            rows = self.volley.block.rows(self.place, self.nbytes)
-            rows.fence = self.volley.fence
-            buffer = self.volley.pool.acquire_with(rows, len(self.tail))
-            buffer.view[HEADER_NBYTES : HEADER_NBYTES + len(self.tail)] = self.tail
+            rows, tail = self.volley.alone(self)
+            buffer = self.volley.pool.acquire_with(rows, len(tail))
+            buffer.view[HEADER_NBYTES : HEADER_NBYTES + len(tail)] = tail
             self._payload = buffer
         return self._payload
 

@@ -9,6 +9,8 @@ There a DISPATCH is sent from where it was written, maybe with room for more row
     RELAY      rows | pairs: row index int32 [num_pairs] | expert ids int32 [num_pairs] | weights fp32 [num_pairs]
                (pairs sorted by row, then ascending expert id)
     EXPERT_IN  rows, sorted by expert | segments int32 [num_pairs, 2]: (expert id, number of its rows), ascending
+    EXPERT_PICK rows of a whole DISPATCH or RELAY | segments, as above | int32 [1 + num_rows]: how many rows that has,
+               and which of them are asked about, in the order of an EXPERT_IN
     EXPERT_OUT rows in the order of the EXPERT_IN (bf16; fp32 on the fp32 wire)
     PARTIAL    rows (bf16; float64 on the fp32 wire)
     COMBINED   rows in the compute dtype of the device; one rail of several answers the rows that it knows of (float64
@@ -142,6 +144,22 @@ def expert_in_layout(num_rows: int, width: int, num_segments: int, wire: Wire) -
     """Lay out an EXPERT_IN payload."""
     rows = row_segment(num_rows, width, DISPATCH_ROWS[wire])
     return ExpertInLayout(rows, rows.end, align(rows.end + num_segments * 8))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPickLayout:
+    """EXPERT_PICK payload: byte offsets of `segments`, as in an EXPERT_IN, and of what says which rows."""
+
+    segments: int
+    picks: int
+    nbytes: int
+
+
+@lru_cache(maxsize=4096)
+def expert_pick_layout(rows_nbytes: int, num_rows: int, num_segments: int) -> ExpertPickLayout:
+    """Lay out an EXPERT_PICK payload behind `rows_nbytes` of a block."""
+    picks = align(rows_nbytes + num_segments * 8)
+    return ExpertPickLayout(rows_nbytes, picks, align(picks + (1 + num_rows) * 4))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from common.errors import WireError
 
 HEADER_NBYTES = 128
 MAGIC = 0xA701
-VERSION = 4
+VERSION = 5
 
 # magic version kind | wire layer | epoch width | block | trace | num_rows num_pairs | target attempt microbatch
 # landed | payload | credits | queue compute combine (us, u32) | rows | answer
@@ -38,7 +38,10 @@ class Kind(IntEnum):
     PARTIAL = 5  # router of another node -> source router: one pre-reduced row per row of the RELAY
     COMBINED = 6  # source router -> attention: one row per row of the DISPATCH
     CREDIT = 7  # no payload: returns credits when nothing else travels that way
-    FAILED = 8  # answer to any request above that cannot be answered; payload is a UTF-8 sentence
+    FAILED = 8  # answer to any request that cannot be answered; payload is a UTF-8 sentence
+    EXPERT_PICK = (
+        9  # router -> expert worker: EXPERT_IN of rows that are still where the router found them
+    )
 
 
 class Wire(IntEnum):
@@ -68,7 +71,7 @@ class Header:
 
     `block` identifies a block of rows of one attention worker, layer and micro-batch for its whole life (worker index
     in the top 16 bits, a counter below): it is the key of re-sends and of de-duplication. `target` is a worker index
-    (EXPERT_IN/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits`, `rows_nbytes`, `answer` and
+    (EXPERT_IN/PICK/OUT) or a node id (RELAY/PARTIAL). `attempt` counts re-sends. `credits`, `rows_nbytes`, `answer` and
     `landed` are filled by the link: how many leading bytes of the payload travel apart (device memory), the number of
     the place where the asker wants the rows of the answer (0: anywhere), and 1 in an answer whose rows are there.
     """

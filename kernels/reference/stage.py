@@ -5,12 +5,24 @@ import ctypes
 import torch
 from torch import Tensor
 
+Picks = tuple[Tensor, int, int]
+"""Which rows: `count` numbers int32 from a byte on of memory (uint8), which may be pinned. (memory, byte, count)"""
+
+
+def picked(picks: Picks) -> Tensor:
+    """The numbers, a view."""
+    memory, at, count = picks
+    return memory[at : at + 4 * count].view(torch.int32)
+
 
 def stage(
     rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, places: Tensor,
-    first: int = 0,
+    first: int = 0, picks: Picks | None = None,
 ) -> None:  # fmt: skip
     """See `kernels.stage.stage`."""
+    if picks is not None:
+        chosen = picked(picks).to(rows.device).long()
+        rows, scales = rows.view(torch.uint8)[chosen], scales[chosen]
     end = first + rows.shape[0]
     to_rows[first:end].view(torch.uint8).copy_(rows.view(torch.uint8))
     to_scales[first:end].copy_(scales)

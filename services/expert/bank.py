@@ -1,7 +1,7 @@
 """The weights that an expert worker holds: its experts of each of its layers, with the content hash of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -16,6 +16,7 @@ from common.placement.plan import Place
 from common.plan_file import first_residents
 from kernels.reference.ffn import Network, network
 from kernels.reference.linear import resident
+from kernels.reference.stage import Picks, picked
 
 MAX_BATCH_ROWS = 4096
 
@@ -24,13 +25,30 @@ MAX_BATCH_ROWS = 4096
 class Call:
     """An EXPERT_IN: rows [num_rows, width], e4m3 with scales fp32 or else without; segments are (expert, rows).
 
-    Its outputs are wanted in `out`, if that is given.
+    Its outputs are wanted in `out`, if that is given. With `picks` it is about these of the `rows`, a whole block's.
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
     segments: list[tuple[int, int]]
     out: torch.Tensor | None = None
+    picks: Picks | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to compute."""
+        return self.rows.shape[0] if self.picks is None else self.picks[2]
+
+    def with_own_rows(self) -> "Call":
+        """The same, copied to memory of its own."""
+        if self.picks is None:
+            rows = self.rows.view(torch.uint8).clone()
+            scales = None if self.scales is None else self.scales.clone()
+        else:
+            index = picked(self.picks).to(self.rows.device, non_blocking=True)
+            rows = self.rows.view(torch.uint8).index_select(0, index)
+            scales = None if self.scales is None else self.scales.index_select(0, index)
+        return replace(self, rows=rows.view(self.rows.dtype), scales=scales, picks=None)
 
     @property
     def quantised(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,9 +100,9 @@ class Bank:
         """Of calls that are computed together, unless it is one: more rows would not share what they cost."""
         return MAX_BATCH_ROWS
 
-    def copies(self, rows: torch.Tensor, scales: torch.Tensor | None) -> bool:
-        """Whether these rows are read once, to copy them."""
-        del rows, scales
+    def copies(self, call: Call) -> bool:
+        """Whether its rows are read once, to copy them."""
+        del call
         return False
 
     def ffn(
@@ -104,6 +122,11 @@ class Bank:
         """Calls at once, each output maybe where it is wanted; None: not in this way, as always on CPU."""
         del layer, calls
         return None
+
+
+def own_rows(calls: Sequence[Call]) -> list[Call]:
+    """Without picks."""
+    return [call if call.picks is None else call.with_own_rows() for call in calls]
 
 
 def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -63,8 +63,8 @@ class DeviceBank(Bank):
         # as many as a graph takes, unless experts share launches
         return MAX_BATCH_ROWS if self.grouped else GraphedExperts.BUCKETS[-1]
 
-    def copies(self, rows: Tensor, scales: Tensor | None) -> bool:
-        return scales is not None and self._fits(len(rows))
+    def copies(self, call: Call) -> bool:
+        return call.scales is not None and self._fits(call.num_rows)
 
     def ffn(
         self, layer: int, expert: int, rows: Tensor, scales: Tensor | None = None

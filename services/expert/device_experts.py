@@ -13,7 +13,7 @@ from common.transport.device import open_copy
 from kernels import ops
 from kernels.graphs import Replays
 from kernels.reference.quant import BLOCK
-from services.expert.bank import Call, joined
+from services.expert.bank import Call, joined, own_rows
 
 Tensor = torch.Tensor
 Group = tuple["DeviceExpert", int, int]  # and its rows: the first, the one behind the last
@@ -67,11 +67,12 @@ class _Staged:
         outputs, first = [], 0
         for call in calls:
             out = call.out
+            num_rows, picks = call.num_rows, call.picks
             if out is None or out.dtype is not torch.bfloat16:
-                out = torch.empty_like(call.rows, dtype=torch.bfloat16)
-            ops.stage(*call.quantised, out, self.rows, self.scales, self.places, first)
+                out = call.rows.new_empty((num_rows, call.rows.shape[1]), dtype=torch.bfloat16)
+            ops.stage(*call.quantised, out, self.rows, self.scales, self.places, first, picks)
             outputs.append(out)
-            first += call.rows.shape[0]  # a third of what len takes
+            first += num_rows
         return outputs
 
 
@@ -91,7 +92,7 @@ class GraphedExperts:
 
     def __call__(self, expert: DeviceExpert, calls: Sequence[Call]) -> list[Tensor]:
         """Outputs of an expert, bf16; no more rows together than the largest bucket."""
-        bucket = _bucket(self.BUCKETS, sum([call.rows.shape[0] for call in calls]))
+        bucket = _bucket(self.BUCKETS, sum([call.num_rows for call in calls]))
         outputs = self._staged.bring(calls)
         self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
         return outputs
@@ -161,10 +162,11 @@ class GroupedExperts:
             return None
         count = _bucket(self.GROUPS, len(slots))
         self._upload(slots, count)
-        sizes = [len(call.rows) for call in calls]
+        sizes = [call.num_rows for call in calls]
         n, most = sum(sizes), max(stop - start for _, start, stop in slots)
         if n > self.ROWS[-1] or most > self.TALL[-1]:
-            rows, scales = map(joined, zip(*(call.quantised for call in calls), strict=True))
+            own = own_rows(calls)
+            rows, scales = map(joined, zip(*(call.quantised for call in own), strict=True))
             table = self._table[:count]
             out = ops.expert_ffn_grouped(rows, scales, table, *self._stacked, max_rows=most)
             return list(torch.split(out, sizes))

@@ -1,36 +1,71 @@
 """The arithmetic of an expert worker: rows of several calls in, one output row per row, in the same order."""
 
+import numpy as np
 import torch
 
 from common.errors import WireError
-from common.tensors import int32s, landing_of, row_bytes, rows_of, scales_of
+from common.tensors import (
+    int32s,
+    landing_of,
+    numbers,
+    row_bytes,
+    rows_of,
+    scales_of,
+    storage_of,
+)
 from common.transport.buffers import Buffer
 from common.wire.blocks import (
+    DISPATCH_ROWS,
     EXPERT_OUT_ROWS,
+    RowSegment,
     RowType,
     check_payload,
     expert_in_layout,
+    expert_pick_layout,
     row_segment,
+    wider_segment,
 )
-from common.wire.header import Header
+from common.wire.header import HEADER_NBYTES, Header, Kind
 from kernels import ops
-from services.expert.bank import Bank, Call, joined
+from services.expert.bank import Bank, Call, joined, own_rows
 
 Tensor = torch.Tensor
 
 
 def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
-    """Rows of an EXPERT_IN, on a GPU as they came, on CPU in fp32, and its segments.
+    """Rows of an EXPERT_IN or EXPERT_PICK, on a GPU as they came, on CPU in fp32, and its segments.
 
     Raises WireError when the payload does not fit the header, or asks for an expert that is not resident.
     """
-    layout = expert_in_layout(header.num_rows, header.width, header.num_pairs, header.wire)
-    check_payload("EXPERT_IN", header.payload_nbytes, layout.nbytes)
+    kind = header.kind.name
     if payload is None or header.num_rows == 0 or header.width != bank.width:
         raise WireError(
-            f"EXPERT_IN of {header.num_rows} rows of width {header.width}, the model has {bank.width}"
+            f"{kind} of {header.num_rows} rows of width {header.width}, the model has {bank.width}"
         )
-    flat = int32s(payload, layout.segments, header.num_pairs * 2)
+    apart = payload.rows is not None and not payload.rows.block.on_host
+    if header.kind is Kind.EXPERT_PICK:
+        picking = expert_pick_layout(payload.rows_nbytes, header.num_rows, header.num_pairs)
+        check_payload(kind, header.payload_nbytes, picking.nbytes)
+        if not apart:
+            raise WireError("EXPERT_PICK without rows in device memory")
+        call, segments = _picked(header, payload, picking.picks), picking.segments
+    else:
+        layout = expert_in_layout(header.num_rows, header.width, header.num_pairs, header.wire)
+        check_payload(kind, header.payload_nbytes, layout.nbytes)
+        call, segments = _whole(payload, layout.rows, apart=apart), layout.segments
+    call.segments = _segments(header, payload, segments, bank)
+    if apart:
+        answer = row_segment(header.num_rows, header.width, EXPERT_OUT_ROWS[header.wire])
+        call.out = landing_of(payload, answer)
+        assert payload.rows is not None, "rows apart"
+        if payload.rows.block.owner is not None and not bank.copies(call):
+            return call.with_own_rows()  # they would be read many times
+    return call
+
+
+def _segments(header: Header, payload: Buffer, start: int, bank: Bank) -> list[tuple[int, int]]:
+    """(expert, its rows), which begin at byte `start` of the payload."""
+    flat = int32s(payload, start, header.num_pairs * 2)
     pairs, total = list(zip(flat[::2], flat[1::2], strict=True)), 0
     for expert, count in pairs:
         total += count
@@ -40,31 +75,48 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         if (header.layer, expert) not in bank:
             raise WireError(f"expert {expert} of layer {header.layer} is not resident here")
     if total != header.num_rows:
-        raise WireError(f"EXPERT_IN segments do not cover its {header.num_rows} rows")
-    is_fp8 = layout.rows.row_type is RowType.FP8
-    if payload.rows is not None and not payload.rows.block.on_host:
-        answer = row_segment(header.num_rows, header.width, EXPERT_OUT_ROWS[header.wire])
-        rows = rows_of(payload, layout.rows)
-        scales = scales_of(payload, layout.rows) if is_fp8 else None
-        if payload.rows.block.owner is not None and not bank.copies(rows, scales):
-            rows = rows.view(torch.uint8).clone().view(rows.dtype)  # they would be read many times
-            scales = None if scales is None else scales.clone()
-        return Call(rows, scales, pairs, landing_of(payload, answer))
+        raise WireError(f"{header.kind.name} segments do not cover its {header.num_rows} rows")
+    return pairs
+
+
+def _whole(payload: Buffer, segment: RowSegment, *, apart: bool) -> Call:
+    """The rows of an EXPERT_IN."""
+    is_fp8 = segment.row_type is RowType.FP8
+    if apart:
+        scales = scales_of(payload, segment) if is_fp8 else None
+        return Call(rows_of(payload, segment), scales, [])
     if is_fp8:
         rows = ops.dequantise_rows(
-            row_bytes(payload), num_rows=header.num_rows, width=header.width,
-            rows_offset=layout.rows.rows_offset, scales_offset=layout.rows.scales_offset, dtype=torch.float32,
+            row_bytes(payload), num_rows=segment.num_rows, width=segment.width,
+            rows_offset=segment.rows_offset, scales_offset=segment.scales_offset, dtype=torch.float32,
         )  # fmt: skip
     else:
-        rows = rows_of(payload, layout.rows)
+        rows = rows_of(payload, segment)
         if rows.dtype is not torch.float32:
             rows = rows.to(torch.float32)
-    return Call(rows, None, pairs)
+    return Call(rows, None, [])
+
+
+def _picked(header: Header, payload: Buffer, start: int) -> Call:
+    """The block of an EXPERT_PICK; which of its rows, byte `start` of the payload and what follows say."""
+    (of_block,) = int32s(payload, start, 1)
+    last = int(numbers(payload, start + 4, header.num_rows, np.uint32).max())
+    if of_block < 1 or last >= of_block:  # negative ones are huge
+        raise WireError(f"EXPERT_PICK of row {last} of a block of {of_block} rows")
+    row_type, nbytes = DISPATCH_ROWS[header.wire], payload.rows_nbytes
+    segment = row_segment(of_block, header.width, row_type)
+    if nbytes != segment.end:
+        segment = wider_segment(segment, nbytes)
+    scales = scales_of(payload, segment) if row_type is RowType.FP8 else None
+    picks = storage_of(payload), HEADER_NBYTES + start - nbytes + 4, header.num_rows
+    return Call(rows_of(payload, segment), scales, [], picks=picks)
 
 
 def compute(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
     """Outputs of several calls of one layer, each [num_rows, width]; calls for the same expert share one pass."""
     outputs = bank.together(layer, calls)
+    if outputs is None:
+        calls = own_rows(calls)
     if outputs is None and len(calls) == 1 and len(calls[0].segments) == 1:
         (call,) = calls  # one block for one expert: no regrouping
         ((expert, _),) = call.segments

@@ -34,6 +34,7 @@ from services.expert.holdings import Holdings
 
 MAX_BATCHES = 2  # launched at a time: the device goes on without waiting, later blocks gather in the batcher meanwhile
 Call = Waiting[tuple[Link, Header, Buffer]]
+_ASKED = (Kind.EXPERT_IN, Kind.EXPERT_PICK)
 log = logging.getLogger(__name__)
 
 
@@ -123,8 +124,8 @@ class ExpertWorker:
     # ---- calls ---------------------------------------------------------------------------------
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
-        """Queue an EXPERT_IN; the batch is computed after everything that has arrived by now was queued too."""
-        if header.kind is not Kind.EXPERT_IN or payload is None:
+        """Queue a question; the batch is computed after everything that has arrived by now was queued too."""
+        if header.kind not in _ASKED or payload is None:
             if payload is not None:
                 payload.release()
             raise WireError(f"{header.kind.name} sent to an expert")

@@ -30,7 +30,8 @@ from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
 from services.router.plan import NodeShare, check_experts, fan_out, side_by_side, split_by_node
 from services.router.routes import Routes
-from services.router.rows import Rows, open_rows, rows_again
+from services.router.rows import Rows, rows_again
+from services.router.rows_apart import open_rows
 
 
 @dataclass(slots=True)
@@ -122,10 +123,8 @@ class Dataflow:
             raise WireError(f"{header.kind.name} without rows")
         self._forget(header.block)  # sent again on a new link: the old answer has nowhere to go
         started = self.clock_ns()
-        if header.kind is Kind.DISPATCH:
-            self._on_dispatch(link, header, payload, routes)
-        else:
-            self._on_relay(link, header, payload, routes)
+        take = self._on_dispatch if header.kind is Kind.DISPATCH else self._on_relay
+        take(link, header, payload, routes)
         self.counters.split_us += (self.clock_ns() - started) // 1000
 
     def _on_dispatch(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
@@ -193,7 +192,8 @@ class Dataflow:
     ) -> None:  # fmt: skip
         """Fan a node's share out to its workers; its rows index the segment."""
         table = routes.workers(request.layer, share.experts, self.calls.fleet)
-        plan = fan_out(share, table, request.width, segment.row_type)
+        of_block = self._rows.handed_on(payload, segment)
+        plan = fan_out(share, table, request.width, segment.row_type, of_block)
         gathered, outputs = self._rows.fan_out(
             payload, segment, plan.tables, request, Kind.EXPERT_IN, EXPERT_OUT_ROWS[request.wire]
         )

@@ -214,20 +214,36 @@ static void place_segments(
     }
 }
 
-/* A share's (expert, rows) of each segment from `first` to `last`, and zeros to a multiple of a section. */
-static PyObject *tail_of(const Segment *segments, Py_ssize_t first, Py_ssize_t last, const Py_ssize_t *counts)
+/* A share's (expert, rows) of each segment from `first` to `last`, and zeros to a multiple of a section.
+ *
+ * With `of_block` that follows, and room for `rows` numbers, in another section: see `pick_rows`.
+ */
+static PyObject *tail_of(
+    const Segment *segments, Py_ssize_t first, Py_ssize_t last, const Py_ssize_t *counts, Py_ssize_t rows,
+    Py_ssize_t of_block)
 {
-    Py_ssize_t nbytes = (last - first) * 8, whole = aligned(nbytes, SECTION);
-    PyObject *tail = PyBytes_FromStringAndSize(NULL, whole);
+    Py_ssize_t picks = aligned((last - first) * 8, SECTION);
+    PyObject *tail = PyBytes_FromStringAndSize(NULL, picks + (of_block ? aligned(4 + rows * 4, SECTION) : 0));
     if (tail == NULL)
         return NULL;
-    int32_t *table = (int32_t *)PyBytes_AS_STRING(tail);
+    int32_t *table = memset(PyBytes_AS_STRING(tail), 0, PyBytes_GET_SIZE(tail));
+    if (of_block)
+        table[picks / 4] = (int32_t)of_block;
     for (Py_ssize_t i = first; i < last; i++) {
         *table++ = segments[i].expert;
         *table++ = (int32_t)counts[segments[i].expert];
     }
-    memset(table, 0, whole - nbytes);
     return tail;
+}
+
+/* Which rows each of the shares that `cut` made asks about, into its tail. */
+static void pick_rows(PyObject *shares, const int32_t *index, const int64_t *pieces)
+{
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(shares); i++, pieces += 4) {
+        PyObject *share = PyTuple_GET_ITEM(PyList_GET_ITEM(shares, i), 0), *tail = PyTuple_GET_ITEM(share, 4);
+        Py_ssize_t picks = aligned(PyLong_AsSsize_t(PyTuple_GET_ITEM(share, 3)) * 8, SECTION);
+        memcpy(PyBytes_AS_STRING(tail) + picks + 4, index + pieces[0], pieces[1] * 4);
+    }
 }
 
 /* A tuple of numbers, and of `last` if it is to have one, whose reference is taken over. Without a format to read. */
@@ -256,7 +272,7 @@ static PyObject *tuple_of(const Py_ssize_t *numbers, Py_ssize_t num, PyObject *l
  */
 static PyObject *cut(
     const Segment *segments, Py_ssize_t num, const Py_ssize_t *counts, Py_ssize_t row_nbytes, Py_ssize_t scale_nbytes,
-    int64_t *pieces, Py_ssize_t *end)
+    Py_ssize_t of_block, int64_t *pieces, Py_ssize_t *end)
 {
     PyObject *shares = PyList_New(0);
     *end = 0;
@@ -273,7 +289,7 @@ static PyObject *cut(
         Py_ssize_t place[] = {start, start + rows, *end, nbytes};
         PyObject *both = PyTuple_New(2);
         if (both != NULL) {
-            PyTuple_SET_ITEM(both, 0, tuple_of(share, 4, tail_of(segments, first, last, counts), 1));
+            PyTuple_SET_ITEM(both, 0, tuple_of(share, 4, tail_of(segments, first, last, counts, rows, of_block), 1));
             PyTuple_SET_ITEM(both, 1, tuple_of(place, 4, NULL, 0));
         }
         if (both == NULL || PyTuple_GET_ITEM(both, 0) == NULL || PyTuple_GET_ITEM(both, 1) == NULL
@@ -300,7 +316,7 @@ static Py_ssize_t most_pairs(const int32_t *pair_rows, Py_ssize_t num, Py_ssize_
     return most;
 }
 
-/* fan_out(tail, num_pairs, workers, rows, row_nbytes, scale_nbytes)
+/* fan_out(tail, num_pairs, workers, rows, row_nbytes, scale_nbytes, of_block)
  *     -> (memory of the tables, (index, pieces, slots, weights), most, shares and pieces, bytes of the block)
  *
  * The tail is a NodeShare's; workers [num_experts], rows [num_rows]; the tables are those of `services.router.tables`.
@@ -308,8 +324,8 @@ static Py_ssize_t most_pairs(const int32_t *pair_rows, Py_ssize_t num, Py_ssize_
 static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
 {
     Py_buffer in[3];
-    Py_ssize_t num, row_nbytes, scale_nbytes;
-    if (!PyArg_ParseTuple(args, "y*ny*y*nn", &in[0], &num, &in[1], &in[2], &row_nbytes, &scale_nbytes))
+    Py_ssize_t num, row_nbytes, scale_nbytes, of_block;
+    if (!PyArg_ParseTuple(args, "y*ny*y*nnn", &in[0], &num, &in[1], &in[2], &row_nbytes, &scale_nbytes, &of_block))
         return NULL;
     Py_ssize_t num_experts = in[1].len / 4, num_rows = in[2].len / 4, section = in[0].len / 12, num_segments, most, end;
     const int32_t *pair_rows = in[0].buf, *experts = pair_rows + section, *weights = experts + section;
@@ -336,7 +352,8 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
         goto done;
     place_segments(counts, workers, num_experts, segments, starts);
     char *to = bytes_of(memory);
-    shares = cut(segments, num_segments, counts, row_nbytes, scale_nbytes, (int64_t *)(to + pieces_at), &end);
+    int64_t *pieces = (int64_t *)(to + pieces_at);
+    shares = cut(segments, num_segments, counts, row_nbytes, scale_nbytes, of_block, pieces, &end);
     if (shares == NULL)
         goto done;
     int32_t *to_index = (int32_t *)to, *to_slots = (int32_t *)(to + slots_at), *to_weights = (int32_t *)(to + weights_at);
@@ -350,6 +367,8 @@ static PyObject *fan_out(PyObject *Py_UNUSED(module), PyObject *args)
         to_slots[row * most + rank] = (int32_t)place;
         to_weights[row * most + rank] = weights[i];
     }
+    if (of_block)
+        pick_rows(shares, to_index, pieces);
     result = Py_BuildValue("O(nnnn)nOn", memory, (Py_ssize_t)0, pieces_at, slots_at, weights_at, most, shares, end);
 done:
     PyMem_Free(counts);

@@ -70,13 +70,18 @@ class WorkerShare:
     start: int
     stop: int
     num_segments: int
-    tail: bytes  # what follows the rows in the EXPERT_IN: its segments
+    tail: bytes  # what follows the rows in the EXPERT_IN: its segments; in an EXPERT_PICK: and its picks
 
     @classmethod
     def of(cls, worker: int, start: int, stop: int, segments: Int32s) -> Self:
         """`segments` [num_experts_hit, 2]: expert id, number of rows; ascending."""
         tail = segments.tobytes()
         return cls(worker, start, stop, len(segments), tail + bytes(-len(tail) % SECTION))
+
+    def pick(self, index: Int32s, of_block: int) -> None:
+        """Make it an EXPERT_PICK: place i is row index[i] of a block of so many rows."""
+        picks = np.array([of_block, *index[self.start : self.stop]], np.int32).tobytes()
+        self.tail += picks + bytes(-len(picks) % SECTION)
 
     @property
     def segments(self) -> Int32s:
@@ -192,13 +197,16 @@ def check_pairs(pair_rows: Int32s, experts: Int32s, *, num_rows: int, num_expert
         raise WireError("pairs are not sorted by row and expert")
 
 
-def fan_out(share: NodeShare, workers: Int32s, width: int, row_type: RowType) -> FanOut:
+def fan_out(
+    share: NodeShare, workers: Int32s, width: int, row_type: RowType, of_block: int = 0
+) -> FanOut:
     """Divide a node's pairs by expert worker; every row has at least one pair.
 
-    `workers` [num_experts] says who computes an expert's pairs. Raises WireError where it says nobody.
+    `workers` [num_experts] says who computes an expert's pairs. Raises WireError where it says nobody. With `of_block`,
+    the number of rows of the block, each share picks from them.
     """
     if _compiled is not None:
-        return _fan_out_compiled(share, workers, width, row_type)
+        return _fan_out_compiled(share, workers, width, row_type, of_block)
     experts = share.experts
     of_pairs = workers.take(experts)
     if int(of_pairs.min()) < 0:
@@ -216,15 +224,26 @@ def fan_out(share: NodeShare, workers: Int32s, width: int, row_type: RowType) ->
     slots, weights = _slot_table(share.pair_rows, share.weights, order, len(share.rows))
     shares = _worker_shares(hit.take(starts), starts, len(order), table)
     index, spans = share.rows.take(share.pair_rows.take(order)), [(s.start, s.stop) for s in shares]
+    if of_block:
+        for part in shares:
+            part.pick(index, of_block)
     return FanOut(shares, tables_of(index, spans, width, row_type, slots, weights))
 
 
-def _fan_out_compiled(share: NodeShare, workers: Int32s, width: int, row_type: RowType) -> FanOut:
+def _fan_out_compiled(
+    share: NodeShare, workers: Int32s, width: int, row_type: RowType, of_block: int
+) -> FanOut:
     assert _compiled is not None, "no compiler"
     scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
     try:
         memory, ats, most, cuts, nbytes = _compiled.fan_out(
-            share.tail, share.num_pairs, workers, share.rows, width * int(row_type), scales
+            share.tail,
+            share.num_pairs,
+            workers,
+            share.rows,
+            width * int(row_type),
+            scales,
+            of_block,
         )
     except ValueError as exc:
         raise WireError(f"{_NOT_HELD}: {exc}") from exc

@@ -23,7 +23,7 @@ from common.ids import ProcessId, Role
 from common.placement.plan import Plan
 from common.transport.base import Hello
 from common.transport.buffers import Buffer
-from common.transport.device import DevicePool, DeviceRows
+from common.transport.device import DevicePool, DeviceRows, NeighbourBlock
 from common.transport.link import BaseLink, LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.volley import Part
@@ -45,6 +45,7 @@ class SilentLink(BaseLink):
         peer = Hello(ProcessId(role, index), node, 1, "m", 1, "fp8")
         super().__init__(mine, peer, handler, pool, LinkLimits(window=1 << 16))
         self.posted: list[Header] = []
+        self._rows: NeighbourBlock | None = None
         self.parts: list[tuple[Part, int]] = []  # and the numbers of their answers
         self._opened(peer)
 
@@ -84,6 +85,15 @@ class SilentLink(BaseLink):
         header = self._read_header(buffer)
         assert header is not None
         self._deliver(header, buffer)
+
+    def _place(self, buffer: Buffer, number: int, nbytes: int) -> None:
+        """Rows of a neighbour are read where they are."""
+        del number
+        if self._rows is None or not self._rows.take_again():
+            memory = torch.empty(nbytes, dtype=torch.uint8)
+            self._rows = NeighbourBlock(self, memory, lambda _: None)
+            self._rows.offer = 1
+        buffer.rows = DeviceRows(self._rows, 0, nbytes)
 
     def take_landed(self, message: bytes) -> None:
         """An answer has arrived."""

@@ -2,8 +2,8 @@
 killed. With a device rows lie apart, in its memory, so that a process of this host is a neighbour.
 
 KIND: `echo` answers everything; `hold` takes messages and never releases them; `flood` sends large messages to whoever
-connects; `dial` dials ADDRESS and floods; `invert` answers rows with their complement, where it is wanted, and nothing
-whose tables do not have the checksum `num_pairs`.
+connects, `offer` one, of the rows OFFERED; `dial` dials ADDRESS and floods; `invert` answers rows with their
+complement, where it is wanted, and nothing whose tables do not have the checksum `num_pairs`.
 """
 
 import asyncio
@@ -19,10 +19,11 @@ from common.ids import Role
 from common.transport.device import DevicePool, open_context, open_seam, synchronise
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
-from common.wire.header import Kind
+from common.wire.header import Header, Kind
 from tests.contract.harness import SECRET, Peer, hello, send, send_apart
 
 FLOOD_NBYTES = 4 << 20
+OFFERED = bytes(i * 7 % 251 for i in range(100_000))
 
 
 class _Flooding(Peer):
@@ -38,6 +39,20 @@ class _Flooding(Peer):
                     send_apart(self._transport, link, FLOOD_NBYTES, 1000, block=block)
                 else:
                     send(self._transport, link, bytes(FLOOD_NBYTES), block=block)
+
+
+class _Offering(Peer):
+    def __init__(self, transport):
+        super().__init__()
+        self._pool = transport.pool
+
+    def on_open(self, link):
+        super().on_open(link)
+        payload = self._pool.acquire(len(OFFERED), rows_nbytes=len(OFFERED))
+        payload.rows.tensor.copy_(torch.frombuffer(bytearray(OFFERED), dtype=torch.uint8))
+        synchronise(self._pool.device)
+        link.post(Header(Kind.DISPATCH), payload)
+        payload.release()
 
 
 class _Inverting(Peer):
@@ -66,6 +81,8 @@ async def main(address, kind, device=""):
     peer = Peer(echo=kind == "echo", hold=kind == "hold")
     if kind in ("flood", "dial"):
         peer = _Flooding(transport)
+    elif kind == "offer":
+        peer = _Offering(transport)
     elif kind == "invert":
         peer = _Inverting(transport)
     if kind == "dial":

@@ -69,7 +69,13 @@ def check_graphed_expert(device, width, hidden):
         for size in sizes:
             part = slice(first, first + size)
             out = memory[1 + first : 1 + first + size] if size != 3 else None
-            calls.append(Call(q[part], scales[part], [], out))
+            if size % 2:
+                calls.append(Call(q[part], scales[part], [], out))
+            else:  # of all rows these, as a neighbour's memory and a message say
+                index = torch.arange(first, first + size, dtype=torch.int32)
+                table = torch.cat([torch.zeros(4, dtype=torch.uint8), index.view(torch.uint8)])
+                table = table.pin_memory() if device == "cuda" else table
+                calls.append(Call(q, scales, [], out, (table, 4, size)))
             wanted.append(network(q[part], scales[part]))
             first += size
         for call, output, expected in zip(calls, graphed(network, calls), wanted, strict=True):

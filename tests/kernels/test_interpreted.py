@@ -99,6 +99,13 @@ for width, n in ((128, 3), (144, 1), (200, 5)):
     ref_stage.stage(rows, scales, out, to_rows, to_scales, ref_at)
     ref_stage.stage(rows[:1], scales[:1], alone, to_rows, to_scales, ref_at, n)
     assert torch.equal(at, ref_at), "stage: the reference"
+    chosen = torch.randint(0, n, (4,), dtype=torch.int32)
+    picks = torch.cat([torch.zeros(12, dtype=torch.uint8), chosen.view(torch.uint8)]), 12, 4
+    for module in (stage, ref_stage):
+        to_rows.zero_(), to_scales.zero_()
+        module.stage(rows, scales, out[:1].expand(4, -1), to_rows, to_scales, at, 1, picks)
+        assert torch.equal(to_rows[1:5], rows[chosen]) and torch.equal(to_scales[1:5], scales[chosen]), "picks"
+        assert not to_rows[5:].any() and not to_rows[0].any() and at[0] == 5, "picks"
 
 for shared in (None, torch.randn(6, 1100)):
     before, answer = torch.randn(6, 1100), torch.randn(5, 1100)

@@ -43,6 +43,25 @@ def test_a_bucket_computes_what_the_expert_does(count):
         assert torch.equal(held.ffn(*place, given, scales), held.experts[place](given, scales))
 
 
+@pytest.mark.parametrize("counts", [[3], [128], [129], [60, 2, 70]], ids=str)
+def test_rows_that_are_picked_from_a_block(counts):
+    """Whatever way they are computed: as a graph, as they are, by several experts."""
+    held, (given, scales) = bank(), rows(200)
+    picked, plain = [], []
+    for seed, count in enumerate(counts):
+        index = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:count]
+        segments = [(seed % 2, count - 1), (8, 1)] if count == 60 else [(0, count)]
+        table = torch.cat([torch.zeros(20, dtype=torch.uint8), index.int().view(torch.uint8)])
+        picked.append(Call(given, scales, segments, None, (table, 20, count)))
+        chosen = given.view(torch.uint8)[index].view(given.dtype)
+        plain.append(Call(chosen, scales[index], segments))
+        own = picked[-1].with_own_rows()
+        assert torch.equal(own.rows.float(), chosen.float())
+        assert torch.equal(own.scales, scales[index])
+    for got, wanted in zip(compute(held, 0, picked), compute(held, 0, plain), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_an_answer_outlives_the_next_call():
     held = bank()
     first = held.ffn(0, 0, *rows(8, seed=1))

@@ -15,7 +15,8 @@ from common.wire.blocks import DISPATCH_ROWS, PARTIAL_ROWS, row_segment
 from common.wire.header import Header, Kind, Wire
 from services.router.block import SourceWork
 from services.router.plan import NodeShare, side_by_side, split_pairs
-from services.router.rows import open_rows, sum_dtype
+from services.router.rows import sum_dtype
+from services.router.rows_apart import open_rows
 
 WIDTH, HOME, ROWS, NODES = 40, 2, 23, 6
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import WireError
-from common.wire.blocks import RowType
+from common.wire.blocks import RowType, expert_pick_layout
 from services.router import plan
 from services.router.plan import (
     NodeShare,
@@ -166,6 +166,22 @@ def test_every_pair_has_one_place_sorted_by_worker_and_expert(block):
     assert pairs == set(zip(share.pair_rows.tolist(), share.experts.tolist(), strict=True))
 
 
+@given(blocks(), st.integers(1, 1 << 30))
+def test_each_share_picks_the_rows_of_its_places(block, of_block):
+    experts, weights, worker_of, _ = block
+    (share,) = split_by_node(experts, weights, np.zeros(40, np.int32))
+    plan = fan_out(share, worker_of, 40, RowType.FP8, of_block)
+    plain = fan_out(share, worker_of, 40, RowType.FP8)
+    for work, without in zip(plan.shares, plain.shares, strict=True):
+        num_rows, end = work.stop - work.start, len(without.tail)
+        layout = expert_pick_layout(0, num_rows, work.num_segments)
+        assert (layout.picks, layout.nbytes) == (end, len(work.tail))
+        assert work.tail[:end] == without.tail
+        picks = np.frombuffer(work.tail, np.int32, 1 + num_rows, end)
+        assert picks[0] == of_block
+        assert (picks[1:] == plan.tables.index[work.start : work.stop]).all()
+
+
 @given(blocks())
 def test_slots_hold_each_rows_pairs_in_ascending_expert_order(block):
     experts, weights, worker_of, _ = block
@@ -268,18 +284,22 @@ def test_pairs_that_nobody_computes():
         fan_out(share, workers, 40, RowType.BF16)
 
 
-@given(blocks(), st.sampled_from(RowType), st.integers(1, 300), st.data())
-def test_both_forms_make_the_same_tables(block, row_type, width, data):
+@given(
+    blocks(),
+    st.sampled_from(RowType),
+    st.integers(1, 300),
+    st.sampled_from([0, 7, 1 << 20]),
+    st.data(),
+)
+def test_both_forms_make_the_same_tables(block, row_type, width, of_block, data):
     experts, weights, worker_of, node_of_worker = block
     nodes = node_of_worker[worker_of]
     share = data.draw(st.sampled_from(split_by_node(experts, weights, nodes)))
-    mine, theirs = fan_out(share, worker_of, width, row_type), None
+    mine, theirs = fan_out(share, worker_of, width, row_type, of_block), None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "_compiled", None if plan._compiled else _C)
-        theirs = fan_out(share, worker_of, width, row_type)
-    for a, b in zip(mine.shares, theirs.shares, strict=True):
-        assert (a.worker, a.start, a.stop) == (b.worker, b.start, b.stop)
-        assert (a.segments == b.segments).all()
+        theirs = fan_out(share, worker_of, width, row_type, of_block)
+    assert mine.shares == theirs.shares
     a, b = mine.tables, theirs.tables
     assert a.pieces == b.pieces
     assert (a.shape, a.num_places, a.nbytes) == (b.shape, b.num_places, b.nbytes)

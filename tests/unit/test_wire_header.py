@@ -112,7 +112,7 @@ def test_a_damaged_header_decodes_or_raises_wire_error(values, damage):
     ("offset", "value", "sentence"),
     [
         (0, 0, "magic 0xa700, expected 0xa701"),
-        (2, 9, "wire version 9, this process speaks 4"),
+        (2, 9, "wire version 9, this process speaks 5"),
         (3, 99, "kind 99"),
         (4, 99, "wire 99"),
     ],
