@@ -43,6 +43,7 @@ TRITON = {
     "gather_pieces": "pack",
     "route": "pack",
     "stage": "stage",
+    "tell": "stage",
     "deliver": "stage",
     "add_placed": "stage",
     "publish": "stage",
@@ -101,6 +102,7 @@ gather_pieces = _choose(_pack.gather_pieces)
 route = _choose(_pack.route)
 stage = _choose(_stage.stage)
 deliver = _choose(_stage.deliver)
+tell = _choose(_stage.tell)
 add_placed = _choose(_stage.add_placed)
 publish = _choose(_stage.publish)
 combine = _choose(_combine.combine)

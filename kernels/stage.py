@@ -9,9 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent import PROGRAMMATIC, after_predecessor
-from kernels.launch import Launcher
 from kernels.pack import unit_of, units
-from kernels.reference.stage import Picks
 
 _COLUMNS = 1024
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -27,21 +25,39 @@ def _copy_row(SOURCE, row, OUT, to, size, C: tl.constexpr):
     tl.store(OUT + to * size + at, value, mask=at < size)
 
 
-@triton.jit(do_not_specialize=["n", "first", "picks_at"])
+@triton.jit
 def _stage(
-    ROWS, SCALES, OUT, TO_ROWS, TO_SCALES, PLACES, PICKS, n, first, picks_at, size, scale_size, out_nbytes,
-    UNIT: tl.constexpr, PICKED: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
+    TO_ROWS, TO_SCALES, PLACES, CALLS, COUNT, stride, size, scale_size, out_nbytes, TURNS: tl.constexpr,
+    MOST: tl.constexpr, UNIT: tl.constexpr, SCALE_UNIT: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    source = row
-    if PICKED:
-        source = tl.load(units(PICKS + picks_at, 4) + row).to(tl.int64)
-    to = first + row
-    _copy_row(units(ROWS, UNIT), source, units(TO_ROWS, UNIT), to, size, C)
-    _copy_row(units(SCALES, UNIT), source, units(TO_SCALES, UNIT), to, scale_size, CS)
-    tl.store(PLACES + 1 + to, OUT.to(tl.int64) + row * out_nbytes)
-    if row == 0:
-        tl.store(PLACES, first + n)
+    i = tl.program_id(0).to(tl.int64)
+    turn = CALLS + tl.load(COUNT) % TURNS * stride
+    # of most turns this is the only call: nothing here waits for anything else that is read over PCIe
+    num, end, first = tl.load(turn), tl.load(turn + 1), i * 0
+    rows, scales, out, picks = (
+        tl.load(turn + 2),
+        tl.load(turn + 3),
+        tl.load(turn + 4),
+        tl.load(turn + 5),
+    )
+    if (num > 1) & (i >= end):
+        call = tl.arange(0, MOST)
+        ends = tl.load(turn + 1 + call * 5, mask=call < num, other=1 << 62)
+        first = tl.max(tl.where(ends <= i, ends, 0))
+        at = turn + 1 + tl.minimum(tl.sum((ends <= i).to(tl.int64)), num - 1) * 5
+        end, rows, scales = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        out, picks = tl.load(at + 3), tl.load(at + 4)
+    if i < end:
+        source = i - first
+        if picks != 0:
+            source = tl.load(picks.to(tl.pointer_type(tl.int32)) + source).to(tl.int64)
+        _copy_row(units(tl.multiple_of(rows, 16), UNIT), source, units(TO_ROWS, UNIT), i, size, C)
+        _copy_row(
+            units(scales, SCALE_UNIT), source, units(TO_SCALES, SCALE_UNIT), i, scale_size, CS
+        )
+        tl.store(PLACES + 1 + i, out + (i - first) * out_nbytes)
+    if i == 0:
+        tl.store(PLACES, tl.load(turn + 1 + (num - 1) * 5))
 
 
 @triton.jit
@@ -68,36 +84,37 @@ def _add_placed(H, PLACE, SHARED, width, HAS_SHARED: tl.constexpr, C: tl.constex
         tl.store(H + at, total, mask=inside)
 
 
-_launch_stage = Launcher(_stage)
-
-
 def stage(
-    rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, places: Tensor,
-    first: int = 0, picks: Picks | None = None,
-) -> None:  # fmt: skip
-    """Copy rows [n, width] of bytes and scales fp32 [n, blocks] to a graph's, from row `first` on, and note `out`.
+    to_rows: Tensor,
+    to_scales: Tensor,
+    places: Tensor,
+    calls: Tensor,
+    count: Tensor,
+    out_nbytes: int,
+) -> None:
+    """Copy the rows of calls, one call behind the other, to a graph's, and note where the output of each is wanted.
 
-    All contiguous; `places` int64 [1 + most] gets the number of rows so far and the address of each one's output, a
-    multiple of 16, for `deliver`. The rows may be memory of another process. `picks`: only those rows, in that order.
+    to_rows [most, width] of bytes and to_scales fp32 [most, blocks]; `places` int64 [1 + most] gets the number of rows
+    and the address of each one's output (`out_nbytes` long), for `deliver`. `calls` int64 [turns, 1 + 5 * most], which
+    may be pinned, says in row count % turns how many there are (one at least), and of each: its end among the rows to
+    stage; the addresses of its rows, a multiple of 16, and of its scales, contiguous, which may be memory of another
+    process; that of its outputs, a multiple of 16; that of numbers int32, which of the rows are meant in which order,
+    or 0. `count` int64 [1], see `tell`.
     """
-    n, row_nbytes = rows.shape[0], rows.shape[1] * rows.element_size()
-    memory, picks_at = places, 0
-    if picks is not None:
-        memory, picks_at, n = picks
-    scale_nbytes, out_nbytes = 4 * scales.shape[1], out.shape[1] * out.element_size()
-    assert out.data_ptr() % 16 == out_nbytes % 16 == 0, "outputs that are not aligned"
-    unit = unit_of(row_nbytes, scale_nbytes, rows.data_ptr(), scales.data_ptr())
-    size, scale_size = row_nbytes // unit, scale_nbytes // unit
-
-    def describe() -> tuple[tuple[object, ...], dict[str, object]]:
-        columns = triton.next_power_of_2(size), triton.next_power_of_2(scale_size)
-        return (unit, picks is not None, *columns), {"num_warps": 4}
-
-    _launch_stage(
-        (unit, picks is not None, size, scale_size, rows.dtype, out.dtype), (n, 1, 1),
-        (rows, scales, out, to_rows, to_scales, places, memory),
-        (n, first, picks_at, size, scale_size, out_nbytes), describe,
+    most, row_nbytes = to_rows.shape[0], to_rows.shape[1] * to_rows.element_size()
+    scale_nbytes, turns = 4 * to_scales.shape[1], calls.shape[0]
+    unit, scale_unit = unit_of(row_nbytes), unit_of(scale_nbytes)
+    size, scale_size = row_nbytes // unit, scale_nbytes // scale_unit
+    columns = triton.next_power_of_2(size), triton.next_power_of_2(scale_size)
+    _stage[(most,)](
+        to_rows, to_scales, places, calls, count, calls.shape[1], size, scale_size, out_nbytes,
+        turns, triton.next_power_of_2(most), unit, scale_unit, *columns, num_warps=4,
     )  # fmt: skip
+
+
+def tell(count: Tensor, told: Tensor) -> None:
+    """Count a turn, int64 [1], and tell the number in `told`, which may be pinned, behind all that was written."""
+    _tell[(1,)](count, told, num_warps=1, **PROGRAMMATIC)
 
 
 def add_placed(h: Tensor, place: Tensor, shared: Tensor | None) -> None:
@@ -123,11 +140,7 @@ def deliver(staged: Tensor, places: Tensor) -> None:
 
 
 @triton.jit
-def _publish(IDS, WEIGHTS, TO_IDS, TO_WEIGHTS, COUNT, TOLD, num, C: tl.constexpr):
-    for start in range(0, num, C):
-        i = start + tl.arange(0, C)
-        tl.store(TO_IDS + i, tl.load(IDS + i, mask=i < num), mask=i < num)
-        tl.store(TO_WEIGHTS + i, tl.load(WEIGHTS + i, mask=i < num), mask=i < num)
+def _count(COUNT, TOLD):
     number = tl.load(COUNT) + 1
     tl.debug_barrier()  # these stores, and those of kernels that have ended, come before the release
     tl.store(COUNT, number)
@@ -137,6 +150,21 @@ def _publish(IDS, WEIGHTS, TO_IDS, TO_WEIGHTS, COUNT, TOLD, num, C: tl.constexpr
         tl.inline_asm_elementwise(
             _RELEASE, "=r,l,l", [TOLD, number], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def _tell(COUNT, TOLD):
+    after_predecessor()
+    _count(COUNT, TOLD)
+
+
+@triton.jit
+def _publish(IDS, WEIGHTS, TO_IDS, TO_WEIGHTS, COUNT, TOLD, num, C: tl.constexpr):
+    for start in range(0, num, C):
+        i = start + tl.arange(0, C)
+        tl.store(TO_IDS + i, tl.load(IDS + i, mask=i < num), mask=i < num)
+        tl.store(TO_WEIGHTS + i, tl.load(WEIGHTS + i, mask=i < num), mask=i < num)
+    _count(COUNT, TOLD)
 
 
 def publish(

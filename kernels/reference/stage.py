@@ -16,19 +16,33 @@ def picked(picks: Picks) -> Tensor:
 
 
 def stage(
-    rows: Tensor, scales: Tensor, out: Tensor, to_rows: Tensor, to_scales: Tensor, places: Tensor,
-    first: int = 0, picks: Picks | None = None,
-) -> None:  # fmt: skip
+    to_rows: Tensor,
+    to_scales: Tensor,
+    places: Tensor,
+    calls: Tensor,
+    count: Tensor,
+    out_nbytes: int,
+) -> None:
     """See `kernels.stage.stage`."""
-    if picks is not None:
-        chosen = picked(picks).to(rows.device).long()
-        rows, scales = rows.view(torch.uint8)[chosen], scales[chosen]
-    end = first + rows.shape[0]
-    to_rows[first:end].view(torch.uint8).copy_(rows.view(torch.uint8))
-    to_scales[first:end].copy_(scales)
-    places[0] = end
-    out_nbytes = out.shape[1] * out.element_size()
-    places[1 + first : 1 + end] = out.data_ptr() + torch.arange(len(rows)) * out_nbytes
+    num, *fields = calls[int(count) % calls.shape[0]].tolist()
+    row_nbytes, scale_nbytes = to_rows.shape[1] * to_rows.element_size(), 4 * to_scales.shape[1]
+    first = 0
+    for call in range(num):
+        end, rows, scales, out, picks = fields[5 * call : 5 * call + 5]
+        for i in range(first, end):
+            source = i - first
+            if picks:
+                source = ctypes.c_int32.from_address(picks + 4 * source).value
+            ctypes.memmove(to_rows[i].data_ptr(), rows + source * row_nbytes, row_nbytes)
+            ctypes.memmove(to_scales[i].data_ptr(), scales + source * scale_nbytes, scale_nbytes)
+            places[1 + i] = out + (i - first) * out_nbytes
+        first = end
+    places[0] = first
+
+
+def tell(count: Tensor, told: Tensor) -> None:
+    """See `kernels.stage.tell`."""
+    told.copy_(count.add_(1))
 
 
 def add_placed(h: Tensor, place: Tensor, shared: Tensor | None) -> None:

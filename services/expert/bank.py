@@ -1,6 +1,6 @@
 """The weights that an expert worker holds: its experts of each of its layers, with the content hash of each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -121,6 +121,10 @@ class Bank:
     def together(self, layer: int, calls: Sequence[Call]) -> list[torch.Tensor] | None:
         """Calls at once, each output maybe where it is wanted; None: not in this way, as always on CPU."""
         del layer, calls
+        return None
+
+    def written(self) -> Callable[[], bool] | None:
+        """What asks whether the device has written the outputs of the last `together`; None: an event must tell."""
         return None
 
 

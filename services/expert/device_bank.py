@@ -4,7 +4,7 @@ What is launched here runs on the current stream; nothing waits for it. Exact mo
 computes in fp32, but the library's products may give a row other bits in another batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,7 @@ class DeviceBank(Bank):
     experts: dict[Place, DeviceExpert] = field(default_factory=dict)
     graphed: GraphedExperts | None = None
     grouped: GroupedExperts | None = None  # where a layer has several experts here
+    by_graph: bool = False  # the last `together`, of one expert
 
     def __contains__(self, place: object) -> bool:
         return place in self.experts
@@ -88,7 +89,7 @@ class DeviceBank(Bank):
     def together(self, layer: int, calls: Sequence[Call]) -> list[Tensor] | None:
         """FP8 rows of one expert as a graph, of several experts as one launch, if they have slots for it."""
         groups: list[Group] = []
-        num_rows, outputs = 0, None
+        num_rows, outputs, self.by_graph = 0, None, False
         for call in calls:
             if call.scales is None:
                 return None
@@ -97,7 +98,7 @@ class DeviceBank(Bank):
                 num_rows += count
         one, is_one = groups[0][0], all(group[0] is groups[0][0] for group in groups)
         if self.graphed is not None and is_one and one.is_fp8 and self._fits(num_rows):
-            outputs = self.graphed(one, calls)
+            outputs, self.by_graph = self.graphed(one, calls), True
         elif self.grouped is not None:
             outputs = self.grouped(groups, calls)
         if outputs is not None:
@@ -105,6 +106,9 @@ class DeviceBank(Bank):
                 for expert, count in call.segments:
                     self.rows[layer, expert] += count
         return outputs
+
+    def written(self) -> Callable[[], bool] | None:
+        return self.graphed.written() if self.graphed is not None and self.by_graph else None
 
 
 def load_bank(config: ClusterConfig, worker: int) -> Bank:

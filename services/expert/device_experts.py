@@ -1,7 +1,7 @@
 """Experts on a GPU: one as it is, one on few rows as a CUDA graph, several of a layer in one launch each way."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,33 +55,80 @@ class DeviceExpert:
 
 
 class _Staged:
-    """The buffers of graphs: rows of calls, one call behind the other, and where each row's output is wanted."""
+    """The buffers of graphs: rows of calls, one call behind the other, and where each row's output is wanted.
+
+    A graph's first kernel reads in pinned memory what to bring, its last tells there that all is written: launching the
+    graph is the only call of the driver. A turn's place there is used again when others have passed.
+    """
+
+    _TURNS = 4  # more than there are batches under way
 
     def __init__(self, most: int, width: int, device: torch.device) -> None:
         self.rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
         self.scales = torch.ones(most, -(-width // BLOCK), device=device)
-        self.places = torch.zeros(1 + most, dtype=torch.int64, device=device)
+        self._places = torch.zeros(1 + most, dtype=torch.int64, device=device)
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
+        pinned = partial(torch.zeros, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._calls, self._told = pinned(self._TURNS, 1 + 5 * most), pinned(1)
+        self._fields = [turn.numpy().data for turn in self._calls]
+        self._seen = self._told.numpy().data
+        self._turn = 0
 
     def bring(self, calls: Sequence[Call]) -> list[Tensor]:
-        """Copy rows e4m3 [n, width] with scales, contiguous. Their outputs, bf16, which `ops.deliver` copies there."""
-        outputs, first = [], 0
+        """What the next graph brings: rows e4m3 [n, width] with scales, contiguous. Returns their outputs, bf16."""
+        fields, outputs, end = self._fields[self._turn % self._TURNS], [], 0
+        self._turn += 1
+        fields[0], at = len(calls), 1
         for call in calls:
-            out = call.out
-            num_rows, picks = call.num_rows, call.picks
+            (rows, scales), out, picks = call.quantised, call.out, call.picks
+            num_rows, width = call.num_rows, rows.shape[1]
             if out is None or out.dtype is not torch.bfloat16:
-                out = call.rows.new_empty((num_rows, call.rows.shape[1]), dtype=torch.bfloat16)
-            ops.stage(*call.quantised, out, self.rows, self.scales, self.places, first, picks)
+                out = rows.new_empty((num_rows, width), dtype=torch.bfloat16)
+            end += num_rows
+            source, to = rows.data_ptr(), out.data_ptr()
+            assert (source | to) & 15 == 0, "rows that are not aligned"
+            fields[at], fields[at + 1], fields[at + 2], fields[at + 3] = (
+                end,
+                source,
+                scales.data_ptr(),
+                to,
+            )
+            fields[at + 4] = 0 if picks is None else picks[0].data_ptr() + picks[1]
             outputs.append(out)
-            first += num_rows
+            at += 5
         return outputs
+
+    def stage(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """A graph's first step, for up to so many rows: what was brought, e4m3 with scales."""
+        rows, scales = self.rows[:num_rows], self.scales[:num_rows]
+        ops.stage(rows, scales, self._places, self._calls, self._count, 2 * rows.shape[1])
+        return rows.view(torch.float8_e4m3fn), scales
+
+    def deliver(self, outputs: Tensor) -> None:
+        """Its last step: outputs bf16 [num_rows, width] to where they are wanted."""
+        ops.deliver(outputs, self._places)
+        ops.tell(self._count, self._told)
+
+    def run(self, graphs: Replays, key: Hashable, step: Callable[[], None]) -> None:
+        """Launch the graph of a turn that was brought; of one that cannot be launched nothing is left."""
+        try:
+            graphs.run(key, step)
+        except BaseException:
+            self._turn = int(self._count)
+            raise
+
+    def written(self) -> Callable[[], bool]:
+        """Asks whether the outputs of the last turn are: a look into memory."""
+        wanted, seen = self._turn, self._seen
+        return lambda: seen[0] >= wanted
 
 
 class GraphedExperts:
     """FP8 experts on few rows as CUDA graphs: a call cost 133 us of Python, with copies by torch; its kernels launched
     one by one cost 271 (128 rows, hidden 2048, two H100 hosts, 2026-11-25).
 
-    A graph per expert and bucket of rows, on buffers that all share, into which a kernel copies and whose last kernel
-    copies out; rows that are left over in a bucket hold what was there before, and nobody reads theirs.
+    A graph per expert and bucket of rows, on buffers that all share; rows that are left over in a bucket hold what was
+    there before, and nobody reads theirs.
     """
 
     BUCKETS = (8, 16, 32, 64, 128)
@@ -94,13 +141,16 @@ class GraphedExperts:
         """Outputs of an expert, bf16; no more rows together than the largest bucket."""
         bucket = _bucket(self.BUCKETS, sum([call.num_rows for call in calls]))
         outputs = self._staged.bring(calls)
-        self._graphs.run((expert, bucket), partial(self._compute, expert, bucket))
+        self._staged.run(self._graphs, (expert, bucket), partial(self._compute, expert, bucket))
         return outputs
+
+    def written(self) -> Callable[[], bool]:
+        """Asks whether the last outputs are."""
+        return self._staged.written()
 
     def _compute(self, expert: DeviceExpert, bucket: int) -> None:
         """The step of a graph."""
-        rows = self._staged.rows[:bucket].view(torch.float8_e4m3fn)
-        ops.deliver(expert(rows, self._staged.scales[:bucket]), self._staged.places)
+        self._staged.deliver(expert(*self._staged.stage(bucket)))
 
     def forget(self, expert: DeviceExpert) -> None:
         """Its weights are given up: a graph would read them."""
@@ -172,7 +222,8 @@ class GroupedExperts:
             return list(torch.split(out, sizes))
         num, tall = _bucket(self.ROWS, n), _bucket(self.TALL, most)
         outputs = self._staged.bring(calls)
-        self._graphs.run((num, count, tall), partial(self._compute, num, count, tall))
+        step = partial(self._compute, num, count, tall)
+        self._staged.run(self._graphs, (num, count, tall), step)
         return outputs
 
     def _upload(self, slots: list[tuple[int, int, int]], count: int) -> None:
@@ -186,11 +237,11 @@ class GroupedExperts:
 
     def _compute(self, num: int, count: int, tall: int) -> None:
         """The step of a graph."""
-        rows = self._staged.rows[:num].view(torch.float8_e4m3fn)
+        rows, scales = self._staged.stage(num)
         out = ops.expert_ffn_grouped(
-            rows, self._staged.scales[:num], self._table[:count], *self._stacked, max_rows=tall
+            rows, scales, self._table[:count], *self._stacked, max_rows=tall
         )
-        ops.deliver(out, self._staged.places)
+        self._staged.deliver(out)
 
 
 def _bucket(sizes: tuple[int, ...], wanted: int) -> int:

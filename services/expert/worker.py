@@ -156,14 +156,16 @@ class ExpertWorker:
             except AtollError as exc:
                 self._fail(link, header, str(exc))
         self._in_flight += 1
+        written = None
         try:
             outputs = compute(self.bank, layer, parsed)
+            written = self.bank.written()
         except Exception as exc:  # whatever it was, the routers wait for an answer
             log.exception("layer %d could not be computed", layer)
             refuse = partial(self._fail_all, calls, f"{self.spec.id}: {exc}")
             self.transport.seam.fence().then(refuse)  # what was launched may write into landings
             calls, outputs = [], []
-        fence = self.transport.seam.fence()
+        fence = self.transport.seam.fence(written)
         if fence.passed:
             self._computed(batch, calls, outputs, started)
         else:

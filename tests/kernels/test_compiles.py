@@ -46,9 +46,9 @@ print("rows", len(re.findall("LDG.E.64", sass[:sass.index("FMUL")])))
 ptx = compiled(kernels.stage._publish, ["*i32", "*fp32"] * 2 + ["*i64"] * 2, ["i32"], {"C": 1024},
                num_warps=8).asm["ptx"]
 print("publish", *re.findall(r"st[.]global[.]v4|bar[.]sync|st[.]release[.]sys", ptx))
-for fp8, unit in ((True, 8), (False, 4)):
-    ptx = compiled(kernels.stage._stage, ["*fp8e4nv" if fp8 else "*u8", "*fp32", "*bf16", "*u8", "*fp32", "*i64",
-                                          "*u8"], ["i32"] * 6, {"UNIT": unit, "PICKED": fp8, "C": 1024, "CS": 32},
+for unit in (8, 4):
+    ptx = compiled(kernels.stage._stage, ["*u8", "*fp32", "*i64", "*i64", "*i64"], ["i32"] * 4,
+                   {"TURNS": 4, "MOST": 128, "UNIT": unit, "SCALE_UNIT": unit, "C": 1024, "CS": 32},
                    num_warps=4).asm["ptx"]
     print("stage", unit, len(re.findall(r"(?:ld|st)[.]global[.]v", ptx)))
 ptx = compiled(kernels.stage._deliver, ["*bf16", "*i64"], ["i32"], {"C": 2048}, num_warps=4,

@@ -76,36 +76,37 @@ for name in ("pack", "unpack"):
         getattr(module, name)(source, out, index, **place, out_offset=8, out_scales=2400)
     assert torch.equal(got, expected), name
 
-for width, n in ((128, 3), (144, 1), (200, 5)):
+for width, n in ((128, 3), (144, 1), (208, 5)):
     rows, scales = torch.randint(0, 256, (n, width), dtype=torch.uint8), torch.rand(n, -(-width // 128))
-    out, to_rows = torch.zeros(n + 1, width).bfloat16(), torch.zeros(6, width, dtype=torch.uint8)
-    to_scales, at = torch.zeros(6, scales.shape[1]), torch.zeros(7).long()
-    stage.stage(rows, scales, out, to_rows, to_scales, at)
-    assert torch.equal(to_rows[:n], rows) and torch.equal(to_scales[:n], scales), "stage"
-    assert not to_rows[n:].any() and not to_scales[n:].any(), "stage: behind the rows"
-    assert at.tolist()[: n + 1] == [n, *(row.data_ptr() for row in out[:n])], "stage: the places"
-    outputs, alone = torch.randn(6, width).bfloat16(), torch.zeros(2, width).bfloat16()
-    stage.deliver(outputs, at)
-    assert torch.equal(out[:n], outputs[:n]) and not out[n:].any(), "deliver"
-    stage.stage(rows[:1], scales[:1], alone, to_rows, to_scales, at, n)
-    assert torch.equal(to_rows[:n], rows) and torch.equal(to_rows[n], rows[0]), "stage: one call more"
-    assert torch.equal(to_scales[n], scales[0]) and at[0] == n + 1, "stage: one call more"
+    outs = [torch.zeros(n + 1, width).bfloat16() for _ in range(3)]
+    outputs, picks = torch.randn(n + 4, width).bfloat16(), torch.randint(0, n, (2,), dtype=torch.int32)
+    fields, many = [n, rows.data_ptr(), scales.data_ptr(), outs[0].data_ptr(), 0], 1 + 5 * (n + 4)
+    turns = torch.full((4, many), -1)
+    turns[0, :6] = torch.tensor([1, *fields])
+    more = [n + 2, *fields[1:3], outs[1].data_ptr(), picks.data_ptr(), n + 3, *fields[1:3], outs[2].data_ptr(), 0]
+    turns[1, :16] = torch.tensor([3, *fields, *more])
+    found = []
     for module in (stage, ref_stage):
-        out.zero_(), alone.zero_()
-        module.deliver(outputs, at)
-        assert torch.equal(out[:n], outputs[:n]) and torch.equal(alone[0], outputs[n]), "deliver two calls"
-        assert not out[n:].any() and not alone[1:].any(), "deliver two calls"
-    ref_at = torch.zeros(7).long()
-    ref_stage.stage(rows, scales, out, to_rows, to_scales, ref_at)
-    ref_stage.stage(rows[:1], scales[:1], alone, to_rows, to_scales, ref_at, n)
-    assert torch.equal(at, ref_at), "stage: the reference"
-    chosen = torch.randint(0, n, (4,), dtype=torch.int32)
-    picks = torch.cat([torch.zeros(12, dtype=torch.uint8), chosen.view(torch.uint8)]), 12, 4
-    for module in (stage, ref_stage):
-        to_rows.zero_(), to_scales.zero_()
-        module.stage(rows, scales, out[:1].expand(4, -1), to_rows, to_scales, at, 1, picks)
-        assert torch.equal(to_rows[1:5], rows[chosen]) and torch.equal(to_scales[1:5], scales[chosen]), "picks"
-        assert not to_rows[5:].any() and not to_rows[0].any() and at[0] == 5, "picks"
+        to_rows, to_scales = torch.zeros(n + 4, width, dtype=torch.uint8), torch.zeros(n + 4, scales.shape[1])
+        at, count, told = torch.zeros(n + 5).long(), torch.zeros(1).long(), torch.zeros(1).long()
+        for turn in range(2):
+            [out.zero_() for out in outs]
+            module.stage(to_rows, to_scales, at, turns, count, 2 * width)
+            assert torch.equal(to_rows[:n], rows) and torch.equal(to_scales[:n], scales), "stage"
+            assert turn or (not to_rows[n:].any() and not to_scales[n:].any()), "stage: behind the rows"
+            module.deliver(outputs, at)
+            assert torch.equal(outs[0][:n], outputs[:n]) and not outs[0][n:].any(), "deliver"
+            assert turn or not outs[1].any(), "deliver: nobody asked"
+            module.tell(count, told)
+            assert count.tolist() == told.tolist() == [turn + 1], "tell"
+        assert torch.equal(to_rows[n : n + 2], rows[picks]), "picks"
+        assert torch.equal(to_scales[n : n + 2], scales[picks]), "picks"
+        assert torch.equal(to_rows[n + 2], rows[0]) and not to_rows[n + 3].any(), "stage: the last call"
+        assert torch.equal(outs[1][:2], outputs[n : n + 2]) and torch.equal(outs[2][0], outputs[n + 2])
+        assert not outs[1][2:].any() and not outs[2][1:].any(), "deliver three calls"
+        assert at[0] == n + 3
+        found.append(at)
+    assert torch.equal(*found), "stage: the reference"
 
 for shared in (None, torch.randn(6, 1100)):
     before, answer = torch.randn(6, 1100), torch.randn(5, 1100)

@@ -204,12 +204,18 @@ def test_rows_go_into_a_graph_and_out_of_it(width):
         )
         outs = [torch.full((n + 1, width), float("nan")).bfloat16().cuda() for _ in range(2)]
         first = n // 3  # rows of a call before
-        for out, part in zip(outs, (slice(first), slice(first, n)), strict=True):
-            if len(given[part]):
-                ops.stage(
-                    given[part], scales[part], out, to_rows, to_scales, places, part.start or 0
-                )
+        order = torch.arange(first, n, dtype=torch.int32).pin_memory()
+        memory = given.data_ptr(), scales.data_ptr()
+        fields = [first, *memory, outs[0].data_ptr(), 0] if first else []
+        fields += [n, *memory, outs[1].data_ptr(), order.data_ptr()]
+        calls, count = torch.zeros(3, 1 + 5 * most).long(), torch.ones(1).long().cuda()
+        calls[1, : 1 + len(fields)] = torch.tensor([len(fields) // 5, *fields])
+        calls, told = calls.pin_memory(), torch.zeros(1).long().pin_memory()
+        ops.stage(to_rows, to_scales, places, calls, count, 2 * width)
         ops.deliver(outputs, places)
+        ops.tell(count, told)
+        torch.cuda.synchronize()
+        assert (int(told), int(count)) == (2, 2)
         assert torch.equal(to_rows[:n], given)
         assert torch.equal(to_scales[:n], scales)
         assert not to_rows[n:].any()

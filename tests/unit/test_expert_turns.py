@@ -68,7 +68,8 @@ def expert(monkeypatch):
         monkeypatch.setattr(module, "parse", lambda header, payload, bank: header)
         seam = Seam(stream.event if on_device else None)
         worker = ExpertWorker(CONFIG, 0, SimpleNamespace(pool=pool, seam=seam))
-        worker.bank, worker.loop = None, asyncio.get_running_loop()
+        worker.bank = SimpleNamespace(written=lambda: None)
+        worker.loop = asyncio.get_running_loop()
         worker.batcher.max_rows = 100
         return worker, stream, seam
 

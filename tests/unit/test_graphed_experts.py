@@ -62,6 +62,29 @@ def test_rows_that_are_picked_from_a_block(counts):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("where", ["stage", "tell"])
+def test_a_graph_that_cannot_be_launched_leaves_nothing_for_the_next(where, monkeypatch):
+    held, (given, scales) = bank(), rows(9)
+    held.together(0, [Call(given, scales, [(0, 9)])])
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, where, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            held.together(0, [Call(given[:5], scales[:5], [(0, 5)])])
+    for count in (3, 9, 2, 8, 7):
+        call = Call(given[:count], scales[:count], [(1, count)])
+        (output,) = held.together(0, [call])
+        assert held.written()()
+        assert torch.equal(output, held.experts[0, 1](*call.quantised))
+
+
+def test_what_is_computed_without_a_graph_is_told_by_an_event():
+    held = bank()
+    held.together(0, [Call(*rows(9), [(0, 9)])])
+    assert held.written() is not None
+    compute(held, 0, [Call(*rows(129), [(0, 129)])])
+    assert held.written() is None
+
+
 def test_an_answer_outlives_the_next_call():
     held = bank()
     first = held.ffn(0, 0, *rows(8, seed=1))
