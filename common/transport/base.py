@@ -10,7 +10,7 @@ an answer keeps what it sent until the answer is in, and posts it again on the n
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,7 @@ from common.wire.header import Header, Landed
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
-    from common.transport.volley import Part
+    from common.transport.volley import Part, Question, Volley
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Hello:
     wire: str
     data: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+Ticket = tuple["Link", tuple[Any, ...], int]
+"""A message of a volley that a link has taken: that link, what the port wants to know, and the number of its answer."""
 
 
 class Link(Protocol):
@@ -69,9 +73,27 @@ class Link(Protocol):
         """
         ...
 
-    def take_part(self, part: "Part") -> bool:
-        """Send a message with the others of its volley, which has not left; False: post it by itself."""
+    def take(self, volley: "Volley", question: "Question") -> "Ticket | None":
+        """Give a message of a volley its place among those of this link; None: it is to be posted by itself.
+
+        `send_together` sends it, and `expect` is told of its landing before anything is received.
+        """
+        return None
+
+    def send_together(self, volley: "Volley", tickets: "Sequence[Ticket]") -> "list[Ticket]":
+        """The device has written the rows of messages that links of this process took: send them.
+
+        Returns those for whose rows, a neighbour's that are handed on, there is no room: for `send_copy`.
+        """
+        raise AssertionError("this link takes none")
+
+    def expect(self, ticket: "Ticket", landing: "DeviceRows | None") -> None:
+        """The rows of that message's answer come to `landing`."""
         ...
+
+    def send_copy(self, ticket: "Ticket", part: "Part") -> None:
+        """Send what was taken with rows of its own."""
+        raise AssertionError("this link takes none")
 
     def send_control(self, message: dict[str, Any]) -> None:
         """Send a small JSON message on the authenticated control socket: never waits. Raises LinkClosed."""

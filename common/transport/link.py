@@ -20,14 +20,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from common.errors import AtollError, Fatal, LinkClosed, Overloaded, WireError
-from common.transport.base import Handler, Hello, Link
+from common.transport.base import Handler, Hello, Link, Ticket
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.credits import Credits
 from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, Kind, read_landed
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
-    from common.transport.volley import Part
 
 log = logging.getLogger(__name__)
 
@@ -163,10 +162,14 @@ class BaseLink(Link, ABC):
         self._credits.available -= 1
         self._send(buffer, landing)
 
-    def take_part(self, part: "Part") -> bool:
-        """Send a message with the others of its volley; False: post it by itself."""
-        del part
-        return False
+    def expect(self, ticket: "Ticket", landing: "DeviceRows | None") -> None:
+        if landing is None:
+            return
+        landing.retain()
+        if self.state is LinkState.OPEN:
+            self._landings[ticket[2]] = landing
+        else:  # it closed as the message was sent
+            self._give_up(landing)
 
     def _has_landed(self, rows: "DeviceRows") -> bool:
         """Whether they were written where the peer wants them. Raises LinkClosed when somebody else wanted them."""
@@ -180,9 +183,13 @@ class BaseLink(Link, ABC):
 
     def _land(self, landing: "DeviceRows") -> int:
         """A number for the answer whose rows go there."""
+        number = self._answer_number()
+        self._landings[number] = landing.retain()
+        return number
+
+    def _answer_number(self) -> int:
         self._num_landings = self._num_landings % _MAX_LANDINGS + 1
         assert self._num_landings not in self._landings, "an answer number in use"
-        self._landings[self._num_landings] = landing.retain()
         return self._num_landings
 
     def _enqueue(

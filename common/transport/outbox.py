@@ -85,6 +85,10 @@ class Outbox:
             self.drop(call.number)
             raise
 
+    def keep(self, call: "Call") -> None:
+        """Keep a message that was sent in another way (taking over the caller's references)."""
+        self._calls[call.number] = call
+
     def owed(self, block: int) -> Call | None:
         """The message that waits for the answer about `block`, None when nothing is owed (drop that answer)."""
         return self._calls.get(block)

@@ -87,7 +87,7 @@ class RowsPort(Port, Protocol):
         ...
 
     def send_together(
-        self, template: bytearray, on_device: bool, block: int, shared: Foreign, landings: int,
+        self, template: bytes, on_device: bool, block: int, shared: Foreign, landings: int,
         landings_shared: Foreign, parts: list[tuple[Any, ...]], calls: list[Any], /,
     ) -> list[int]:  # fmt: skip
         """`send_rows` for many messages that differ little from the header `template`; returns their statuses.

@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from common.transport.base import Handler, Hello
+from common.transport.base import Handler, Hello, Ticket
 from common.transport.buffers import Buffer
 from common.transport.port import CANCELED, IN_PROGRESS, NO_RESOURCE, UNREACHABLE, Foreign
 from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT
 from common.transport.ucx_arrivals import KIND_ROWS, KIND_WITH_ROWS, SEQUENCE_MASK, UcxArrivals
-from common.wire.header import HEADER_NBYTES, Header, Kind
+from common.wire.header import HEADER_NBYTES
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceBlock, DeviceRows
     from common.transport.ucx_plane import DataPlane
-    from common.transport.volley import Part, Ticket
+    from common.transport.volley import Part, Question, Volley
 
 
 log = logging.getLogger(__name__)
@@ -96,60 +96,60 @@ class UcxMessages(UcxArrivals):
         else:
             ended(status)
 
-    def take_part(self, part: "Part") -> bool:
-        credits = self._credits
+    def take(self, volley: "Volley", question: "Question") -> Ticket | None:
+        number, target, num_rows, num_pairs, place, nbytes, tail, where, wanted = question
+        credits, block = self._credits, volley.block
         if (
             not self._is_met or self._queue or credits.available == 0 or self._endpoint is None
-            or HEADER_NBYTES + len(part.tail) > self._port.max_head
-            or (part.volley.block.offer and not self._plane.hands_on)
+            or HEADER_NBYTES + len(tail) > self._port.max_head
+            or (block.offer and not self._plane.hands_on)
         ):  # fmt: skip
-            return False
+            return None
         credits.available -= 1
-        number = self._num_sent
-        self._num_sent = (number + 1) & SEQUENCE_MASK
-        answer = 0 if part.landing is None else self._land(part.landing)
-        part.volley.block.retain()
-        tag = KIND_WITH_ROWS << KIND_SHIFT | self._tag_base | number
-        part.volley.tickets.append((self, tag, credits.collect(), answer, part))
-        return True
+        sequence = self._num_sent
+        self._num_sent = (sequence + 1) & SEQUENCE_MASK
+        answer = self._answer_number() if wanted else 0
+        block.retain()
+        tag = KIND_WITH_ROWS << KIND_SHIFT | self._tag_base | sequence
+        fields = (
+            self._to, tag, number, target, num_rows, num_pairs, credits.collect(), answer, place, nbytes, where, wanted,
+            tail,
+        )  # fmt: skip
+        return self, fields, answer
 
-    def send_together(self, request: Header, kind: Kind, tickets: "Sequence[Ticket]") -> None:
-        """The device has written the rows of messages that links of this process took."""
-        block, wanted = tickets[0][4].volley.block, None  # one of all rows, one of all landings
-        parts, calls, sent = [], [], []
-        for link, tag, credits, answer, part in tickets:
+    def send_together(self, volley: "Volley", tickets: Sequence[Ticket]) -> list[Ticket]:
+        block, landings, going, calls = volley.block, volley.landings, [], []
+        for ticket in tickets:
+            link = cast("UcxMessages", ticket[0])
             if link._endpoint is None:  # closed before
                 block.release()
-                continue
-            where, landing = 0, part.landing
-            if landing is not None:
-                assert wanted in (None, landing.block), "places of answers in several blocks"
-                wanted, where = landing.block, landing.offset
-            parts.append(
-                (link._to, tag, part.number, part.target, part.num_rows, part.num_pairs, credits, answer,
-                 part.place, part.nbytes, where, 0 if landing is None else landing.nbytes, part.tail)
-            )  # fmt: skip
-            calls.append(partial(link._rows_sent, block))
-            sent.append((link, tag, credits, answer, part))
-        if not parts:
-            return
-        template = bytearray(HEADER_NBYTES)
-        request.derive(kind, target=0, payload_nbytes=0).pack_into(template)
+            else:
+                going.append(ticket)
+                calls.append(partial(link._rows_sent, block))
         places = block.address, self._share(block), 0, None
-        if wanted is not None:
-            places = *places[:2], wanted.address, self._share(wanted)
-        statuses = self._port.send_together(template, not block.on_host, *places, parts, calls)
+        if landings is not None:
+            places = *places[:2], landings.address, self._share(landings)
+        parts = [fields for _, fields, _ in going]
+        statuses = self._port.send_together(
+            volley.template, not block.on_host, *places, parts, calls
+        )
         self._reactor.kick()
-        for status, ended, ticket in zip(statuses, calls, sent, strict=True):
+        failed = []
+        for ticket, status, ended in zip(going, statuses, calls, strict=True):
             if status == NO_RESOURCE and block.offer:
                 block.release()
-                ticket[0]._send_copy(*ticket[1:])
+                failed.append(ticket)
             elif status != IN_PROGRESS:
                 ended(status)
+        return failed
 
-    def _send_copy(self, tag: int, credits: int, answer: int, part: "Part") -> None:
-        """In place of rows that could not be handed on."""
-        header, payload = part.header, part.payload
+    def send_copy(self, ticket: Ticket, part: "Part") -> None:
+        """The number, the credit and those returned are the message's already."""
+        header, payload, (_, tag, *_, credits, answer, _, _, _, _, _) = (
+            part.header,
+            part.payload,
+            ticket[1],
+        )
         assert payload.rows is not None, "a part without rows"
         header.rows_nbytes, header.credits, header.answer = payload.rows.nbytes, credits, answer
         header.payload_nbytes = payload.rows.nbytes + payload.nbytes

@@ -137,17 +137,17 @@ static PyObject *port_send_together(Port *self, PyObject *args)
     PyObject *template, *on_device, *parts, *calls;
     unsigned long long block, landings;
     Offer offer = {0};
-    if (!PyArg_ParseTuple(args, "O!O!KOKOO!O!", &PyByteArray_Type, &template, &PyBool_Type, &on_device, &block,
+    if (!PyArg_ParseTuple(args, "O!O!KOKOO!O!", &PyBytes_Type, &template, &PyBool_Type, &on_device, &block,
                           &offer.shared, &landings, &offer.landing_shared, &PyList_Type, &parts, &PyList_Type, &calls))
         return NULL;
     offer.rows = (void *)(uintptr_t)block;
     offer.landing = (void *)(uintptr_t)landings;
     Py_ssize_t num = PyList_GET_SIZE(parts);
-    if (PyByteArray_GET_SIZE(template) != sizeof(MessageHeader) || PyList_GET_SIZE(calls) != num)
+    if (PyBytes_GET_SIZE(template) != sizeof(MessageHeader) || PyList_GET_SIZE(calls) != num)
         return PyErr_Format(PyExc_ValueError, "a header has %zu bytes, and every part a call", sizeof(MessageHeader));
     PyObject *statuses = PyList_New(num);
     Head head;
-    memcpy(head.message, PyByteArray_AS_STRING(template), sizeof(MessageHeader));
+    memcpy(head.message, PyBytes_AS_STRING(template), sizeof(MessageHeader));
     for (Py_ssize_t i = 0; statuses != NULL && i < num; i++) {
         int status;
         ucs_memory_type_t memory = on_device == Py_True ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST;

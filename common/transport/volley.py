@@ -1,49 +1,101 @@
 """Messages whose rows are pieces of one block of device memory: they leave once the device has written it.
 
-The places where their answers are wanted are pieces of one block, too.
-
-Each is a `Call` of an outbox like any other. Between neighbours several go with one call of the port and without a
-buffer or a header of their own; what goes by itself (no credit, another way than shared memory, asked again) gets both
-then.
+The places where their answers are wanted are pieces of another block. Between neighbours several go with one call of
+the port and without a buffer or a header of their own, and at once: what is kept of each until its answer is in is
+written down behind that, since nothing is received meanwhile. What goes by itself (no credit, another way than shared
+memory, asked again) is a call of an outbox like any other.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from common.transport.base import Link
+from common.transport.base import Link, Ticket
 from common.transport.buffers import Buffer
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows
+from common.transport.outbox import Outbox
 from common.transport.seam import Fence
 from common.wire.header import HEADER_NBYTES, Header, Kind
 
-if TYPE_CHECKING:
-    from common.transport.ucx_messages import UcxMessages
-
-_TOGETHER = 4  # that many do not wait for the rest
-# link, tag, credits to return, number of the answer
-Ticket = tuple["UcxMessages", int, int, int, "Part"]
+_TOGETHER = 8  # that many do not wait for the rest
+Question = tuple[int, int, int, int, int, int, bytes, int, int]
+"""(number, target, rows, pairs, place of the rows in the block, bytes of these, what follows them, place of the rows of
+the answer, bytes of these or 0: they may be anywhere)"""
 
 
 class Volley:
     """Messages of one kind about `request`. Made with a reference to the block, given up by `leave`."""
 
-    __slots__ = ("block", "fence", "has_left", "kind", "pool", "request", "tickets")
+    __slots__ = ("_template", "_unsent", "block", "fence", "kind", "landings", "pool", "request")
 
     def __init__(
-        self, request: Header, kind: Kind, pool: DevicePool, block: DeviceBlock, fence: Fence
-    ) -> None:
-        """`fence` is passed when the block is written."""
+        self, request: Header, kind: Kind, pool: DevicePool, block: DeviceBlock, fence: Fence,
+        landings: DeviceBlock | None = None,
+    ) -> None:  # fmt: skip
+        """`fence` is passed when the block is written; answers are wanted in `landings`."""
         self.request, self.kind, self.pool = request, kind, pool
-        self.block, self.fence = block, fence
-        self.has_left = False
-        self.tickets: list[Ticket] = []  # of messages that links have taken
+        self.block, self.fence, self.landings = block, fence, landings
+        self._unsent: list[tuple[Ticket, Part]] = []
+        self._template = b""
+
+    @property
+    def template(self) -> bytes:
+        """What the headers of all have in common."""
+        if not self._template:
+            packed = bytearray(HEADER_NBYTES)
+            self.request.derive(self.kind, target=0, payload_nbytes=0).pack_into(packed)
+            self._template = bytes(packed)
+        return self._template
+
+    def post(
+        self, outboxes: Sequence[Outbox], questions: Sequence[Question], since_ns: int
+    ) -> None:
+        """Send each question to its target, whose outbox keeps it. Raises Overloaded; the rest is not kept then."""
+        for first in range(0, len(questions), _TOGETHER):
+            some = slice(first, first + _TOGETHER)
+            self._post(outboxes[some], questions[some], since_ns)
+
+    def _post(
+        self, outboxes: Sequence[Outbox], questions: Sequence[Question], since_ns: int
+    ) -> None:
+        asked = list(zip(outboxes, questions, strict=True))
+        tickets = [None if o.link is None else o.link.take(self, q) for o, q in asked]
+        taken = [ticket for ticket in tickets if ticket is not None]
+        failed, is_written = [], self.fence.reached()
+        if is_written:
+            self._send_rest()
+            if taken:
+                failed = taken[0][0].send_together(self, taken)
+        parts: list[tuple[Ticket, Part]] = []
+        for (outbox, question), ticket in zip(asked, tickets, strict=True):
+            if ticket is not None:
+                part = Part(self, question, since_ns)
+                outbox.keep(part)
+                ticket[0].expect(ticket, part.landing)
+                parts.append((ticket, part))
+        if not is_written:
+            self._unsent += parts
+        elif failed:
+            self._copy(failed, parts)
+        for (outbox, question), ticket in zip(asked, tickets, strict=True):
+            if ticket is None:
+                outbox.send(Part(self, question, since_ns))
 
     def leave(self) -> None:
         """Every message is posted: send what links have taken as soon as the block is written."""
-        self.has_left = True
-        if self.tickets:
-            self.hurry()
-            self.fence.then(self._send)
+        if self._unsent:
+            self.fence.then(self._send_rest)
         self.block.release()
+
+    def _send_rest(self) -> None:
+        parts, self._unsent = self._unsent, []  # which know us
+        if parts:
+            tickets = [ticket for ticket, _ in parts]
+            self._copy(tickets[0][0].send_together(self, tickets), parts)
+
+    def _copy(self, failed: list[Ticket], parts: list[tuple[Ticket, "Part"]]) -> None:
+        """For these there is no room among the rows that are handed on."""
+        for ticket, part in parts:
+            if ticket in failed:
+                ticket[0].send_copy(ticket, part)
 
     @property
     def kind_alone(self) -> Kind:
@@ -55,17 +107,6 @@ class Volley:
         rows = self.block.rows(part.place, part.nbytes)
         rows.fence = self.fence
         return rows, part.tail
-
-    def hurry(self) -> None:
-        """Send what links have taken if the block is written by now."""
-        if self.fence.reached():
-            self._send()
-
-    def _send(self) -> None:
-        tickets, self.tickets = self.tickets, []  # which know us
-        if tickets:
-            first, *_ = tickets[0]
-            first.send_together(self.request, self.kind, tickets)
 
 
 class Part:
@@ -86,18 +127,16 @@ class Part:
         "volley",
     )
 
-    def __init__(
-        self, volley: Volley, number: int, target: int, num_rows: int, num_pairs: int,
-        place: int, nbytes: int, tail: bytes, landing: DeviceRows | None, since_ns: int,
-    ) -> None:  # fmt: skip
-        """`nbytes` of rows from byte `place` of the volley's block on; takes over the reference to `landing`.
-
-        `number` is the header's block; `tail` is what follows the rows in the payload.
-        """
-        self.volley, self.number, self.target = volley, number, target
-        self.num_rows, self.num_pairs = num_rows, num_pairs
-        self.place, self.nbytes, self.tail = place, nbytes, tail
-        self.landing, self.since_ns = landing, since_ns
+    def __init__(self, volley: Volley, question: Question, since_ns: int) -> None:
+        """`number` is the header's block; `tail` is what follows the rows in the payload."""
+        (
+            self.number, self.target, self.num_rows, self.num_pairs, self.place, self.nbytes, self.tail, where, wanted,
+        ) = question  # fmt: skip
+        self.volley, self.since_ns = volley, since_ns
+        self.landing: DeviceRows | None = None
+        if wanted:
+            assert volley.landings is not None, "nowhere to land"
+            self.landing = volley.landings.rows(where, wanted)
         self._header: Header | None = None
         self._payload: Buffer | None = None
         volley.block.retain()
@@ -126,11 +165,7 @@ class Part:
 
     def post(self, link: Link) -> None:
         """Raises what `Link.post` does."""
-        volley = self.volley
-        if volley.has_left or not link.take_part(self):
-            link.post(self.header, self.payload, landing=self.landing)
-        elif len(volley.tickets) % _TOGETHER == 0:
-            volley.hurry()
+        link.post(self.header, self.payload, landing=self.landing)
 
     def release(self) -> None:
         """Drop what is held for another try."""

@@ -80,23 +80,25 @@ class Calls:
         self, work: NodeWork, shares: Sequence[WorkerShare], pieces: Sequence[Piece], gathered: Gathered,
         now_ns: int,
     ) -> None:  # fmt: skip
-        """Post the EXPERT_IN of each share, whose rows are its piece of those gathered. Raises Overloaded."""
-        waiting, works, outputs, experts = work.waiting, self.works, work.outputs, self.experts
-        fleet, call, nbytes = self.fleet, self._next, 0
+        """Post a question for each share, whose rows are its piece of those gathered. Raises Overloaded."""
+        call, asks, outboxes = self._next, [], []
         self._next += len(shares)
-        num_messages = 0
+        for share, piece in zip(shares, pieces, strict=True):
+            call += 1
+            asks.append((call, share.worker, share.num_segments, share.tail, piece, share.start))
+            outboxes.append(self.experts[share.worker])
         try:
-            for share, piece in zip(shares, pieces, strict=True):
-                call, worker, first, tail = call + 1, share.worker, share.start, share.tail
-                message = gathered.call(
-                    call, worker, share.num_segments, tail, piece, outputs, first, now_ns
-                )
-                experts[worker].send(message)
-                waiting[call], works[call] = share, work
-                fleet.ask(worker, share.stop - first)
-                num_messages += 1
-                nbytes += piece[3] + len(tail)
+            gathered.ask(outboxes, asks, work.outputs, now_ns)
         finally:
+            waiting, works, fleet, num_messages, nbytes = work.waiting, self.works, self.fleet, 0, 0
+            for share, (call, worker, _, tail, piece, first), outbox in zip(
+                shares, asks, outboxes, strict=True
+            ):
+                if outbox.owed(call) is not None:
+                    waiting[call], works[call] = share, work
+                    fleet.ask(worker, share.stop - first)
+                    num_messages += 1
+                    nbytes += piece[3] + len(tail)
             gathered.leave()
             self.counters.asked(work.request.layer, num_messages, nbytes)
 
@@ -108,31 +110,28 @@ class Calls:
 
         `table` is the choice of workers, whose load is counted where there are replicas.
         """
-        request, outputs = source.request, source.outputs[-1]
-        num_messages = nbytes = 0
+        request, outputs, nbytes = source.request, source.outputs[-1], 0
+        asks, outboxes = [], []
+        for (call, share), piece in zip(shares.items(), pieces, strict=True):
+            tail, num_pairs, node = share.tail, share.num_pairs, share.node
+            if source.payload is not None:
+                workers, counts = np.unique(table[share.experts], return_counts=True)
+                load = dict(zip(workers.tolist(), counts.tolist(), strict=True))
+                self._loads[call] = load
+                for worker, num_rows in load.items():
+                    self.fleet.ask(worker, num_rows)
+            size = piece[3] + len(tail)
+            nbytes += size
+            self.counters.crossed(
+                node, Kind.RELAY, request, len(share.rows), num_pairs, size, inward=False
+            )
+            asks.append((call, node, num_pairs, tail, piece, piece[0]))
+            outboxes.append(self.routers[node])
         try:
-            for (call, share), piece in zip(shares.items(), pieces, strict=True):
-                tail, num_pairs = share.tail, share.num_pairs
-                if source.payload is not None:
-                    workers, counts = np.unique(table[share.experts], return_counts=True)
-                    load = dict(zip(workers.tolist(), counts.tolist(), strict=True))
-                    self._loads[call] = load
-                    for worker, num_rows in load.items():
-                        self.fleet.ask(worker, num_rows)
-                first, _, _, size = piece
-                size += len(tail)
-                num_messages += 1
-                nbytes += size
-                self.counters.crossed(
-                    share.node, Kind.RELAY, request, len(share.rows), num_pairs, size, inward=False
-                )
-                node = share.node
-                self.routers[node].send(
-                    gathered.call(call, node, num_pairs, tail, piece, outputs, first, now_ns)
-                )
+            gathered.ask(outboxes, asks, outputs, now_ns)
         finally:
             gathered.leave()
-            self.counters.asked(request.layer, num_messages, nbytes)
+            self.counters.asked(request.layer, len(asks), nbytes)
 
     def overdue(self, now_ns: int, limit_s: float) -> Iterator[tuple[int, str]]:
         """Questions that a peer has owed for longer than `limit_s`, and the sentence that says who."""

@@ -13,7 +13,7 @@ import torch
 from common.tensors import TORCH_DTYPES, RowPick, rows_of
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock
-from common.transport.outbox import Call, Message
+from common.transport.outbox import Call, Message, Outbox
 from common.wire.blocks import (
     DISPATCH_ROWS,
     RowSegment,
@@ -47,6 +47,12 @@ class Outputs:
     block: DeviceBlock | None = None  # of those, what `rows` are in
     bytes: memoryview | None = None  # of `rows` in host memory
 
+    @property
+    def landing_nbytes(self) -> int:
+        """Bytes of an answer for each of its rows; 0 where it cannot come here by itself."""
+        # else an answer is longer than its rows
+        return self.row_nbytes if self.block is not None and self.row_nbytes % 16 == 0 else 0
+
     def put(self, start: int, payload: Buffer, segment: RowSegment) -> None:
         """Copy an answer, all of `payload`, to the places from `start` on."""
         num_rows = segment.num_rows
@@ -57,21 +63,22 @@ class Outputs:
         self.bytes[first : first + nbytes] = payload.view[HEADER_NBYTES : HEADER_NBYTES + nbytes]
 
 
+Ask = tuple[int, int, int, bytes, Piece, int]
+"""A message of those: (number, target, pairs, what follows its rows in the payload, the piece that these are, the place
+of `outputs` from which on the rows of its answer go)"""
+
+
 class Gathered(Protocol):
     """The rows of all messages of one kind about a request."""
 
-    def call(
-        self, number: int, target: int, num_pairs: int, tail: bytes, piece: Piece, outputs: Outputs, first: int,
-        now_ns: int,
-    ) -> Call:  # fmt: skip
-        """The message `number` with the rows of `piece`, and `tail` behind them in the payload.
-
-        The rows of its answer go to the places of `outputs` from `first` on.
-        """
+    def ask(
+        self, outboxes: Sequence[Outbox], asks: Sequence[Ask], outputs: Outputs, now_ns: int
+    ) -> None:
+        """Send each message to its target, whose outbox keeps it. Raises Overloaded; the rest is not kept then."""
         ...
 
     def leave(self) -> None:
-        """Every call has been posted, or will not be."""
+        """All is asked, or will not be."""
         ...
 
 
@@ -120,21 +127,22 @@ class _Picked:
     request: Header
     kind: Kind
 
-    def call(
-        self, number: int, target: int, num_pairs: int, tail: bytes, piece: Piece, outputs: Outputs, first: int,
-        now_ns: int,
-    ) -> Call:  # fmt: skip
-        start, stop, _, nbytes = piece
-        buffer = self.pool.acquire(nbytes + len(tail))
-        segment = row_segment(stop - start, self.segment.width, self.segment.row_type)
-        self.rows.copy_to(buffer, segment, start, stop)
-        buffer.view[HEADER_NBYTES + nbytes : HEADER_NBYTES + buffer.nbytes] = tail
-        header = self.request.derive(
-            self.kind, target=target, num_rows=stop - start, num_pairs=num_pairs,
-            payload_nbytes=buffer.nbytes,
-        )  # fmt: skip
-        header.block = number
-        return Message(header, buffer, now_ns)
+    def ask(
+        self, outboxes: Sequence[Outbox], asks: Sequence[Ask], outputs: Outputs, now_ns: int
+    ) -> None:
+        for outbox, (number, target, num_pairs, tail, (start, stop, _, nbytes), _) in zip(
+            outboxes, asks, strict=True
+        ):
+            buffer = self.pool.acquire(nbytes + len(tail))
+            segment = row_segment(stop - start, self.segment.width, self.segment.row_type)
+            self.rows.copy_to(buffer, segment, start, stop)
+            buffer.view[HEADER_NBYTES + nbytes : HEADER_NBYTES + buffer.nbytes] = tail
+            header = self.request.derive(
+                self.kind, target=target, num_rows=stop - start, num_pairs=num_pairs,
+                payload_nbytes=buffer.nbytes,
+            )  # fmt: skip
+            header.block = number
+            outbox.send(Message(header, buffer, now_ns))
 
     def leave(self) -> None:
         pass

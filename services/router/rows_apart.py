@@ -15,7 +15,7 @@ import torch
 from common.tensors import TORCH_DTYPES, check_rows_apart, storage_of
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
-from common.transport.outbox import Call
+from common.transport.outbox import Outbox
 from common.transport.seam import WRITTEN, Seam
 from common.transport.volley import Part, Volley
 from common.wire.blocks import (
@@ -30,20 +30,12 @@ from common.wire.blocks import (
 )
 from common.wire.header import HEADER_NBYTES, Header, Kind, Wire
 from kernels import ops
-from services.router.rows import Gathered, HostRows, Outputs, Rows, sum_dtype
-from services.router.tables import ALIGN, Piece, Tables, tables_of
+from services.router.rows import Ask, Gathered, HostRows, Outputs, Rows, sum_dtype
+from services.router.tables import ALIGN, Tables, tables_of
 
 Tensor = torch.Tensor
 _MOST_WARMED = 8  # pairs of a row, as top-k is in most models
 _MOST_VIEWS = 256  # of tables
-
-
-def _landing(outputs: Outputs, first: int, num_rows: int) -> DeviceRows | None:
-    """Where the answer about places from `first` on is wanted; None where it is longer than its rows."""
-    row_nbytes, block = outputs.row_nbytes, outputs.block
-    if block is None or row_nbytes % 16:
-        return None
-    return block.rows(first * row_nbytes, num_rows * row_nbytes)
 
 
 class _Pieces(Volley):
@@ -51,19 +43,19 @@ class _Pieces(Volley):
 
     __slots__ = ()
 
-    def call(
-        self, number: int, target: int, num_pairs: int, tail: bytes, piece: Piece, outputs: Outputs, first: int,
-        now_ns: int,
-    ) -> Call:  # fmt: skip
-        start, stop, place, nbytes = piece
-        landing = _landing(outputs, first, stop - start)
-        return Part(
-            self, number, target, stop - start, num_pairs, place, nbytes, tail, landing, now_ns
-        )
+    def ask(
+        self, outboxes: Sequence[Outbox], asks: Sequence[Ask], outputs: Outputs, now_ns: int
+    ) -> None:
+        self.landings, wanted = outputs.block, outputs.landing_nbytes
+        questions = [
+            (number, target, stop - start, pairs, place, nbytes, tail, first * wanted, (stop - start) * wanted)
+            for number, target, pairs, tail, (start, stop, place, nbytes), first in asks
+        ]  # fmt: skip
+        self.post(outboxes, questions, now_ns)
 
 
 class _HandedOn(Volley):
-    """Rows in a neighbour's memory, for experts that read them there."""
+    """Rows in a neighbour's memory, for experts that read them there: what follows them says which."""
 
     __slots__ = ("memory", "segment", "source")
 
@@ -73,14 +65,16 @@ class _HandedOn(Volley):
         super().__init__(request, Kind.EXPERT_PICK, memory.pool, source.block.retain(), WRITTEN)
         self.memory, self.source, self.segment = memory, source, segment
 
-    def call(
-        self, number: int, target: int, num_pairs: int, tail: bytes, piece: Piece, outputs: Outputs, first: int,
-        now_ns: int,
-    ) -> Call:  # fmt: skip
-        """The `tail` says which rows."""
-        (start, stop, _, _), source = piece, self.source
-        landing, at = _landing(outputs, first, stop - start), (source.offset, source.nbytes)
-        return Part(self, number, target, stop - start, num_pairs, *at, tail, landing, now_ns)
+    def ask(
+        self, outboxes: Sequence[Outbox], asks: Sequence[Ask], outputs: Outputs, now_ns: int
+    ) -> None:
+        self.landings, wanted = outputs.block, outputs.landing_nbytes
+        place, nbytes = self.source.offset, self.source.nbytes
+        questions = [
+            (number, target, stop - start, pairs, place, nbytes, tail, first * wanted, (stop - start) * wanted)
+            for number, target, pairs, tail, (start, stop, _, _), first in asks
+        ]  # fmt: skip
+        self.post(outboxes, questions, now_ns)
 
     @property
     def kind_alone(self) -> Kind:

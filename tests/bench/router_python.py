@@ -14,6 +14,7 @@ import json
 import pstats
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
@@ -21,12 +22,12 @@ import torch
 
 from common.ids import ProcessId, Role
 from common.placement.plan import Plan
-from common.transport.base import Hello
+from common.transport.base import Hello, Ticket
 from common.transport.buffers import Buffer
 from common.transport.device import DevicePool, DeviceRows, NeighbourBlock
 from common.transport.link import BaseLink, LinkLimits
 from common.transport.outbox import Outbox
-from common.transport.volley import Part
+from common.transport.volley import Question, Volley
 from common.wire.blocks import RowType, dispatch_layout, row_segment
 from common.wire.header import HEADER_NBYTES, Header, Kind, Landed, Wire
 from kernels import ops
@@ -46,26 +47,34 @@ class SilentLink(BaseLink):
         super().__init__(mine, peer, handler, pool, LinkLimits(window=1 << 16))
         self.posted: list[Header] = []
         self._rows: NeighbourBlock | None = None
-        self.parts: list[tuple[Part, int]] = []  # and the numbers of their answers
+        self.sent: list[Ticket] = []  # of volleys
         self._opened(peer)
 
-    def take_part(self, part: Part) -> bool:
+    def take(self, volley: Volley, question: Question) -> Ticket:
         self._credits.available -= 1
-        answer = 0 if part.landing is None else self._land(part.landing)
-        part.volley.tickets.append((self, 0, 0, answer, part))  # type: ignore[arg-type]
-        self.parts.append((part, answer))
-        return True
+        answer = self._answer_number() if question[-1] else 0
+        volley.block.retain()
+        return self, (volley, question), answer
 
-    def send_together(self, *_: object) -> None:
+    def send_together(self, volley: Volley, tickets: Sequence[Ticket]) -> list[Ticket]:
         """Part of the wire."""
+        for ticket in tickets:
+            volley.block.release()
+            ticket[0].sent.append(ticket)  # type: ignore[attr-defined]
+        return []
 
     def requests(self) -> list[Header]:
         """What was posted, or taken as part of a volley."""
         found, self.posted = self.posted, []
-        for part, answer in self.parts:
-            found.append(part.header)
-            part.header.answer = answer
-        self.parts = []
+        for _, (volley, question), answer in self.sent:
+            number, target, num_rows, num_pairs, _, nbytes, tail, _, _ = question
+            header = volley.request.derive(
+                volley.kind, target=target, num_rows=num_rows, num_pairs=num_pairs,
+                payload_nbytes=nbytes + len(tail),
+            )  # fmt: skip
+            header.block, header.answer = number, answer
+            found.append(header)
+        self.sent = []
         return found
 
     def _transmit(self, buffer: Buffer, landing: object) -> None:
@@ -80,7 +89,7 @@ class SilentLink(BaseLink):
 
     def _send_control(self, frame: dict[str, object]) -> None: ...
 
-    def take(self, buffer: Buffer) -> None:
+    def arrive(self, buffer: Buffer) -> None:
         """A message has arrived."""
         header = self._read_header(buffer)
         assert header is not None
@@ -184,7 +193,7 @@ def main() -> None:
             if args.profile and number == args.blocks // 4:
                 profile.enable()
             started = time.perf_counter()
-            origin.take(message)
+            origin.arrive(message)
             split = time.perf_counter()
             requests = [(link, header) for link in links for header in link.requests()]
             answers = [(link, answer(request)) for link, request in requests]

@@ -10,7 +10,7 @@ from common.transport.device import open_context
 from common.transport.link import LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.seam import WRITTEN
-from common.transport.volley import Part, Volley
+from common.transport.volley import Volley
 from common.waiting import poll_until
 from common.wire.header import Header, Kind
 from tests.contract.child import OFFERED
@@ -59,14 +59,14 @@ class Handed(Volley):
         rows.fence = WRITTEN
         return rows, b"a copy"
 
-    def ask(self, outboxes, landing=None):
+    def ask(self, outboxes, landings=None):
         """Of each, with a number."""
-        nbytes = self.source.nbytes
-        for number, outbox in enumerate(outboxes):
+        nbytes, questions, self.landings = self.source.nbytes, [], landings
+        for number in range(len(outboxes)):
             tail = b"%8d" % number
-            place = None if landing is None else landing.rows(number * nbytes, nbytes)
-            part = Part(self, number, 0, 1, zlib.crc32(tail), 0, nbytes, tail, place, 0)
-            outbox.send(part)
+            where = (0, 0) if landings is None else (number * nbytes, nbytes)
+            questions.append((number, 0, 1, zlib.crc32(tail), 0, nbytes, tail, *where))
+        self.post(outboxes, questions, 0)
         self.leave()
 
 

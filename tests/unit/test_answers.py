@@ -31,8 +31,8 @@ class RecordingLink:
         self.posted = []
         self.error = None
 
-    def take_part(self, part) -> bool:
-        return False
+    def take(self, volley, question) -> None:
+        return None
 
     def post(self, header, payload=None, *, landing=None) -> None:
         if self.error is not None:

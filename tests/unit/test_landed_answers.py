@@ -51,7 +51,7 @@ class Router:
         np.random.seed(seed)
         torch.manual_seed(seed)
         message = block(self.pool, ROWS, EXPERTS, seed)
-        self.origin.take(message)
+        self.origin.arrive(message)
         for link in self.links:
             for header in link.requests():
                 landing = link._landings[header.answer]
@@ -78,7 +78,7 @@ def answer_in_full(router, link, header):
     reply.rows_nbytes = nbytes
     buffer = router.pool.acquire(0)
     reply.pack_into(buffer.view)
-    link.take(buffer)
+    link.arrive(buffer)
 
 
 def answer_shortly(router, link, header):

@@ -10,6 +10,7 @@ from common.errors import WireError
 from common.tensors import rows_of
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool
+from common.transport.outbox import Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import DISPATCH_ROWS, PARTIAL_ROWS, row_segment
 from common.wire.header import Header, Kind, Wire
@@ -50,10 +51,13 @@ def ask(source, memory, payload, calls, some):
     )
     source.add(outputs, calls, HOME)
     landings = {}
-    for number, piece in zip(relays, tables.pieces, strict=True):
-        call = gathered.call(number, 0, 1, b"", piece, outputs, piece[0], 0)
-        landings[number] = None if call.landing is None else call.landing.retain()
-        call.release()
+    outbox, pieces = Outbox("of a node that is away"), tables.pieces
+    asks = [(n, 0, 1, b"", piece, piece[0]) for n, piece in zip(relays, pieces, strict=True)]
+    gathered.ask([outbox] * len(asks), asks, outputs, 0)
+    for number in relays:
+        landing = outbox.owed(number).landing
+        landings[number] = None if landing is None else landing.retain()
+        outbox.settle(number)
     gathered.leave()
     return landings
 
