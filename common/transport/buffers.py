@@ -115,6 +115,9 @@ class BufferPool:
 
     apart = False  # True: rows lie in a memory of their own, `Buffer.rows`
     polled = False  # True: transfers of these buffers end without waking anybody (device memory)
+    hands_on = (
+        True  # False: another process could not read a neighbour's rows that were handed on to it
+    )
 
     def __init__(self, *, max_kept_nbytes: int = 256 << 20) -> None:
         self.outstanding = 0

@@ -102,7 +102,7 @@ class UcxMessages(UcxArrivals):
         if (
             not self._is_met or self._queue or credits.available == 0 or self._endpoint is None
             or HEADER_NBYTES + len(tail) > self._port.max_head
-            or (block.offer and not self._plane.hands_on)
+            or (block.offer and not self._pool.hands_on)
         ):  # fmt: skip
             return None
         credits.available -= 1
@@ -174,10 +174,10 @@ class UcxMessages(UcxArrivals):
 
     def _rows_sent(self, rows: "DeviceRows | DeviceBlock", status: int) -> None:
         self._let_go(rows, status)
-        if status == UNREACHABLE and self._plane.hands_on:
+        if status == UNREACHABLE and self._pool.hands_on:
             log.warning(
                 "%s cannot read rows of others: they are copied from now on", self.peer.process
             )
-            self._plane.hands_on = False
+            self._pool.hands_on = False
         if status < 0:
             self._lost("send", status)

@@ -60,7 +60,6 @@ class DataPlane:
         # only a pool of device memory has rows to send and to take
         self.port = cast(RowsPort, self.reactor.port)
         seam.on_open = self.reactor.kick
-        self.hands_on = True  # rows of a neighbour to others, until one cannot read them
         self.failed: list[UcxLink] = []
         self.links: dict[int, UcxLink] = {}  # by the sender id in their tags
         self._next_sender = 1

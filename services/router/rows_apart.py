@@ -102,7 +102,7 @@ class RowsApart:
 
     def handed_on(self, payload: Buffer, segment: RowSegment) -> int:
         is_offered = payload.rows is not None and payload.rows.block.offer
-        return segment.num_rows if is_offered else 0
+        return segment.num_rows if is_offered and self.pool.hands_on else 0
 
     def gather(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind
@@ -114,7 +114,7 @@ class RowsApart:
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
     ) -> tuple[Gathered, Outputs]:  # fmt: skip
         source = check_rows_apart("a block", payload, segment)
-        if kind is Kind.EXPERT_IN and source.block.offer:
+        if kind is Kind.EXPERT_IN and self.handed_on(payload, segment):
             return self._hand_on(source, segment, tables, request, row_type)
         row_nbytes, (_, _, slots_at, weights_at) = segment.width * int(row_type), tables.ats
         # the sum's tables lie behind the rows

@@ -69,3 +69,13 @@ def test_one_that_goes_by_itself_has_the_same_rows_with_it(router):
     for link, header, _ in message:
         answer_shortly(router, link, header)
     assert router.pool.outstanding == router.pool.rows_outstanding == 0
+
+
+def test_where_a_reader_could_not_read_them_rows_are_gathered_for_all_at_once(router):
+    router.pool.hands_on = False
+    message, parts = asked(router, 3)
+    assert {part.volley.kind for part in parts} == {Kind.EXPERT_IN}
+    assert router.origin._rows.take_again(), "its owner has it back when it is gathered"
+    for link, header, _ in message:
+        answer_shortly(router, link, header)
+    assert router.pool.outstanding == router.pool.rows_outstanding == 0
