@@ -4,8 +4,8 @@
 
 Two processes, one card each (or one card for both). A message has arrived when its rows are in memory of the receiver:
 those of a neighbour are copied there. Latency is half a round trip of the same size both ways; the rate is that of
-messages one way with some in flight, each answered by an empty one. Both sides go on within their handlers, as services
-do.
+messages one way with some in flight: every half of these is answered by an empty one, as credits come back. Both sides
+go on within their handlers, as services do.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from common.errors import LinkClosed
 from common.ids import ProcessId, Role
 from common.transport.base import Hello, Link
 from common.transport.buffers import Buffer
-from common.transport.device import DevicePool, open_seam, release_behind
+from common.transport.device import DeviceBlock, DevicePool, open_seam, release_behind
 from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
@@ -52,6 +52,7 @@ class Side:
         self.opened = asyncio.Event()
         self.closed = asyncio.Event()
         self.taken: Callable[[], None] | None = None  # of the near side; the far one answers
+        self.num_taken = 0  # and counts
 
     def on_open(self, link: Link) -> None:
         self.link = link
@@ -64,29 +65,44 @@ class Side:
         pass
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
-        if payload is None or payload.rows is None or payload.rows.block.owner is None:
-            self.take(link, header, payload)
+        if payload is None or payload.rows is None:
+            self.take(link, header, None)
+            if payload is not None:
+                payload.release()
             return
-        pool, nbytes = self.transport.pool, payload.rows.nbytes
+        pool, rows = self.transport.pool, payload.rows
         assert isinstance(pool, DevicePool)
-        here = pool.acquire(nbytes, rows_nbytes=nbytes)
-        assert here.rows is not None
-        pool.copy(here.rows.address, payload.rows.address, nbytes)
+        if rows.block.owner is None:  # they came here
+            here = rows.block.retain()
+            payload.release()
+            self.take(link, header, here)
+            return
+        here = pool.take(rows.nbytes)
+        pool.copy(here.address, rows.address, rows.nbytes)
         fence = release_behind(self.transport.seam, payload)
         fence.then(partial(self.take, link, header, here))
 
-    def take(self, link: Link, header: Header, payload: Buffer | None) -> None:
+    def take(self, link: Link, header: Header, rows: DeviceBlock | None) -> None:
         """A message is here."""
-        if self.taken is None:
-            link.post(message(header.layer), payload if header.layer == ECHO else None)
-        else:
+        if self.taken is not None:
             self.taken()
-        if payload is not None:
+        elif header.layer == COUNT:
+            self.num_taken += 1
+            if self.num_taken % header.num_pairs == 0:
+                link.post(message(COUNT))
+        elif rows is not None:
+            pool = self.transport.pool
+            assert isinstance(pool, DevicePool)
+            payload = pool.acquire_with(rows.rows(0, header.rows_nbytes))
+            link.post(message(ECHO), payload)
             payload.release()
+        if rows is not None:
+            rows.release()
 
 
-def message(layer: int) -> Header:
-    return Header(Kind.EXPERT_IN, Wire.FP8, layer, 1, 7168, 1, 1, 1, 1)
+def message(layer: int, each: int = 1) -> Header:
+    """`each`: every so many of those to be counted are answered."""
+    return Header(Kind.EXPERT_IN, Wire.FP8, layer, 1, 7168, 1, 1, 1, each)
 
 
 def hello(index: int) -> Hello:
@@ -114,21 +130,22 @@ async def far(address: str) -> None:
 async def exchange(
     side: Side, link: Link, buffer: Buffer, layer: int, num: int, flight: int
 ) -> list[float]:
-    """Post `num` messages, `flight` at a time: when it began, and when each was answered, in seconds."""
+    """Post `num` messages, up to `flight` at a time: when it began, and when answers came, in seconds."""
+    each = max(1, flight // 2)
     moments, left, done = [time.perf_counter()], num - flight, asyncio.Event()
 
     def taken() -> None:
         nonlocal left
         moments.append(time.perf_counter())
-        if left > 0:
+        for _ in range(min(each, left)):
             left -= 1
-            link.post(message(layer), buffer)
-        elif len(moments) > num:
+            link.post(message(layer, each), buffer)
+        if len(moments) > num // each:
             done.set()
 
     side.taken = taken
     for _ in range(flight):
-        link.post(message(layer), buffer)
+        link.post(message(layer, each), buffer)
     async with asyncio.timeout(60):
         await done.wait()
     return moments
