@@ -115,9 +115,7 @@ class BufferPool:
 
     apart = False  # True: rows lie in a memory of their own, `Buffer.rows`
     polled = False  # True: transfers of these buffers end without waking anybody (device memory)
-    hands_on = (
-        True  # False: another process could not read a neighbour's rows that were handed on to it
-    )
+    hands_on = True  # False: somebody could not read a neighbour's rows that were handed on
 
     def __init__(self, *, max_kept_nbytes: int = 256 << 20) -> None:
         self.outstanding = 0

@@ -145,11 +145,8 @@ class UcxMessages(UcxArrivals):
 
     def send_copy(self, ticket: Ticket, part: "Part") -> None:
         """The number, the credit and those returned are the message's already."""
-        header, payload, (_, tag, *_, credits, answer, _, _, _, _, _) = (
-            part.header,
-            part.payload,
-            ticket[1],
-        )
+        _, tag, *_, credits, answer, _, _, _, _, _ = ticket[1]
+        header, payload = part.header, part.payload
         assert payload.rows is not None, "a part without rows"
         header.rows_nbytes, header.credits, header.answer = payload.rows.nbytes, credits, answer
         header.payload_nbytes = payload.rows.nbytes + payload.nbytes

@@ -79,8 +79,9 @@ class DeviceBank(Bank):
             and scales is not None
             and self._fits(len(rows))
         ):
-            (output,) = self.graphed(network, [Call(rows, scales, [])])
-            return output
+            outputs = self.graphed(network, [Call(rows, scales, [])])
+            if outputs is not None:
+                return outputs[0]
         return network(rows, scales)
 
     def _fits(self, num_rows: int) -> bool:
@@ -98,7 +99,8 @@ class DeviceBank(Bank):
                 num_rows += count
         one, is_one = groups[0][0], all(group[0] is groups[0][0] for group in groups)
         if self.graphed is not None and is_one and one.is_fp8 and self._fits(num_rows):
-            outputs, self.by_graph = self.graphed(one, calls), True
+            outputs = self.graphed(one, calls)
+            self.by_graph = outputs is not None
         elif self.grouped is not None:
             outputs = self.grouped(groups, calls)
         if outputs is not None:

@@ -58,10 +58,10 @@ class _Staged:
     """The buffers of graphs: rows of calls, one call behind the other, and where each row's output is wanted.
 
     A graph's first kernel reads in pinned memory what to bring, its last tells there that all is written: launching the
-    graph is the only call of the driver. A turn's place there is used again when others have passed.
+    graph is the only call of the driver. A turn's place there is used again when it is over.
     """
 
-    _TURNS = 4  # more than there are batches under way
+    _TURNS = 8
 
     def __init__(self, most: int, width: int, device: torch.device) -> None:
         self.rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
@@ -74,8 +74,14 @@ class _Staged:
         self._seen = self._told.numpy().data
         self._turn = 0
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there may be another turn: the device still reads those that are not over."""
+        return self._turn - self._seen[0] < self._TURNS
+
     def bring(self, calls: Sequence[Call]) -> list[Tensor]:
         """What the next graph brings: rows e4m3 [n, width] with scales, contiguous. Returns their outputs, bf16."""
+        assert self.has_room, "a turn that is not over"
         fields, outputs, end = self._fields[self._turn % self._TURNS], [], 0
         self._turn += 1
         fields[0], at = len(calls), 1
@@ -87,12 +93,8 @@ class _Staged:
             end += num_rows
             source, to = rows.data_ptr(), out.data_ptr()
             assert (source | to) & 15 == 0, "rows that are not aligned"
-            fields[at], fields[at + 1], fields[at + 2], fields[at + 3] = (
-                end,
-                source,
-                scales.data_ptr(),
-                to,
-            )
+            fields[at], fields[at + 1], fields[at + 2] = end, source, scales.data_ptr()
+            fields[at + 3] = to
             fields[at + 4] = 0 if picks is None else picks[0].data_ptr() + picks[1]
             outputs.append(out)
             at += 5
@@ -137,8 +139,13 @@ class GraphedExperts:
         self._graphs = Replays(device)
         self._staged = _Staged(self.BUCKETS[-1], width, device)
 
-    def __call__(self, expert: DeviceExpert, calls: Sequence[Call]) -> list[Tensor]:
-        """Outputs of an expert, bf16; no more rows together than the largest bucket."""
+    def __call__(self, expert: DeviceExpert, calls: Sequence[Call]) -> list[Tensor] | None:
+        """Outputs of an expert, bf16; no more rows together than the largest bucket.
+
+        None while as many graphs are under way as may be.
+        """
+        if not self._staged.has_room:
+            return None
         bucket = _bucket(self.BUCKETS, sum([call.num_rows for call in calls]))
         outputs = self._staged.bring(calls)
         self._staged.run(self._graphs, (expert, bucket), partial(self._compute, expert, bucket))
@@ -204,11 +211,12 @@ class GroupedExperts:
     def __call__(self, groups: list[Group], calls: Sequence[Call]) -> list[Tensor] | None:
         """Outputs, bf16; `groups` are of the rows of all calls, one call behind the other.
 
-        None when an expert has no slot, or there are more groups than the largest bucket.
+        None when an expert has no slot, there are more groups than the largest bucket, or as many graphs are under way
+        as may be.
         """
         slots = [(self._slots.get(expert, -1), start, stop) for expert, start, stop in groups]
         slots.sort()  # who reads the same weights is side by side
-        if slots[0][0] < 0 or len(slots) > self.GROUPS[-1]:
+        if slots[0][0] < 0 or len(slots) > self.GROUPS[-1] or not self._staged.has_room:
             return None
         count = _bucket(self.GROUPS, len(slots))
         self._upload(slots, count)

@@ -77,6 +77,30 @@ def test_a_graph_that_cannot_be_launched_leaves_nothing_for_the_next(where, monk
         assert torch.equal(output, held.experts[0, 1](*call.quantised))
 
 
+def test_a_turn_that_is_not_over_is_not_written_over(monkeypatch):
+    """The device is slow: what does not fit behind its turns is computed without a graph, all with the same result."""
+    held, (given, scales) = bank(), rows(40)
+    behind = []
+    monkeypatch.setattr(held.graphed._graphs, "run", lambda key, step: behind.append(step))
+    calls, outputs = [], []
+    for n in range(12):
+        calls.append(Call(given[n : 2 * n + 1], scales[n : 2 * n + 1], [(0, n + 1)]))
+        outputs.append(compute(held, 0, calls[-1:])[0])
+        assert (held.written() is None) == (n >= 8)
+    last = held.ffn(0, 1, given, scales)
+    assert len(behind) == 8
+    for step in behind[:3]:
+        step()
+    outputs.append(compute(held, 0, calls[:1])[0])
+    assert len(behind) == 9, "there is room again"
+    for step in behind[3:]:
+        step()
+    assert held.written()()
+    for call, output in zip([*calls, calls[0]], outputs, strict=True):
+        assert torch.equal(output, held.experts[0, 0](*call.quantised))
+    assert torch.equal(last, held.experts[0, 1](given, scales))
+
+
 def test_what_is_computed_without_a_graph_is_told_by_an_event():
     held = bank()
     held.together(0, [Call(*rows(9), [(0, 9)])])
