@@ -4,6 +4,7 @@
  * through the kernel, since UCX's shared memory does not survive a killed peer. Here a record in the ring announces the
  * rows and a slot beside it says where they are. UCX maps the memory of one device into the process of another, whose
  * kernels then read rows, and write those of an answer, without a copy in between; where it cannot, it fetches them.
+ * Rows that are offered to us can be handed on: whoever gets the same key reaches the same memory, but cannot fetch from it.
  */
 #include "operations.h"
 

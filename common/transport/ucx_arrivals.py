@@ -13,8 +13,8 @@ Rows in device memory take their message along: UCX announces them with it (kind
 where they go. A message that is too long for that goes ahead as any other (kind 1), and its rows have its number (kind
 3). It is delivered when both are in.
 
-A neighbour's messages (`common.transport.neighbour`) have the same tags. Its rows are not received but read where they
-are, and those of an answer may be in their landing when the answer comes.
+A neighbour's messages (`common.transport.neighbour`) have the same tags. Its rows, or a third process's that it hands
+on, are not received but read where they are, and those of an answer may be in their landing when the answer comes.
 """
 
 from collections.abc import Container
