@@ -45,8 +45,9 @@ def share(num_rows: int, halves: int, parts: int = 1) -> Share:
     def groups(n: int) -> int:
         return -(-(rows - first_row) // (n * step)) * parts
 
-    # the fewest rows of the busiest worker; of equals the widest items, which read x least often
-    n = min((64, 32, 16), key=lambda n: (-(-groups(n) // WORKERS) * n, -n))
+    # the fewest rows of the busiest worker; of equals the widest items, which read x least often (big ones' ring has
+    # room for 2 x 32)
+    n = min((32, 16) if rounds else (64, 32, 16), key=lambda n: (-(-groups(n) // WORKERS) * n, -n))
     return Share(rounds, first_row, n, groups(n))
 
 
@@ -68,17 +69,15 @@ def _multiply(
     """Products to out: [M, N]; of gate and up (`halves` 2) big items to q and q_scales, others to out [M, 2, rest]."""
     m = x_scales.shape[0]
     num_rows, k = w.shape
+    big = share(num_rows, halves).rounds > 0
     # 64 rows of x and 2 x 32 of w are fewer than 128 and 2 x 16
-    parts = 2 if m > 64 and halves == 2 else 1
+    parts = 2 if m > 64 and (halves == 2 or big) else 1
     s = share(num_rows, halves, parts)
     kb, half_rows = -(-k // 128), num_rows // halves
     half_tiles = -(-half_rows // 128)
     block, x_rows = 64 if m <= 64 else 128, 16 if m <= 16 else 32
-    big = s.rounds > 0
-    # blocks of 128 columns in a stage of small items, and in one of the ring
-    columns = (2 if s.n <= 32 else 1) if big else _STAGE * parts // block
-    blocks, w_rows = (1, 128) if big else (columns, s.n)
-    stages = min(8, _SHARED // (blocks * 128 * (block // (1 if big else parts) + 2 * w_rows)))
+    columns = 2 if big else _STAGE * parts // block  # blocks of 128 columns in a stage
+    stages = min(8, _SHARED // (columns * 128 * (128 if big else block // parts + 2 * s.n)))
     per_thread, of_multiplier = (168, 240) if block == 128 and (big or s.n == 64) else (128, 176)
     wide = not (kb % 4 or x_scales.data_ptr() % 16 or w_scales.data_ptr() % 16)
     if halves == 2:
@@ -89,7 +88,7 @@ def _multiply(
         sub_rows, small_sub, out_sub, sub_tiles, limit = 128, s.n, s.n, 1, num_rows
     workers = WORKERS if big else min(WORKERS, s.groups)
     stream_hopper.stream_units[(workers,)](
-        blocks_of(x, x_rows), x_scales, blocks_of(w, 128), blocks_of(w, s.n), w_scales, out, out.stride(0),
+        blocks_of(x, x_rows), x_scales, blocks_of(w, 64), blocks_of(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
         halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns, s.n,
         stages, of_multiplier, big, parts, halves == 2, SCALE_MIN, wide, num_warps=4, maxnreg=per_thread,

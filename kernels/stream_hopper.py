@@ -5,13 +5,15 @@ stages in shared memory full, from before its predecessor has ended. Every worke
 of K: nothing is split and added up through memory, at the price of reading x once per worker and item.
 
 An item is a pair of weight tiles: gate and up of the same columns, or neighbours. A worker has BIG items of 2 x 128
-rows, then small ones of 2 x N (stream.py shares them out). A stage holds 128 columns of a big item, or KU times 128 of
-a small one. Rows of x are the 64 rows of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half
-of both big tiles or one of the small ones. PARTS workers share a small item and divide the rows of x, so that less of x
-is fetched for each weight. No choice changes a sum's order, which is ascending along K.
+rows, then small ones of 2 x N (stream.py shares them out). A stage holds KU blocks of 128 columns of a small item, or
+two of one tile of a big one, or of x for both: 256 bytes of a row come faster than twice 128. Rows of x are the 64 rows
+of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half of both big tiles or one of the small
+ones. PARTS workers share a small item and divide the rows of x, so that less of x is fetched for each weight. No choice
+changes a sum's order, which is ascending along K.
 
 Shared memory feeds the products and takes what is fetched, and every cache line that a warp looks up takes a turn
-there: a product reads x for both tiles, and a row's scales of a stage's blocks are one load (WIDE).
+there: of small items a product reads x for both tiles, and a row's scales of a stage's blocks are one load (WIDE); of
+big ones scales are kept in the lanes of a warp.
 """
 
 import triton.experimental.gluon.language as gl
@@ -24,61 +26,38 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels import hopper_scales as scaling
 from kernels.hopper import barrier, load_block, tell
 from kernels.hopper_epilogue import add_scaled, store_hidden
-from kernels.hopper_scales import load_scales, product, products_of, scale_addresses
 
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
 
 
 @gluon.jit
-def _x_place(xs, ws, b, J: gl.constexpr, KU: gl.constexpr, BM: gl.constexpr, BIG: gl.constexpr):
-    """Where block J of a stage of small items has its rows of x: the ring of big ones has room among the weights."""
-    if not BIG:
-        place = xs.index(b * KU + J)
-    elif J == 0:
-        place = xs.index(b).slice(0, BM, 0)
-    else:
-        place = ws.index(b).slice(128, BM, 0)
-    return place
+def _next(b, phase, STAGES: gl.constexpr):
+    """The stage after stage b of the ring, and its phase."""
+    last = b == STAGES - 1
+    return gl.where(last, 0, b + 1), gl.where(last, 1 - phase, phase)
 
 
 @gluon.jit
-def _w_place(
-    ws, b, J: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr, KU: gl.constexpr,
-    N: gl.constexpr, BIG: gl.constexpr,
-):  # fmt: skip
-    """ROWS weight rows from FIRST on of both tiles of block J of a stage of small items."""
-    AT: gl.constexpr = J * 2 * N + FIRST if BIG else FIRST
-    return ws.index(b if BIG else b * KU + J).slice(AT, ROWS, 0)
+def _fetch_w(w_rows, ready, ws, b, row, k, AT: gl.constexpr, N: gl.constexpr, KU: gl.constexpr):
+    """Ask for N weight rows of a stage, to row AT of a block; what are neighbours in memory, together."""
+    ROWS: gl.constexpr = w_rows.block_shape[0]
+    for first in gl.static_range(0, N, ROWS):
+        for j in gl.static_range(KU):
+            place = ws.index(b * KU + j).slice(AT + first, ROWS, 0)
+            load_block(w_rows, [row + first, (k + j) * 128], ready, place)
 
 
 @gluon.jit
-def _fetch_w(
-    big_rows, small_rows, ready, ws, b, tile_row, k, sub_rows, KU: gl.constexpr, N: gl.constexpr,
-    BIG: gl.constexpr, SMALL: gl.constexpr,
-):  # fmt: skip
-    """Ask for a stage's weights: two tiles of 128 rows, or of N for each of KU blocks of columns."""
-    for s in gl.static_range(2):
-        row = tile_row + s * sub_rows
-        if SMALL:
-            for j in gl.static_range(KU):
-                place = _w_place(ws, b, j, s * N, N, KU, N, BIG)
-                load_block(small_rows, [row, (k + j) * 128], ready, place)
-        else:
-            load_block(big_rows, [row, k * 128], ready, ws.index(b).slice(s * 128, 128, 0))
-
-
-@gluon.jit
-def _fetch_x(
-    x_rows, ready, xs, ws, b, k, x_row, BLOCKS: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr,
-    KU: gl.constexpr, BIG: gl.constexpr,
-):  # fmt: skip
-    """Ask for a stage's rows of x, XR at a time: rows that there are not, in a block with others, take time."""
-    for j in gl.static_range(BLOCKS):
-        place = _x_place(xs, ws, b, j, KU, BM, BIG)
-        for first in gl.static_range(0, XR if XR == 16 else BM, XR):
-            load_block(x_rows, [x_row + first, (k + j) * 128], ready, place.slice(first, XR, 0))
+def _fetch_x(x_rows, ready, xs, b, k, x_row, ROWS: gl.constexpr, KU: gl.constexpr):
+    """Ask for a stage's rows of x, a few at a time: rows that there are not, in a block with others, take time."""
+    XR: gl.constexpr = x_rows.block_shape[0]
+    for j in gl.static_range(KU):
+        for first in gl.static_range(0, ROWS, XR):
+            place = xs.index(b * KU + j).slice(first, XR, 0)
+            load_block(x_rows, [x_row + first, (k + j) * 128], ready, place)
 
 
 _MOST_EARLY = gl.constexpr(2)  # stages; more are slower where products are short
@@ -92,49 +71,54 @@ def _produce(
 ):  # fmt: skip
     """Fetch all of a worker's units, the first weights before the predecessor has ended."""
     SM: gl.constexpr = BM // PARTS
+    AT: gl.constexpr = 64 if BIG else 0
     # with 16 rows of x, what stands in others is never stored
-    BIG_BYTES: gl.constexpr = (XR if XR == 16 else BM) * 128 + 2 * 128 * 128
-    BYTES: gl.constexpr = ((XR if XR == 16 else SM) + 2 * N) * 128 * KU
-    early = gl.minimum(gl.minimum(gl.cdiv(kb, 1 if BIG else KU), STAGES), _MOST_EARLY)
-    row = first_row + worker // PARTS * N * step
-    if not BIG:
+    X: gl.constexpr = XR if XR == 16 else BM
+    X_SMALL: gl.constexpr = XR if XR == 16 else SM
+    BYTES: gl.constexpr = (X_SMALL + 2 * N) * 128 * KU
+    early = worker * 0
+    if BIG:
+        for t in gl.static_range(2):
+            first = worker * 128 * step + t * sub_rows
+            mbarrier.expect(full.index(t), 128 * 128 * KU)
+            _fetch_w(big_rows, full.index(t), ws, t, first, 0, 0, 128, KU)
+    else:
+        early = gl.minimum(gl.minimum(gl.cdiv(kb, KU), STAGES), _MOST_EARLY)
         early = gl.where(worker < groups, early, 0)
-    for i in range(early):
-        ready = full.index(i)
-        if BIG:
-            mbarrier.expect(ready, BIG_BYTES)
-            first = worker * 128 * step
-            _fetch_w(big_rows, small_rows, ready, ws, i, first, i, sub_rows, KU, N, BIG, False)
-        else:
-            mbarrier.expect(ready, BYTES)
-            _fetch_w(big_rows, small_rows, ready, ws, i, row, i * KU, small_sub, KU, N, BIG, True)
+        row = first_row + worker // PARTS * N * step
+        for i in range(early):
+            mbarrier.expect(full.index(i), BYTES)
+            for t in gl.static_range(2):
+                at = row + t * small_sub
+                _fetch_w(small_rows, full.index(i), ws, i, at, i * KU, AT + t * N, N, KU)
     gdc_wait()
-    i = worker * 0
+    b, phase, i = worker * 0, worker * 0, worker * 0
     if BIG:
         for item in range(rounds):
             at = (item * WORKERS + worker) * 128 * step
-            for k in range(kb):
-                b = i % STAGES
-                ready = full.index(b)
-                if i >= early:
-                    if i >= STAGES:
-                        mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
-                    mbarrier.expect(ready, BIG_BYTES)
-                    _fetch_w(big_rows, small_rows, ready, ws, b, at, k, sub_rows, KU, N, BIG, False)
-                _fetch_x(x_rows, ready, xs, ws, b, k, 0, 1, XR, BM, KU, BIG)
-                i += 1
+            for k in range(0, kb, KU):
+                for t in gl.static_range(2):
+                    mbarrier.wait(empty.index(b), 1 - phase)  # at once in the first round
+                    if item + k > 0:
+                        mbarrier.expect(full.index(b), 128 * 128 * KU)
+                        _fetch_w(big_rows, full.index(b), ws, b, at + t * sub_rows, k, 0, 128, KU)
+                    b, phase = _next(b, phase, STAGES)
+                mbarrier.wait(empty.index(b), 1 - phase)
+                mbarrier.expect(full.index(b), X * 128 * KU)
+                _fetch_x(x_rows, full.index(b), xs, b, k, 0, X, KU)
+                b, phase = _next(b, phase, STAGES)
     for group in range(worker, groups, WORKERS):
         row = first_row + group // PARTS * N * step
         for k in range(0, kb, KU):
-            b = i % STAGES
             ready = full.index(b)
+            mbarrier.wait(empty.index(b), 1 - phase)
             if i >= early:
-                if i >= STAGES:
-                    mbarrier.wait(empty.index(b), (i // STAGES + 1) & 1)
                 mbarrier.expect(ready, BYTES)
-                _fetch_w(big_rows, small_rows, ready, ws, b, row, k, small_sub, KU, N, BIG, True)
-            _fetch_x(x_rows, ready, xs, ws, b, k, group % PARTS * SM, KU, XR, SM, KU, BIG)
+                for t in gl.static_range(2):
+                    _fetch_w(small_rows, ready, ws, b, row + t * small_sub, k, AT + t * N, N, KU)
+            _fetch_x(x_rows, ready, xs, b, k, group % PARTS * SM, X_SMALL, KU)
             i += 1
+            b, phase = _next(b, phase, STAGES)
 
 
 @gluon.jit
@@ -146,54 +130,75 @@ def _store(out, at, first, limit, acc, ok, column):
 
 
 @gluon.jit
-def _big_items(
-    x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales, hidden, xs,
-    ws, full, empty, peaks, met, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
-    STAGES: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
+def _big_sums(
+    x_scales, w_scales, x_at, w_at, w_at2, kb, ring, full, empty, b, phase, WG: gl.constexpr, BM: gl.constexpr,
+    KU: gl.constexpr, STAGES: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """Multiply a worker's big items, from stage i of the ring on; to q and q_scales after SwiGLU, or to out.
+    """Sums [64, BM] of both tiles of a big item, whose first stage is b."""
+    ROW: gl.constexpr = WG * 64 if BM == 128 else 0
+    COLUMN: gl.constexpr = WG * 64 if BM == 64 else 0
+    zeros = gl.zeros([64, BM], gl.float32, ACC)
+    a0, a1 = zeros, zeros
+    last = kb - 1
+    x_lanes = scaling.scales_of_rows(x_scales, x_at, 0, last)
+    x_later = scaling.scales_of_rows(x_scales, x_at, 4, last)
+    w_lanes = scaling.scales_of_tiles(w_scales, w_at, w_at2, 0, last)
+    w_later = scaling.scales_of_tiles(w_scales, w_at, w_at2, 16, last)
+    for k in range(0, kb, KU):
+        b2, phase2 = _next(b, phase, STAGES)
+        x_b, x_phase = _next(b2, phase2, STAGES)
+        p = zeros
+        for t in gl.static_range(2):
+            mbarrier.wait(full.index(b), phase)
+            if t == 0:
+                mbarrier.wait(full.index(x_b), x_phase)
+            for j in gl.static_range(KU):
+                x = ring.index(x_b * KU + j).slice(ROW, 64, 0)
+                w = ring.index(b * KU + j).slice(COLUMN, BM, 0).permute((1, 0))
+                # in the registers of the product before
+                p = warpgroup_mma(x, w, p, use_acc=False, is_async=True)
+                scale = scaling.product_scale(x_lanes, w_lanes, k, j, t)
+                p = warpgroup_mma_wait(0, deps=(p,))
+                if j == KU - 1:
+                    tell(empty.index(b))
+                if t == 0:
+                    a0 = add_scaled(p, scale[:, None], a0)
+                else:
+                    a1 = add_scaled(p, scale[:, None], a1)
+            b, phase = b2, phase2
+        tell(empty.index(x_b))
+        b, phase = _next(x_b, x_phase, STAGES)
+        if k % 4 == 4 - KU:
+            x_lanes, x_later = x_later, scaling.scales_of_rows(x_scales, x_at, k + KU + 4, last)
+        if k % 16 == 16 - KU:
+            w_lanes, w_later = (
+                w_later,
+                scaling.scales_of_tiles(w_scales, w_at, w_at2, k + KU + 16, last),
+            )
+    return a0, a1, b, phase
+
+
+@gluon.jit
+def _big_items(
+    x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales, hidden, ring,
+    full, empty, peaks, met, worker, b, phase, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
+    KU: gl.constexpr, STAGES: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
+):  # fmt: skip
+    """Multiply a worker's big items, from stage b of the ring on; to q and q_scales after SwiGLU, or to out.
 
     A warpgroup has 64 rows of x and all columns of both tiles or, with 64 rows of x, half of the columns of both.
     """
-    ROW: gl.constexpr = WG * 64 if BM == 128 else 0
     COLUMN: gl.constexpr = WG * 64 if BM == 64 else 0
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32])
-    row = ROW + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+    row = WG * 64 - COLUMN + gl.arange(0, 64, gl.SliceLayout(1, ACC))
     ok = row < M
-    zeros = gl.zeros([64, BM], gl.float32, ACC)
     for item in range(rounds):
         group = item * WORKERS + worker
-        a0, a1 = zeros, zeros
-        tile = group * step
-        at = scale_addresses(
-            x_scales, w_scales, row, M, kb, gl.minimum(tile, tiles - 1),
-            gl.minimum(tile + sub_tiles, tiles - 1),
+        tile, x_at = group * step, gl.minimum(row, M - 1) * kb
+        w_at, w_at2 = gl.minimum(tile, tiles - 1) * kb, gl.minimum(tile + sub_tiles, tiles - 1) * kb
+        a0, a1, b, phase = _big_sums(
+            x_scales, w_scales, x_at, w_at, w_at2, kb, ring, full, empty, b, phase, WG, BM, KU, STAGES, ACC
         )  # fmt: skip
-        x_scale, w_scale, w_scale2 = load_scales(at, 0, kb, 1, WIDE)
-        for k in range(kb):
-            b = i % STAGES
-            scale, scale2 = product(x_scale[0], w_scale[0]), product(x_scale[0], w_scale2[0])
-            # The next unit's scales are asked for before this unit is waited for.
-            x_scale, w_scale, w_scale2 = load_scales(at, k + 1, kb, 1, WIDE)
-            mbarrier.wait(full.index(b), i // STAGES & 1)
-            i += 1
-            x = xs.index(b)
-            if BM == 128:
-                x = x.slice(ROW, 64, 0)
-            w = ws.index(b).slice(COLUMN, BM, 0).permute((1, 0))
-            w2 = ws.index(b).slice(128 + COLUMN, BM, 0).permute((1, 0))
-            p0 = warpgroup_mma(x, w, zeros, use_acc=False, is_async=True)
-            if BM == 64:
-                p1 = warpgroup_mma(x, w2, zeros, use_acc=False, is_async=True)
-                p0 = warpgroup_mma_wait(1, deps=(p0,))
-                a0 = add_scaled(p0, scale[:, None], a0)
-            else:  # the other warpgroup's products run while this one scales
-                p0 = warpgroup_mma_wait(0, deps=(p0,))
-                a0 = add_scaled(p0, scale[:, None], a0)
-                p1 = warpgroup_mma(x, w2, p0, use_acc=False, is_async=True)
-            p1 = warpgroup_mma_wait(0, deps=(p1,))
-            tell(empty.index(b))
-            a1 = add_scaled(p1, scale2[:, None], a1)
         if SWIGLU:
             store_hidden(
                 a0, a1, q, q_scales, hidden, sub_tiles, group, item, row, ok, peaks, met, ACC, WG, BM, MIN
@@ -203,33 +208,35 @@ def _big_items(
             column = COLUMN + gl.arange(0, BM, gl.SliceLayout(0, ACC))
             _store(out, at, group * 256, limit, a0, ok, column)
             _store(out, at, group * 256 + 128, limit, a1, ok, column)
-    return i
+    return b, phase
 
 
 @gluon.jit
 def _small_product(
     xs, ws, b, zeros, J: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
-    N: gl.constexpr, BIG: gl.constexpr,
+    N: gl.constexpr, AT: gl.constexpr,
 ):  # fmt: skip
     """Start the product of block J of a stage: with 64 rows one tile of the pair, with 128 both at once."""
-    x = _x_place(xs, ws, b, J, KU, BM, BIG)
+    x, w = xs.index(b * KU + J), ws.index(b * KU + J)
     if BM == 128:  # a product with both reads x from shared memory once
         x = x.slice(WG * 64, 64, 0)
-        w = _w_place(ws, b, J, 0, 2 * N, KU, N, BIG)
+        w = w.slice(AT, 2 * N, 0)
     else:
-        w = _w_place(ws, b, J, WG * N, N, KU, N, BIG)
+        x = x.slice(0, 64, 0)
+        w = w.slice(AT + WG * N, N, 0)
     return warpgroup_mma(x, w.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _small_items(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-    limit, xs, ws, full, empty, worker, i, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
+    limit, xs, ws, full, empty, worker, b, phase, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
     KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr,
     WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Multiply a worker's small items, from stage i of the ring on, to out."""
+    """Multiply a worker's small items, from stage b of the ring on, to out."""
     C: gl.constexpr = N * BM // 64
+    AT: gl.constexpr = 64 if BIG else 0
     ROW: gl.constexpr = WG * 64 if BM == 128 else 0
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 32])
     column = gl.arange(0, C, gl.SliceLayout(0, ACC)) + (WG * N if BM == 64 else 0)
@@ -249,24 +256,26 @@ def _small_items(
         tile2 = tile + sub_tiles
         if step == 2:
             tile2 = gl.minimum((first_row + w_row + small_sub) // 128, tiles - 1)
-        at = scale_addresses(x_scales, w_scales, row, M, kb, tile, tile2)
-        x_scale, w_scale, w_scale2 = load_scales(at, 0, kb, KU, WIDE)
+        at = scaling.scale_addresses(x_scales, w_scales, row, M, kb, tile, tile2)
+        x_scale, w_scale, w_scale2 = scaling.load_scales(at, 0, kb, KU, WIDE)
         for k in range(0, kb, KU):
-            b = i % STAGES
-            scales, scales2 = products_of(x_scale, w_scale), products_of(x_scale, w_scale2)
+            scales, scales2 = (
+                scaling.products_of(x_scale, w_scale),
+                scaling.products_of(x_scale, w_scale2),
+            )
             # The next stage's scales are asked for before this one is waited for.
-            x_scale, w_scale, w_scale2 = load_scales(at, k + KU, kb, KU, WIDE)
-            mbarrier.wait(full.index(b), i // STAGES & 1)
-            i += 1
-            products = (_small_product(xs, ws, b, zeros, 0, WG, BM, KU, N, BIG),)
+            x_scale, w_scale, w_scale2 = scaling.load_scales(at, k + KU, kb, KU, WIDE)
+            mbarrier.wait(full.index(b), phase)
+            products = (_small_product(xs, ws, b, zeros, 0, WG, BM, KU, N, AT),)
             for j in gl.static_range(1, KU):
-                products += (_small_product(xs, ws, b, zeros, j, WG, BM, KU, N, BIG),)  # type: ignore[assignment]
+                products += (_small_product(xs, ws, b, zeros, j, WG, BM, KU, N, AT),)  # type: ignore[assignment]
             for j in gl.static_range(KU):
                 p = warpgroup_mma_wait(KU - 1 - j, deps=(products[j],))
                 if j == KU - 1:
                     tell(empty.index(b))
                 scale = gl.where(second[None, :], scales2[j][:, None], scales[j][:, None])
                 a = add_scaled(p, scale, a)
+            b, phase = _next(b, phase, STAGES)
         to = row.to(gl.int64) * out_stride
         _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, row < M, column)
 
@@ -279,15 +288,15 @@ def _consume(
     BIG: gl.constexpr, PARTS: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
-    i = worker * 0
+    b, phase = worker * 0, worker * 0
     if BIG:
-        i = _big_items(
-            x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales,
-            hidden, xs, ws, full, empty, peaks, met, worker, i, step, WG, BM, STAGES, SWIGLU, MIN, WIDE,
+        b, phase = _big_items(
+            x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales, hidden,
+            xs, full, empty, peaks, met, worker, b, phase, step, WG, BM, KU, STAGES, SWIGLU, MIN,
         )  # fmt: skip
     _small_items(
-        x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles,
-        tiles, limit, xs, ws, full, empty, worker, i, step, WG, BM // PARTS, KU, N, STAGES, BIG, PARTS, WIDE,
+        x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
+        limit, xs, ws, full, empty, worker, b, phase, step, WG, BM // PARTS, KU, N, STAGES, BIG, PARTS, WIDE,
     )  # fmt: skip
 
 
@@ -308,11 +317,14 @@ def stream_units(
     """
     worker = gl.program_id(0)
     gdc_launch_dependents()
-    SLOTS: gl.constexpr = STAGES if BIG else STAGES * KU
-    WR: gl.constexpr = 128 if BIG else N
-    MR: gl.constexpr = BM if BIG else BM // PARTS
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, MR, 128], x_rows.layout)
-    ws = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, 2 * WR, 128], small_rows.layout)
+    if BIG:  # a stage is a tile, or x; or a small item's rows of x and behind them weights
+        ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU, 128, 128], x_rows.layout)
+        xs, ws = ring, ring
+    else:
+        xs = gl.allocate_shared_memory(
+            gl.float8e4nv, [STAGES * KU, BM // PARTS, 128], x_rows.layout
+        )
+        ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU, 2 * N, 128], small_rows.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import hopper
 from kernels.hopper import barrier, load_block, view
 from kernels.hopper_epilogue import add_scaled, hidden, store_wide
-from kernels.hopper_scales import product
+from kernels.hopper_scales import of_lane, product
 from kernels.reference.quant import SCALE_MIN
 
 _MIN = gl.constexpr(SCALE_MIN)
@@ -118,14 +118,6 @@ def _row_of_scales(at, first, end):
 
 
 @gluon.jit
-def _scale(scales, k):
-    """Number k of 32 scales that a warp has."""
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [scales, k], dtype=gl.float32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
 def _stage(xs, ws, b, ROW: gl.constexpr, COLUMN: gl.constexpr, N: gl.constexpr):
     """A warpgroup's rows of x in a stage, and its rows of both weight tiles."""
     w = ws.index(b)
@@ -153,17 +145,17 @@ def _sums(
     scales, scales2 = _row_of_scales(w_at, 0, kb), _row_of_scales(w_at2, 0, kb)
     later, later2 = _row_of_scales(w_at, 32, kb), _row_of_scales(w_at2, 32, kb)
     x_scale = _ready(b, phase, row)
-    scale = product(x_scale, _scale(scales, 0))
+    scale = product(x_scale, of_lane(scales, 0))
     x, w, w2 = _stage(xs, ws, b, ROW, COLUMN, BM)
     for k in range(kb):
         p = warpgroup_mma(x, w, zeros, use_acc=False, is_async=True)
         if BM == 64:
             p2 = warpgroup_mma(x, w2, zeros, use_acc=False, is_async=True)
-        scale2 = product(x_scale, _scale(scales2, k))
+        scale2 = product(x_scale, of_lane(scales2, k))
         if k % 32 == 31:
             scales, scales2 = later, later2
             later, later2 = _row_of_scales(w_at, k + 33, kb), _row_of_scales(w_at2, k + 33, kb)
-        w_scale = _scale(scales, k + 1)
+        w_scale = of_lane(scales, k + 1)
         p = warpgroup_mma_wait(1 if BM == 64 else 0, deps=(p,))
         a0 = add_scaled(p, scale[:, None], a0)
         if BM == 128:  # the other warpgroup's products run while this one scales
@@ -191,14 +183,14 @@ def _sum(w_at, kb, xs, ws, both, b, phase, WG: gl.constexpr, ACC: gl.constexpr):
     for k in range(0, kb, 4):
         x, w, _ = _stage(xs, ws, b, WG * 64, 0, 128)
         p = warpgroup_mma(x, w, zeros, use_acc=False, is_async=True)
-        scale = product(x_scale, _scale(scales, k))
+        scale = product(x_scale, of_lane(scales, k))
         for j in gl.static_range(1, 4):  # a product runs while the one before is added
             empty = _BARS + (_EMPTY + b) * 8
             b, phase = _next(b, phase)
             x_scale = _ready(b, phase, row)
             x, w, _ = _stage(xs, ws, b, WG * 64, 0, 128)
             p2 = warpgroup_mma(x, w, zeros, use_acc=False, is_async=True)
-            scale2 = product(x_scale, _scale(scales, k + j))
+            scale2 = product(x_scale, of_lane(scales, k + j))
             p = warpgroup_mma_wait(1, deps=(p,))
             hopper.arrive(both, empty)
             a = add_scaled(p, scale[:, None], a)
