@@ -24,7 +24,7 @@ _STAGE = 256  # rows of x times blocks of 128 columns in a stage of small items
 
 
 class Share(NamedTuple):
-    """Items of a weight [rows, K]: rounds of big ones for all workers, then small ones of 2 x n rows."""
+    """Items of a weight [rows, K]: of gate and up rounds of big ones for all workers, then small ones of 2 x n rows."""
 
     rounds: int
     first_row: int  # of the small items, in a half
@@ -39,8 +39,8 @@ def share(num_rows: int, halves: int, parts: int = 1) -> Share:
     Each small item is that of `parts` workers, which divide the rows of x.
     """
     rows, step = num_rows // halves, 3 - halves
-    rounds = rows // (128 * step * WORKERS)
-    first_row = rounds * 128 * step * WORKERS
+    rounds = rows // (128 * WORKERS) if halves == 2 else 0
+    first_row = rounds * 128 * WORKERS
 
     def groups(n: int) -> int:
         return -(-(rows - first_row) // (n * step)) * parts
@@ -69,10 +69,10 @@ def _multiply(
     """Products to out: [M, N]; of gate and up (`halves` 2) big items to q and q_scales, others to out [M, 2, rest]."""
     m = x_scales.shape[0]
     num_rows, k = w.shape
-    big = share(num_rows, halves).rounds > 0
     # 64 rows of x and 2 x 32 of w are fewer than 128 and 2 x 16
-    parts = 2 if m > 64 and (halves == 2 or big) else 1
+    parts = 2 if m > 64 and halves == 2 else 1
     s = share(num_rows, halves, parts)
+    big = s.rounds > 0
     kb, half_rows = -(-k // 128), num_rows // halves
     half_tiles = -(-half_rows // 128)
     block, x_rows = 64 if m <= 64 else 128, 16 if m <= 16 else 32
@@ -91,7 +91,7 @@ def _multiply(
         blocks_of(x, x_rows), x_scales, blocks_of(w, 64), blocks_of(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
         halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns, s.n,
-        stages, of_multiplier, big, parts, halves == 2, SCALE_MIN, wide, num_warps=4, maxnreg=per_thread,
+        stages, of_multiplier, big, parts, SCALE_MIN, wide, num_warps=4, maxnreg=per_thread,
         **PROGRAMMATIC,
     )  # fmt: skip
 

@@ -5,11 +5,11 @@ stages in shared memory full, from before its predecessor has ended. Every worke
 of K: nothing is split and added up through memory, at the price of reading x once per worker and item.
 
 An item is a pair of weight tiles: gate and up of the same columns, or neighbours. A worker has BIG items of 2 x 128
-rows, then small ones of 2 x N (stream.py shares them out). A stage holds KU blocks of 128 columns of a small item, or
-two of one tile of a big one, or of x for both: 256 bytes of a row come faster than twice 128. Rows of x are the 64 rows
-of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half of both big tiles or one of the small
-ones. PARTS workers share a small item and divide the rows of x, so that less of x is fetched for each weight. No choice
-changes a sum's order, which is ascending along K.
+rows (of gate and up), then small ones of 2 x N (stream.py shares them out). A stage holds KU blocks of 128 columns of a
+small item, or two of one tile of a big one, or of x for both: 256 bytes of a row come faster than twice 128. Rows of x
+are the 64 rows of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half of both big tiles or one
+of the small ones. PARTS workers share a small item and divide the rows of x, so that less of x is fetched for each
+weight. No choice changes a sum's order, which is ascending along K.
 
 Shared memory feeds the products and takes what is fetched, and every cache line that a warp looks up takes a turn
 there: of small items a product reads x for both tiles, and a row's scales of a stage's blocks are one load (WIDE); of
@@ -180,11 +180,11 @@ def _big_sums(
 
 @gluon.jit
 def _big_items(
-    x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales, hidden, ring,
-    full, empty, peaks, met, worker, b, phase, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
-    KU: gl.constexpr, STAGES: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
+    x_scales, w_scales, M, kb, rounds, sub_tiles, tiles, q, q_scales, hidden, ring, full, empty, peaks, met,
+    worker, b, phase, WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, STAGES: gl.constexpr,
+    MIN: gl.constexpr,
 ):  # fmt: skip
-    """Multiply a worker's big items, from stage b of the ring on; to q and q_scales after SwiGLU, or to out.
+    """Multiply a worker's big items, from stage b of the ring on; to q and q_scales after SwiGLU.
 
     A warpgroup has 64 rows of x and all columns of both tiles or, with 64 rows of x, half of the columns of both.
     """
@@ -194,20 +194,17 @@ def _big_items(
     ok = row < M
     for item in range(rounds):
         group = item * WORKERS + worker
-        tile, x_at = group * step, gl.minimum(row, M - 1) * kb
-        w_at, w_at2 = gl.minimum(tile, tiles - 1) * kb, gl.minimum(tile + sub_tiles, tiles - 1) * kb
+        x_at = gl.minimum(row, M - 1) * kb
+        w_at, w_at2 = (
+            gl.minimum(group, tiles - 1) * kb,
+            gl.minimum(group + sub_tiles, tiles - 1) * kb,
+        )
         a0, a1, b, phase = _big_sums(
             x_scales, w_scales, x_at, w_at, w_at2, kb, ring, full, empty, b, phase, WG, BM, KU, STAGES, ACC
         )  # fmt: skip
-        if SWIGLU:
-            store_hidden(
-                a0, a1, q, q_scales, hidden, sub_tiles, group, item, row, ok, peaks, met, ACC, WG, BM, MIN
-            )  # fmt: skip
-        else:
-            at = row.to(gl.int64) * out_stride
-            column = COLUMN + gl.arange(0, BM, gl.SliceLayout(0, ACC))
-            _store(out, at, group * 256, limit, a0, ok, column)
-            _store(out, at, group * 256 + 128, limit, a1, ok, column)
+        store_hidden(
+            a0, a1, q, q_scales, hidden, sub_tiles, group, item, row, ok, peaks, met, ACC, WG, BM, MIN
+        )  # fmt: skip
     return b, phase
 
 
@@ -285,14 +282,14 @@ def _consume(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
     tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, step: gl.constexpr,
     WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    BIG: gl.constexpr, PARTS: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
+    BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     b, phase = worker * 0, worker * 0
     if BIG:
         b, phase = _big_items(
-            x_scales, w_scales, out, out_stride, M, kb, rounds, sub_tiles, tiles, limit, q, q_scales, hidden,
-            xs, full, empty, peaks, met, worker, b, phase, step, WG, BM, KU, STAGES, SWIGLU, MIN,
+            x_scales, w_scales, M, kb, rounds, sub_tiles, tiles, q, q_scales, hidden, xs, full, empty, peaks, met,
+            worker, b, phase, WG, BM, KU, STAGES, MIN,
         )  # fmt: skip
     _small_items(
         x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
@@ -305,15 +302,13 @@ def stream_units(
     x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
     first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, STEP: gl.constexpr,
     XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, SWIGLU: gl.constexpr, MIN: gl.constexpr,
-    WIDE: gl.constexpr,
+    REGISTERS: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Products of x [M, K] with the rows of w; x_rows, big_rows, small_rows: descriptors of blocks of x and w.
 
     Groups are numbered along the first tile of the pair (STEP 1: gate, the second is sub_rows further) or along both
     (STEP 2). Small items start at first_row; their sums go to out, row r's at r * out_stride, the second tile's out_sub
-    further. Big items go to q and q_scales (SWIGLU) or, as there are no small ones before them, to out. WIDE: scales
-    may be loaded 16 bytes at a time.
+    further. Big items, of gate and up alone, go to q and q_scales. WIDE: scales may be loaded 16 bytes at a time.
     """
     worker = gl.program_id(0)
     gdc_launch_dependents()
@@ -340,11 +335,11 @@ def stream_units(
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 0, BM, KU, N, STAGES, BIG, PARTS, SWIGLU, MIN, WIDE)),
+                STEP, 0, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 1, BM, KU, N, STAGES, BIG, PARTS, SWIGLU, MIN, WIDE)),
+                STEP, 1, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
             (_produce, (
                 x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
                 full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG, PARTS)),

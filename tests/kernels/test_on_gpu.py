@@ -451,9 +451,7 @@ def test_prefill_of_ragged_sequences(width, value):
 
 @on_gpu
 @pytest.mark.parametrize("m", [1, 3, 64, 65, 129, 512])
-@pytest.mark.parametrize(
-    ("n", "k"), [(2064, 7168), (7168, 1536), (7168, 7168), (24576, 1536), (34064, 256)]
-)
+@pytest.mark.parametrize(("n", "k"), [(2064, 7168), (7168, 1536), (7168, 7168), (24576, 1536)])
 def test_fp8_linear(m, n, k):
     q, scales = rows(m, k)
     weight, weight_scales = expert(k, n)[2:]  # down of an expert: [k, n]
