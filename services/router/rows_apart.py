@@ -39,42 +39,36 @@ _MOST_VIEWS = 256  # of tables
 
 
 class _Pieces(Volley):
-    """Rows gathered."""
+    """Rows gathered: each message has its piece of the block."""
 
     __slots__ = ()
+    whole: tuple[int, int] | None = None  # or every message all of it: place and bytes
 
     def ask(
         self, outboxes: Sequence[Outbox], asks: Sequence[Ask], outputs: Outputs, now_ns: int
     ) -> None:
-        self.landings, wanted = outputs.block, outputs.landing_nbytes
+        self.landings, wanted, whole = outputs.block, outputs.landing_nbytes, self.whole
         questions = [
-            (number, target, stop - start, pairs, place, nbytes, tail, first * wanted, (stop - start) * wanted)
+            (
+                number, target, stop - start, pairs, *(whole or (place, nbytes)), tail, first * wanted,
+                (stop - start) * wanted,
+            )
             for number, target, pairs, tail, (start, stop, place, nbytes), first in asks
         ]  # fmt: skip
         self.post(outboxes, questions, now_ns)
 
 
-class _HandedOn(Volley):
+class _HandedOn(_Pieces):
     """Rows in a neighbour's memory, for experts that read them there: what follows them says which."""
 
-    __slots__ = ("memory", "segment", "source")
+    __slots__ = ("memory", "segment", "source", "whole")
 
     def __init__(
         self, memory: "RowsApart", source: DeviceRows, segment: RowSegment, request: Header
     ) -> None:
         super().__init__(request, Kind.EXPERT_PICK, memory.pool, source.block.retain(), WRITTEN)
         self.memory, self.source, self.segment = memory, source, segment
-
-    def ask(
-        self, outboxes: Sequence[Outbox], asks: Sequence[Ask], outputs: Outputs, now_ns: int
-    ) -> None:
-        self.landings, wanted = outputs.block, outputs.landing_nbytes
-        place, nbytes = self.source.offset, self.source.nbytes
-        questions = [
-            (number, target, stop - start, pairs, place, nbytes, tail, first * wanted, (stop - start) * wanted)
-            for number, target, pairs, tail, (start, stop, _, _), first in asks
-        ]  # fmt: skip
-        self.post(outboxes, questions, now_ns)
+        self.whole = source.offset, source.nbytes
 
     @property
     def kind_alone(self) -> Kind:
