@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import Overloaded
 from common.tensors import scales_of
 from common.wire.blocks import DISPATCH_ROWS, RowType, expert_pick_layout, row_segment
-from common.wire.header import Kind, Wire
+from common.wire.header import Header, Kind, Wire
 from tests.bench.router_python import WIDTH
 from tests.unit.test_landed_answers import ROWS, Router, answer_shortly
 
@@ -78,4 +79,32 @@ def test_where_a_reader_could_not_read_them_rows_are_gathered_for_all_at_once(ro
     assert router.origin._rows.take_again(), "its owner has it back when it is gathered"
     for link, header, _ in message:
         answer_shortly(router, link, header)
+    assert router.pool.outstanding == router.pool.rows_outstanding == 0
+
+
+def test_a_refusal_in_the_middle_fails_the_block_and_leaves_nothing(router, monkeypatch):
+    full = router.links[7]
+    monkeypatch.setattr(full, "take", lambda *_: None)
+    monkeypatch.setattr(full, "post", lambda *_, **__: (_ for _ in ()).throw(Overloaded("full")))
+    refused = []
+
+    def failed(buffer, landing):
+        refused.append(
+            (Header.unpack_from(buffer.view, max_payload_nbytes=99).kind, bytes(buffer.array))
+        )
+        buffer.headroom_busy = False
+        buffer.release()
+
+    router.origin._transmit = failed
+    assert list(router.ask(4)), "others were asked"
+    assert refused == [(Kind.FAILED, b"full")]
+    flow = router.flow
+    assert flow.num_in_flight == 0
+    assert not flow.calls.works
+    assert not any(len(outbox) for outbox in flow.experts.values())
+    assert not any(flow.calls.fleet.outstanding)
+    assert router.origin._rows.take_again()
+    for link in router.links:  # no answer will find its landing wanted
+        for landing in link._landings.values():
+            landing.release()
     assert router.pool.outstanding == router.pool.rows_outstanding == 0
