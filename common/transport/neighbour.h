@@ -192,7 +192,7 @@ static void leave_slot(Operation *op, uint32_t state, ucs_status_t status)
     op->port->num_agreed--;
 }
 
-/* Announce rows with a message, in the oldest slot: its places are named already. False: they must go by UCX. */
+/* Announce rows with a message, in the next slot: its places are named already. False: they must go by UCX. */
 static int offer_rows(Neighbour *neighbour, Operation *op, ucp_tag_t tag, const void *message, size_t nbytes)
 {
     Slot *slot = neighbour->out->slots + neighbour->next_slot;
@@ -207,11 +207,16 @@ static int offer_rows(Neighbour *neighbour, Operation *op, ucp_tag_t tag, const 
     return 1;
 }
 
-/* The slot for the next rows; NULL while it is still in use. */
+/* The slot for the next rows; NULL while all are in use. One may be held for long: it is passed over. */
 static Slot *free_slot(Neighbour *neighbour)
 {
-    Slot *slot = neighbour->out->slots + neighbour->next_slot;
-    return slot_state(slot) == SLOT_FREE ? slot : NULL;
+    for (int i = 0; i < NUM_SLOTS; i++) {
+        Slot *slot = neighbour->out->slots + neighbour->next_slot;
+        if (slot_state(slot) == SLOT_FREE)
+            return slot;
+        neighbour->next_slot = (neighbour->next_slot + 1) % NUM_SLOTS;
+    }
+    return NULL;
 }
 
 static ucp_request_param_t transfer_of(Operation *op, ucp_send_nbx_callback_t ended)

@@ -126,6 +126,8 @@ class UcxMessages(UcxArrivals):
             else:
                 going.append(ticket)
                 calls.append(partial(link._rows_sent, block))
+        if not going:
+            return []
         places = block.address, self._share(block), 0, None
         if landings is not None:
             places = *places[:2], landings.address, self._share(landings)
@@ -170,11 +172,12 @@ class UcxMessages(UcxArrivals):
             self._lost("send", status)
 
     def _rows_sent(self, rows: "DeviceRows | DeviceBlock", status: int) -> None:
-        self._let_go(rows, status)
-        if status == UNREACHABLE and self._pool.hands_on:
-            log.warning(
-                "%s cannot read rows of others: they are copied from now on", self.peer.process
-            )
-            self._pool.hands_on = False
+        if status == UNREACHABLE:  # so the peer has read nothing, and will not
+            rows.release()
+            if self._pool.hands_on:
+                log.warning("%s cannot read rows of others: copied from now on", self.peer.process)
+                self._pool.hands_on = False
+        else:
+            self._let_go(rows, status)
         if status < 0:
             self._lost("send", status)

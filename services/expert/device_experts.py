@@ -83,7 +83,6 @@ class _Staged:
         """What the next graph brings: rows e4m3 [n, width] with scales, contiguous. Returns their outputs, bf16."""
         assert self.has_room, "a turn that is not over"
         fields, outputs, end = self._fields[self._turn % self._TURNS], [], 0
-        self._turn += 1
         fields[0], at = len(calls), 1
         for call in calls:
             (rows, scales), out, picks = call.quantised, call.out, call.picks
@@ -98,6 +97,7 @@ class _Staged:
             fields[at + 4] = 0 if picks is None else picks[0].data_ptr() + picks[1]
             outputs.append(out)
             at += 5
+        self._turn += 1  # not for calls that cannot be brought
         return outputs
 
     def stage(self, num_rows: int) -> tuple[Tensor, Tensor]:

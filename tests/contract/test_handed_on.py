@@ -153,6 +153,33 @@ def test_without_room_for_all_the_others_are_copied(tmp_path):
     check_no_block_leaked(net)
 
 
+def test_one_that_is_held_for_long_is_in_nobodys_way(tmp_path):
+    """Others go on through the other slots, however often."""
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        way = Way(net, window=600)
+        await way.open()
+        slow = Keeper()
+        on_message, way.reader.on_message = way.reader.on_message, slow.on_message
+        way.handed.ask([way.outbox])
+        await slow.until(lambda: len(slow.kept) == 1)
+        way.outbox.clear()
+        way.reader.on_message = on_message
+        for done in range(100, 701, 100):
+            handed = Handed(way.middle.kept[0], way.transport.pool)
+            handed.ask([way.outbox] * 100)
+            await way.reader.until(lambda done=done: len(way.reader.got) == done)
+            assert handed.num_copies == 0
+            way.outbox.clear()
+        slow.kept[0].release()
+        way.settle()
+        await way.returned()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
 def test_a_reader_that_does_not_reach_them_gets_copies_from_then_on(tmp_path):
     net = ReachingUcxNet(tmp_path)
     readers_net = DeviceUcxNet(tmp_path)  # as a process without the right card
@@ -161,12 +188,14 @@ def test_a_reader_that_does_not_reach_them_gets_copies_from_then_on(tmp_path):
     async def main():
         way = Way(net, readers_net)
         await way.open()
+        way.link._reaches_here = True  # as where UCX copies between cards
         way.handed.ask([way.outbox])
         await way.middle.until(lambda: bool(way.middle.closed))
         way.outbox.closed(way.link)
         assert not way.reader.got
         await way.dial()
         await way.reader.until(lambda: len(way.reader.got) == 1)
+        way.outbox.clear()
         again = Handed(way.middle.kept[0], way.transport.pool)
         again.ask([way.outbox])
         await way.reader.until(lambda: len(way.reader.got) == 2)
@@ -174,8 +203,10 @@ def test_a_reader_that_does_not_reach_them_gets_copies_from_then_on(tmp_path):
             assert (header.kind, rows, tail) == (Kind.EXPERT_IN, ROWS, b"a copy")
         assert len(way.middle.closed) == 1, "the second was not tried"
         way.settle()
+        await way.returned()
 
-    run(net, main, leak_free=False)  # what the first one offered waits until its process is gone
+    run(net, main)
+    check_no_block_leaked(net)
 
 
 def test_a_copy_waits_for_credit_as_any_message(tmp_path):

@@ -300,6 +300,28 @@ def test_a_link_that_closes_before_the_block_is_written_takes_nothing_along(tmp_
     check_no_block_leaked(net)
 
 
+def test_when_every_link_has_closed_nothing_is_asked_of_the_port(tmp_path, caplog):
+    net = DeviceUcxNet(tmp_path)
+
+    async def main():
+        fleet, seam = await unwritten(net, 2)
+        bodies = [(w, bytes([w]) * 1600, b"12345678") for w in (0, 1)]
+        _, landings = fleet.ask(bodies, fence=seam.fence(), landed=True)
+        for link in fleet.links:
+            link.close("enough")
+            link._port = None
+        await fleet.here.until(lambda: len(fleet.here.closed) == 2)
+        fleet.settle()
+        assert fleet.dialler.pool.rows_outstanding == 2, "the volley and the test"
+        ManualEvent.passed = True
+        await poll_until(lambda: fleet.dialler.pool.rows_outstanding == 1)
+        assert "raised" not in caplog.text
+        landings.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
 def test_what_is_settled_while_the_block_is_written_keeps_its_rows_till_they_are_sent(tmp_path):
     net = DeviceUcxNet(tmp_path)
 

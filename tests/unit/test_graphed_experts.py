@@ -77,6 +77,17 @@ def test_a_graph_that_cannot_be_launched_leaves_nothing_for_the_next(where, monk
         assert torch.equal(output, held.experts[0, 1](*call.quantised))
 
 
+def test_a_call_that_cannot_be_brought_takes_no_turn():
+    held, (given, scales) = bank(), rows(9)
+    crooked = torch.zeros(5 * WIDTH + 16, dtype=torch.uint8)
+    crooked = crooked[1 : 1 + 5 * WIDTH].view(5, WIDTH).view(given.dtype)
+    with pytest.raises(AssertionError, match="not aligned"):
+        held.together(0, [Call(crooked, scales[:5], [(0, 5)])])
+    (output,) = held.together(0, [Call(given, scales, [(0, 9)])])
+    assert held.written()()
+    assert torch.equal(output, held.experts[0, 0](given, scales))
+
+
 def test_a_turn_that_is_not_over_is_not_written_over(monkeypatch):
     """The device is slow: what does not fit behind its turns is computed without a graph, all with the same result."""
     held, (given, scales) = bank(), rows(40)
