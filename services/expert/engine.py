@@ -30,6 +30,7 @@ from kernels import ops
 from services.expert.bank import Bank, Call, joined, own_rows
 
 Tensor = torch.Tensor
+Pairs = list[tuple[int, int]]  # segments: (expert, its rows)
 
 
 def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
@@ -47,12 +48,13 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
         check_payload("EXPERT_PICK", header.payload_nbytes, picking.nbytes)
         if not apart:
             raise WireError("EXPERT_PICK without rows in device memory")
-        call, segments = _picked(header, payload, picking.picks), picking.segments
+        pairs = _segments(header, payload, picking.segments, bank)
+        call = _picked(header, payload, picking.picks, pairs)
     else:
         layout = expert_in_layout(header.num_rows, header.width, header.num_pairs, header.wire)
         check_payload(header.kind.name, header.payload_nbytes, layout.nbytes)
-        call, segments = _whole(payload, layout.rows, apart=apart), layout.segments
-    call.segments = _segments(header, payload, segments, bank)
+        pairs = _segments(header, payload, layout.segments, bank)
+        call = _whole(payload, layout.rows, pairs, apart=apart)
     if apart:
         answer = row_segment(header.num_rows, header.width, EXPERT_OUT_ROWS[header.wire])
         call.out = landing_of(payload, answer)
@@ -62,8 +64,8 @@ def parse(header: Header, payload: Buffer | None, bank: Bank) -> Call:
     return call
 
 
-def _segments(header: Header, payload: Buffer, start: int, bank: Bank) -> list[tuple[int, int]]:
-    """(expert, its rows), which begin at byte `start` of the payload."""
+def _segments(header: Header, payload: Buffer, start: int, bank: Bank) -> Pairs:
+    """Segments, which begin at byte `start` of the payload."""
     flat = int32s(payload, start, header.num_pairs * 2)
     pairs, total = list(zip(flat[::2], flat[1::2], strict=True)), 0
     for expert, count in pairs:
@@ -78,12 +80,12 @@ def _segments(header: Header, payload: Buffer, start: int, bank: Bank) -> list[t
     return pairs
 
 
-def _whole(payload: Buffer, segment: RowSegment, *, apart: bool) -> Call:
+def _whole(payload: Buffer, segment: RowSegment, pairs: Pairs, *, apart: bool) -> Call:
     """The rows of an EXPERT_IN."""
     is_fp8 = segment.row_type is RowType.FP8
     if apart:
         scales = scales_of(payload, segment) if is_fp8 else None
-        return Call(rows_of(payload, segment), scales, [])
+        return Call(rows_of(payload, segment), scales, pairs)
     if is_fp8:
         rows = ops.dequantise_rows(
             row_bytes(payload), num_rows=segment.num_rows, width=segment.width,
@@ -93,10 +95,10 @@ def _whole(payload: Buffer, segment: RowSegment, *, apart: bool) -> Call:
         rows = rows_of(payload, segment)
         if rows.dtype is not torch.float32:
             rows = rows.to(torch.float32)
-    return Call(rows, None, [])
+    return Call(rows, None, pairs)
 
 
-def _picked(header: Header, payload: Buffer, start: int) -> Call:
+def _picked(header: Header, payload: Buffer, start: int, pairs: Pairs) -> Call:
     """The block of an EXPERT_PICK; which of its rows, byte `start` of the payload and what follows say."""
     (of_block,) = int32s(payload, start, 1)
     index = numbers(payload, start + 4, header.num_rows, np.uint32)
@@ -109,20 +111,14 @@ def _picked(header: Header, payload: Buffer, start: int) -> Call:
         segment = wider_segment(segment, nbytes)
     scales = scales_of(payload, segment) if row_type is RowType.FP8 else None
     picks = storage_of(payload), HEADER_NBYTES + start - nbytes + 4, header.num_rows
-    return Call(rows_of(payload, segment), scales, [], picks=picks)
+    return Call(rows_of(payload, segment), scales, pairs, picks=picks)
 
 
 def compute(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
     """Outputs of several calls of one layer, each [num_rows, width]; calls for the same expert share one pass."""
     outputs = bank.together(layer, calls)
     if outputs is None:
-        calls = own_rows(calls)
-    if outputs is None and len(calls) == 1 and len(calls[0].segments) == 1:
-        (call,) = calls  # one block for one expert: no regrouping
-        ((expert, _),) = call.segments
-        outputs = [bank.ffn(layer, expert, call.rows, call.scales)]
-    elif outputs is None:
-        outputs = _regrouped(bank, layer, calls)
+        outputs = _by_expert(bank, layer, own_rows(calls))
     return [_placed(call, output) for call, output in zip(calls, outputs, strict=True)]
 
 
@@ -133,7 +129,12 @@ def _placed(call: Call, output: Tensor) -> Tensor:
     return call.out.copy_(output)
 
 
-def _regrouped(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
+def _by_expert(bank: Bank, layer: int, calls: list[Call]) -> list[Tensor]:
+    """Each expert's rows of all calls in one pass."""
+    if len(calls) == 1 and len(calls[0].segments) == 1:  # nothing to be regrouped
+        (call,) = calls
+        ((expert, _),) = call.segments
+        return [bank.ffn(layer, expert, call.rows, call.scales)]
     by_expert: dict[int, list[tuple[int, slice]]] = {}  # expert -> (call, its rows)
     for index, call in enumerate(calls):
         start = 0

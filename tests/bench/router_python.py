@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
+from typing import cast
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class SilentLink(BaseLink):
         """Part of the wire."""
         for ticket in tickets:
             volley.block.release()
-            ticket[0].sent.append(ticket)  # type: ignore[attr-defined]
+            cast(SilentLink, ticket[0]).sent.append(ticket)
         return []
 
     def requests(self) -> list[Header]:

@@ -1,8 +1,9 @@
-"""The networks that every contract test runs over: in memory, and UCX by its compiled port and by UCXX's Python API."""
+"""The networks that contract tests run over: in memory, and UCX by its compiled port and by UCXX's Python API."""
 
 import pytest
 
-from tests.contract.harness import InprocNet, UcxNet
+from common.transport.device import open_context
+from tests.contract.harness import DEVICE, DeviceUcxNet, InprocNet, UcxNet
 
 
 @pytest.fixture(params=["inproc", "ucx", "ucxx"])
@@ -21,3 +22,12 @@ def net(form, tmp_path):
 @pytest.fixture
 def ucx(tmp_path):
     return UcxNet(tmp_path)
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """Of processes that share a device: the CPU, where rows are copied, unless ATOLL_TEST_DEVICE names another."""
+    net = DeviceUcxNet(tmp_path)
+    net.device = DEVICE
+    open_context(net.device)
+    return net

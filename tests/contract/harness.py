@@ -12,6 +12,7 @@ from common.ids import ProcessId, Role
 from common.transport.base import Hello, Link, Transport
 from common.transport.buffers import Buffer
 from common.transport.control import ControlLimits
+from common.transport.device import DevicePool, open_seam
 from common.transport.environment import set_ucx_environment
 from common.transport.inproc import InprocFabric
 from common.transport.link import LinkLimits
@@ -123,6 +124,16 @@ class UcxNet:
     def address(self) -> str:
         self._num_addresses += 1
         return f"unix:{self._path}/{self._num_addresses}.sock"
+
+
+class DeviceUcxNet(UcxNet):
+    """Rows lie apart, in the memory of `device`."""
+
+    device = "cpu"
+
+    def transport(self, limits=LIMITS, **options) -> UcxTransport:
+        options = {"pool": DevicePool(self.device), "seam": open_seam(self.device)} | options
+        return super().transport(limits, **options)
 
 
 Net = InprocNet | UcxNet

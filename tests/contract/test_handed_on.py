@@ -6,7 +6,6 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 
-from common.transport.device import open_context
 from common.transport.link import LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.seam import WRITTEN
@@ -14,10 +13,9 @@ from common.transport.volley import Volley
 from common.waiting import poll_until
 from common.wire.header import Header, Kind
 from tests.contract.child import OFFERED
-from tests.contract.harness import DEVICE, LIMITS, ROUTER, hello, run
+from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run
 from tests.contract.test_death import kill
 from tests.contract.test_rows_apart import (
-    DeviceUcxNet,
     ReachingUcxNet,
     RowsPeer,
     check_no_block_leaked,
@@ -225,15 +223,6 @@ def test_a_copy_waits_for_credit_as_any_message(tmp_path):
 
     run(net, main)
     check_no_block_leaked(net)
-
-
-@pytest.fixture
-def shared(tmp_path):
-    """Processes that share a device: the CPU, where rows are copied, unless ATOLL_TEST_DEVICE names another."""
-    net = DeviceUcxNet(tmp_path)
-    net.device = DEVICE
-    open_context(net.device)
-    return net
 
 
 @pytest.mark.parametrize("killed", [False, True])

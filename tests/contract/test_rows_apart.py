@@ -18,7 +18,7 @@ import torch
 from common.errors import AtollError, ConfigError, LinkClosed, Overloaded
 from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
-from common.transport.device import DevicePool, open_seam, synchronise
+from common.transport.device import DevicePool, synchronise
 from common.transport.link import LinkLimits, LinkState
 from common.transport.neighbour import Neighbour
 from common.transport.port import CANCELED
@@ -28,15 +28,7 @@ from common.transport.ucx_arrivals import _Arrival
 from common.transport.ucx_link import UcxLink
 from common.waiting import poll_until
 from common.wire.header import Header, Kind
-from tests.contract.harness import LIMITS, ROUTER, InprocNet, Peer, UcxNet, hello, run
-
-
-class DeviceUcxNet(UcxNet):
-    device = "cpu"
-
-    def transport(self, limits=LIMITS, **options) -> UcxTransport:
-        options = {"pool": DevicePool(self.device), "seam": open_seam(self.device)} | options
-        return super().transport(limits, **options)
+from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, InprocNet, Peer, hello, run
 
 
 class ReachingPort:

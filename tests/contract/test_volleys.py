@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import Overloaded
-from common.transport.device import open_context, synchronise
+from common.transport.device import synchronise
 from common.transport.link import LinkLimits, LinkState
 from common.transport.outbox import Outbox
 from common.transport.port import CANCELED
@@ -18,11 +18,10 @@ from common.transport.seam import Fence, Seam
 from common.transport.volley import Volley
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
-from tests.contract.harness import DEVICE, LIMITS, ROUTER, hello, run
+from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run
 from tests.contract.test_death import child, kill
 from tests.contract.test_rows_apart import (
     NETS,
-    DeviceUcxNet,
     LandedPeer,
     ManualEvent,
     RowsPeer,
@@ -166,15 +165,6 @@ def test_answers_land_where_each_is_wanted(net):
 
     run(net, main)
     check_no_block_leaked(net)
-
-
-@pytest.fixture
-def shared(tmp_path):
-    """A network of processes that share a device: the CPU, unless ATOLL_TEST_DEVICE names another."""
-    net = DeviceUcxNet(tmp_path)
-    net.device = DEVICE
-    open_context(net.device)
-    return net
 
 
 async def processes(stack, net, *kinds):
