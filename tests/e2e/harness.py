@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 ATOLL = Path(sys.executable).parent / "atoll"
+COMMAND = [ATOLL] if ATOLL.exists() else [sys.executable, "-m", "deploy.cli"]  # not installed
 START_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 25.0
 WITH_ITS_PARENT = (
@@ -51,7 +52,7 @@ class Cluster:
         port = () if "--cluster" in self.arguments else ("--port", "0")  # the file says which
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [*WITH_ITS_PARENT, ATOLL, "up", *port, "--ready-file", ready, *self.arguments],
+                [*WITH_ITS_PARENT, *COMMAND, "up", *port, "--ready-file", ready, *self.arguments],
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         while not ready.exists():

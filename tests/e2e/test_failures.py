@@ -3,14 +3,13 @@
 import asyncio
 import os
 import signal
-import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 import torch
 
 from tests.e2e.harness import Cluster
+from tests.e2e.kills import eventually, replaced, state, stop_while_they_owe
 from tests.oracle.configs import CONFIGS
 from tests.oracle.reference import build_checkpoint
 
@@ -37,44 +36,11 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, 250, (n,), generator=generator).tolist() for n in lengths]
 
 
-async def eventually(
-    check: Callable[[], Awaitable[Any]], what: str, *, within_s: float = 30.0
-) -> Any:
-    """Poll until `check` gives something true."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if found := await check():
-            return found
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"not within {within_s:g} s: {what}")
-
-
-async def state(cluster: Cluster) -> list[dict[str, Any]]:
-    return list((await cluster.fetch("GET", "/cluster"))["processes"])
-
-
 async def kill_while_it_owes(cluster: Cluster, expert: int) -> None:
-    """Stop an expert, wait until its router counts a block that it owes, then kill it."""
-
-    async def pid() -> int:
-        entries = [p for p in await state(cluster) if (p["role"], p["index"]) == ("expert", expert)]
-        return entries[0]["pid"] if entries[0]["state"] == "ready" else 0
-
-    async def owes() -> bool:
-        routers = [p for p in await state(cluster) if p["role"] == "router"]
-        return any(r["counters"]["owed_by_expert"].get(str(expert), 0) > 0 for r in routers)
-
-    victim = await eventually(pid, f"expert-{expert} is up")
-    os.kill(victim, signal.SIGSTOP)
-    try:
-        await eventually(owes, f"expert-{expert} owes a block")
-    finally:
-        os.kill(victim, signal.SIGKILL)
-
-    async def replaced() -> bool:
-        return await pid() not in (0, victim)
-
-    await eventually(replaced, f"expert-{expert} has a successor")
+    """And wait for its successor."""
+    (victim,) = await stop_while_they_owe(cluster, expert)
+    os.kill(victim, signal.SIGKILL)
+    await replaced(cluster, "expert", expert, victim)
 
 
 def test_ten_killed_experts_cost_no_request_and_no_token(undisturbed):

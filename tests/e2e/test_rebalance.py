@@ -13,7 +13,7 @@ from common.model.hf_config import load_config
 from common.placement.plan import Plan
 from common.plan_file import write_plan
 from tests.e2e.harness import ATOLL, Cluster
-from tests.e2e.test_failures import eventually
+from tests.e2e.kills import eventually
 from tests.oracle.configs import CONFIGS
 from tests.oracle.reference import build_checkpoint
 
