@@ -81,12 +81,6 @@ class Buffer:
         """Headroom and payload together, uint8 [HEADER_NBYTES + nbytes], a view."""
         return self.storage[: HEADER_NBYTES + self.nbytes]
 
-    def give_credit(self) -> None:
-        """Let the peer send another message in place of this one: for a holder who keeps few by himself."""
-        on_free, self.on_free = self.on_free, None
-        if on_free is not None:
-            on_free()
-
     def retain(self) -> "Buffer":
         """Take one more reference."""
         assert self._count > 0, "retain of a free buffer"

@@ -31,6 +31,7 @@ class _Watched:
         self.on_open = handler.on_open
         self.on_message = handler.on_message
         self.on_control = handler.on_control
+        self.on_landed = getattr(handler, "on_landed", None)  # see `LandedHandler`
 
     def on_close(self, link: Link, error: LinkClosed) -> None:
         log.info("link to %s closed: %s", link.peer.process, error)

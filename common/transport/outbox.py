@@ -17,17 +17,18 @@ from common.transport.buffers import Buffer
 from common.wire.header import Header
 
 if TYPE_CHECKING:
+    from common.transport.device import DeviceRows
     from common.transport.volley import Part
 
 
 @dataclass(slots=True)
 class Message:
-    """A call that goes by itself; it owns a reference to `payload`, which is kept for a re-send."""
+    """A call that goes by itself; it owns a reference to `payload` and `landing`, which are kept for a re-send."""
 
     header: Header
     payload: Buffer
     since_ns: int
-    landing: None = None
+    landing: "DeviceRows | None" = None
 
     @property
     def number(self) -> int:
@@ -46,11 +47,13 @@ class Message:
 
     def post(self, link: Link) -> None:
         """Raises what `Link.post` does."""
-        link.post(self.header, self.payload)
+        link.post(self.header, self.payload, landing=self.landing)
 
     def release(self) -> None:
         """The answer is in, or not wanted any more."""
         self.payload.release()
+        if self.landing is not None:
+            self.landing.release()
 
 
 Call = Union[Message, "Part"]

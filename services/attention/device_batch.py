@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.transport.buffers import Buffer
 from common.transport.device import DeviceBlock, DeviceRows, release_behind
 from common.transport.seam import Seam
 from common.wire.blocks import RowSegment, RowType, num_scales, row_segment
@@ -78,8 +77,8 @@ class LaneState:
         self.weights = on_host(max_rows, top_k, kind=torch.float32)
         self.place = on_host(2, kind=torch.int64)  # of the experts' answer: address, number of rows
         self._place = self.place.numpy().data
-        self._kept: Buffer | None = None  # the answer that is in
-        self._held: Buffer | None = None  # the answer whose rows `place` says
+        self._kept: DeviceRows | None = None  # the answer that is in
+        self._held: DeviceRows | None = None  # the answer whose rows `place` says
         self._count = on_device(1, kind=torch.int64)  # of layers whose rows the device has written
         self._told = on_host(1, kind=torch.int64)  # the same
         self._seen = self._told.numpy().data
@@ -122,19 +121,14 @@ class LaneState:
         b = self.bucket
         ops.publish(ids, gate_weights, self.experts[:b], self.weights[:b], self._count, self._told)
 
-    def keep(self, payload: Buffer) -> None:
-        """An answer is in, whose rows will be read where they are: takes a reference.
-
-        The next may come before it is given up, whatever the link's window.
-        """
-        self._kept = payload.retain()
-        payload.give_credit()
+    def keep(self, rows: DeviceRows) -> None:
+        """An answer is in, whose rows will be read where they are: takes a reference."""
+        self._kept = rows.retain()
 
     def answered(self) -> None:
         """The answer is in, kept or else in `answer`. Its layer was published, so the one before has been read."""
         before, self._held, self._kept = self._held, self._kept, None
-        rows = None if self._held is None else self._held.rows
-        self._place[0] = self.answer.data_ptr() if rows is None else rows.address
+        self._place[0] = self.answer.data_ptr() if self._held is None else self._held.address
         self._place[1] = self.num_rows
         if before is not None:
             before.release()

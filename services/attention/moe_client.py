@@ -24,7 +24,7 @@ from common.obs.trace import Recorder
 from common.tensors import TORCH_DTYPES, check_rows, numbers, put_bytes, row_bytes, rows_of
 from common.transport.base import Link
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.device import DevicePool, DeviceRows
+from common.transport.device import DevicePool, DeviceRows, release_behind
 from common.transport.outbox import Message, Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import (
@@ -33,8 +33,9 @@ from common.wire.blocks import (
     answer_layout,
     check_payload,
     dispatch_layout,
+    row_segment,
 )
-from common.wire.header import Header, Kind, Wire
+from common.wire.header import Header, Kind, Landed, Wire
 from kernels import ops
 
 Tensor = torch.Tensor
@@ -65,8 +66,7 @@ class _Pending:
     posted_ns: int
     out: Tensor | None
     epoch: int
-    keep: Callable[[Buffer], None] | None
-    is_kept: bool = False
+    keep: Callable[[DeviceRows], None] | None
     partials: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by router
 
 
@@ -151,7 +151,7 @@ class MoeClient:
     def dispatch(
         self, layer: int, microbatch: int, rows: Rows, experts: Tensor, weights: Tensor, *,
         out: Tensor | None = None, since: object = 0, written: Callable[[], bool] | None = None,
-        keep: Callable[[Buffer], None] | None = None,
+        keep: Callable[[DeviceRows], None] | None = None,
     ) -> "asyncio.Future[Tensor]":  # fmt: skip
         """Post a block: rows [n, width], experts int32 [n, k], weights fp32 [n, k]; never waits.
 
@@ -161,9 +161,9 @@ class MoeClient:
         `written` may tell of rows that are quantised already, else all that was launched must end.
 
         The future gets the combined rows, [n, width] in the row type `combined` on the device of `rows`, or
-        DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. But a payload whose rows
-        lie in device memory, whole and of `out`'s type, is given to `keep` first, if there is one, which may retain it
-        and read them there: `out` is then as it was. `since` is when packing began, for the trace.
+        DeadlineExceeded / the sentence of whoever failed; they are in `out` if that is given. But rows in device
+        memory, whole and of `out`'s type, are given to `keep`, if there is one, which may retain them and read them
+        there: `out` is then as it was. `since` is when packing began, for the trace.
         """
         assert experts.dtype is torch.int32, "expert ids of another type"
         assert weights.dtype is torch.float32, "gate weights of another type"
@@ -185,8 +185,16 @@ class MoeClient:
         )
         tables = (layout, experts.numpy(), weights.numpy())  # views: the device may yet write there
         fence = self.seam.fence(written if isinstance(rows, DeviceRows) else None)
-        fence.then(partial(self._post, header, buffer, tables, now_ns, since))
+        fence.then(
+            partial(self._post, header, buffer, tables, self._landing(num_rows), now_ns, since)
+        )
         return future
+
+    def _landing(self, num_rows: int) -> DeviceRows | None:
+        """Where a router of this host shall put the combined rows."""
+        if not (self._answers_whole and isinstance(self.pool, DevicePool)):
+            return None
+        return self.pool.acquire_rows(row_segment(num_rows, self.width, self.combined).end)
 
     def _buffer(self, rows: Rows, layout: DispatchLayout) -> Buffer:
         """A payload with these rows; the tables are still to be written."""
@@ -205,7 +213,7 @@ class MoeClient:
 
     def _post(
         self, header: Header, buffer: Buffer, tables: tuple[DispatchLayout, Array, Array],
-        now_ns: int, since: object,
+        landing: DeviceRows | None, now_ns: int, since: object,
     ) -> None:  # fmt: skip
         """The device has written the block: send it. A full queue fails the block like any other refusal."""
         try:
@@ -222,36 +230,75 @@ class MoeClient:
                 asked = self._asked()
                 for outbox in asked:  # each keeps a header of its own
                     mine = header if len(asked) == 1 else replace(header)
-                    outbox.send(Message(mine, buffer.retain(), now_ns))
+                    to = None if landing is None else landing.retain()
+                    outbox.send(Message(mine, buffer.retain(), now_ns, to))
         except AtollError as exc:
             self._fail(header.block, exc)  # all routers or none
         finally:
             buffer.release()
+            if landing is not None:
+                landing.release()
+
+    def on_landed(self, link: Link, answer: Landed, landing: DeviceRows) -> None:
+        """`on_message` of an answer whose rows are where they were wanted. Raises WireError if these are another's."""
+        pending, outbox = self._waiting(link, answer), self.routers[link.peer.process.index]
+        if pending is None:
+            return
+        owed = outbox.owed(answer.block)
+        if answer.kind != Kind.COMBINED or owed is None or owed.landing is not landing:
+            raise WireError(f"{link.peer.process} answered {answer.block} with rows of another")
+        self._answered(link, answer, pending, (self._taken(landing, pending), None))
 
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Take an answer; one that nobody waits for is dropped."""
-        pending = self._pending.get(header.block)
+        pending = self._waiting(link, header)
         try:
-            router = link.peer.process.index
-            if pending is None or router in pending.partials:
-                self.times.late += 1
-            elif header.kind is Kind.COMBINED:
-                pending.partials[router] = self._read(header, payload, pending)
-                self.routers[router].settle(header.block)
-                if len(pending.partials) == pending.num_answers:
-                    self._settle(header.block)
-                    self._count(header, pending)
-                    if not pending.future.done():
-                        pending.future.set_result(self._combined(pending))
+            if pending is None:
+                return
+            if header.kind is Kind.COMBINED:
+                self._answered(link, header, pending, self._read(header, payload, pending))
             else:
                 text = b"" if payload is None else payload.array.tobytes()
                 sentence = text.decode("utf-8", "replace")
                 self._fail(header.block, Retryable(f"{link.peer.process}: {sentence}"))
         finally:
-            if payload is not None and pending is not None and pending.is_kept:
-                payload.release()
-            elif payload is not None:  # behind the copy above, which the device has yet to make
+            if payload is not None:  # behind a copy which the device may have yet to make
                 self.seam.fence().then(payload.release)
+
+    def _waiting(self, link: Link, answer: Header | Landed) -> _Pending | None:
+        """Who waits for an answer; None, and counted, when nobody does any more."""
+        pending = self._pending.get(answer.block)
+        if pending is None or link.peer.process.index in pending.partials:
+            self.times.late += 1
+            return None
+        return pending
+
+    def _answered(
+        self,
+        link: Link,
+        answer: Header | Landed,
+        pending: _Pending,
+        rows: tuple[Tensor, Tensor | None],
+    ) -> None:
+        router = link.peer.process.index
+        pending.partials[router] = rows
+        self.routers[router].settle(answer.block)
+        if len(pending.partials) == pending.num_answers:
+            self._settle(answer.block)
+            self._count(answer, pending)
+            if not pending.future.done():
+                pending.future.set_result(self._combined(pending))
+
+    def _taken(self, rows: DeviceRows, pending: _Pending) -> Tensor:
+        """All rows of a block, in device memory: kept where they are, or copied."""
+        out, dtype = pending.out, TORCH_DTYPES[self.combined]
+        if out is not None and out.dtype is dtype and pending.keep is not None:
+            pending.keep(rows)
+            return out
+        view = rows.block.matrix(dtype, rows.offset, pending.num_rows, self.width)
+        out = view.clone() if out is None else out.copy_(view)
+        release_behind(self.seam, rows.retain())
+        return out
 
     def _read(
         self, header: Header, payload: Buffer | None, pending: _Pending
@@ -261,17 +308,10 @@ class MoeClient:
             payload, segment = check_rows(
                 payload, pending.num_rows, self.width, self.combined, "COMBINED"
             )
-            out, apart = pending.out, payload.rows
-            same = out is not None and out.dtype is TORCH_DTYPES[self.combined]
-            if out is None or apart is None or not same or not isinstance(self.pool, DevicePool):
-                rows = rows_of(payload, segment)
-                return (rows.clone() if out is None else out.copy_(rows)), None
-            if pending.keep is not None:
-                pending.is_kept = True
-                pending.keep(payload)
-                return out, None
-            self.pool.copy(out.data_ptr(), apart.address + segment.rows_offset, out.nbytes)
-            return out, None
+            if payload.rows is not None:
+                return self._taken(payload.rows, pending), None
+            rows, out = rows_of(payload, segment), pending.out
+            return (rows.clone() if out is None else out.copy_(rows)), None
         if header.num_rows == 0:
             return torch.empty((0, self.width)), torch.empty(0, dtype=torch.int64)
         row_type = RowType.FP64 if self.wire is Wire.FP32 else self.combined
@@ -332,15 +372,14 @@ class MoeClient:
             outbox.settle(block)
         return self._pending.pop(block, None)
 
-    def _count(self, header: Header, pending: _Pending) -> None:
+    def _count(self, answer: Header | Landed, pending: _Pending) -> None:
         times, now = self.times, self.clock_ns()
         times.blocks += 1
         times.rows += pending.num_rows
         times.round_trip_us += (now - pending.posted_ns) // 1000
         if self.trace is not None:
-            self.trace.span(
-                "answer", header.trace, header.layer, header.microbatch, now, now, pending.num_rows
-            )
-        times.queue_us += header.queue_us
-        times.compute_us += header.compute_us
-        times.combine_us += header.combine_us
+            place = answer.block, pending.layer, pending.microbatch
+            self.trace.span("answer", *place, now, now, pending.num_rows)
+        times.queue_us += answer.queue_us
+        times.compute_us += answer.compute_us
+        times.combine_us += answer.combine_us

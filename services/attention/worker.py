@@ -19,12 +19,13 @@ from common.request import FinishReason, Request, TokenEvent, tokens_frame
 from common.status import ProcessStatus, State, status_frame
 from common.transport.base import Hello, Link, Transport, tell
 from common.transport.buffers import Buffer
+from common.transport.device import DeviceRows
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
 from common.waiting import poll_until
 from common.wire.blocks import combined_rows
-from common.wire.header import Header, Kind, Wire
+from common.wire.header import Header, Kind, Landed, Wire
 from services.attention.lane import StepTimes
 from services.attention.moe_client import MoeClient
 from services.attention.requests import Requests
@@ -164,6 +165,10 @@ class AttentionWorker:
                 payload.release()
             raise WireError(f"{header.kind.name} sent to an attention worker")
         self.moe.on_message(link, header, payload)
+
+    def on_landed(self, link: Link, answer: Landed, landing: DeviceRows) -> None:
+        """Likewise, of rows that are where they were wanted."""
+        self.moe.on_landed(link, answer, landing)
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
         """A frame of a gateway (`common.request`), or a router's epoch (`common.placement.handover`)."""

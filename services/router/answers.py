@@ -5,14 +5,18 @@ Of one rail the sum is the answer; of several each answers the rows that it know
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from common.tensors import put_bytes, rows_of, write_rows
 from common.transport.buffers import Buffer, BufferPool
-from common.wire.blocks import PARTIAL_ROWS, RowType, answer_layout
+from common.wire.blocks import PARTIAL_ROWS, AnswerLayout, RowType, answer_layout
 from common.wire.header import Header, Kind, Wire
 from services.router.block import NodeWork, Prepared, SourceWork, Work
 from services.router.counters import Counters
-from services.router.rows import Rows
+from services.router.rows import Outputs, Rows
+
+if TYPE_CHECKING:
+    from common.transport.device import DevicePool
 
 Answer = tuple[Header, Buffer]
 
@@ -29,19 +33,30 @@ class Answers:
     counters: Counters
     clock_ns: Callable[[], int]
 
-    def prepare(self, work: NodeWork, source: SourceWork | None) -> None:
-        """For a node's sum that is an answer, `source`'s or that to a RELAY: rows then wait for a launch only."""
+    def prepare(self, work: NodeWork, source: SourceWork | None, payload: Buffer) -> None:
+        """For a node's sum that is an answer, `source`'s or that to a RELAY: rows then wait for a launch only.
+
+        `payload` is the question's.
+        """
         if source is None or self.is_whole(source):
             row_type = PARTIAL_ROWS[work.request.wire] if source is None else self.answer_rows
-            work.prepared = self._prepared(work, row_type)
+            work.prepared = self._prepared(work, row_type, payload)
 
-    def _prepared(self, work: NodeWork, row_type: RowType) -> Prepared:
-        """A node's sum goes straight into its message."""
+    def _prepared(self, work: NodeWork, row_type: RowType, asked: Buffer | None) -> Prepared:
+        """A node's sum goes straight into its message, or to where it is wanted."""
         layout = answer_layout(work.num_rows, work.request.width, row_type)
-        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+        buffer = self._buffer(layout, asked, [work.outputs])
         if work.request.wire is Wire.FP32 and row_type is not RowType.FP64:  # rounded once
             return Prepared(buffer, lambda: write_rows(buffer, layout.rows, work.exact()))
         return Prepared(buffer, work.summing(rows_of(buffer, layout.rows)))
+
+    def _buffer(self, layout: AnswerLayout, asked: Buffer | None, outputs: list[Outputs]) -> Buffer:
+        """For an answer to the question `asked`, whose place for rows can be reached as long as that is held."""
+        landing = None if asked is None else asked.landing
+        if asked is None or landing is None or landing.nbytes != layout.nbytes:
+            return self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+        outputs[-1].held.append(asked.retain())
+        return cast("DevicePool", self.pool).acquire_with(landing.retain())
 
     def partial(self, work: NodeWork) -> Answer:
         """PARTIAL: the node's sum, rounded to what travels between nodes."""
@@ -83,7 +98,7 @@ class Answers:
             num_rows = num_ids = len(source.ids)
             row_type = RowType.FP64 if request.wire is Wire.FP32 else row_type
         layout = answer_layout(num_rows, request.width, row_type, num_ids)
-        buffer = self.pool.acquire(layout.nbytes, rows_nbytes=layout.rows.end)
+        buffer = self._buffer(layout, source.payload, source.outputs)
         if num_rows:
             source.sum_into(rows_of(buffer, layout.rows))
             self.memory.written(buffer, *source.outputs)
@@ -94,7 +109,7 @@ class Answers:
 
     def _node_sum(self, item: Work, work: NodeWork, kind: Kind, row_type: RowType) -> Answer:
         started = self.clock_ns()
-        prepared, work.prepared = work.prepared or self._prepared(work, row_type), None
+        prepared, work.prepared = work.prepared or self._prepared(work, row_type, None), None
         prepared.launch()
         self.memory.written(prepared.buffer, work.outputs)
         self._spent(item, started)

@@ -93,9 +93,9 @@ class SourceWork:
     """A block at the router of its attention worker: which nodes still owe their partial.
 
     `shares`, `starts` and `own` are by question (a node may be asked twice). `payload` is kept where a share may have
-    to be asked of others, else None. Partials of other nodes are in `outputs`, one behind the other (several where
-    shares were asked anew: no place is given to a second answer), and the last says how all are summed; our own are in
-    `own`, not rounded. `starts` are places of the sum, those from OTHER on in `own`.
+    to be asked of others, or says where the answer's rows go, else None. Partials of other nodes are in `outputs`, one
+    behind the other (several where shares were asked anew: no place is given to a second answer), and the last says how
+    all are summed; our own are in `own`, not rounded. `starts` are places of the sum, those from OTHER on in `own`.
     """
 
     request: Header

@@ -114,7 +114,7 @@ class Calls:
         asks, outboxes = [], []
         for (call, share), piece in zip(shares.items(), pieces, strict=True):
             tail, num_pairs, node = share.tail, share.num_pairs, share.node
-            if source.payload is not None:
+            if source.routes.has_replicas(request.layer):
                 workers, counts = np.unique(table[share.experts], return_counts=True)
                 load = dict(zip(workers.tolist(), counts.tolist(), strict=True))
                 self._loads[call] = load

@@ -137,7 +137,7 @@ class Dataflow:
         source = SourceWork(header, link, routes, rows)
         if shares:
             self._sources[header.block] = source
-            if routes.has_replicas(header.layer):
+            if payload.landing is not None or routes.has_replicas(header.layer):
                 source.payload = payload.retain()
             self._post_shares(source, shares, payload, table)
         else:  # every pair is for the node's other rails
@@ -201,7 +201,7 @@ class Dataflow:
         self._works[key] = work
         self.calls.ask_experts(work, plan.shares, plan.tables.pieces, gathered, self.clock_ns())
         self.counters.rows_to_experts += plan.tables.num_places
-        self._answers.prepare(work, self.calls.sources.get(key))
+        self._answers.prepare(work, self.calls.sources.get(key), payload)
 
     # ---- answers -------------------------------------------------------------------------------
 

@@ -22,14 +22,14 @@ ROWS, EXPERTS = 5, 16
 class Router:
     """The source's router of some nodes, one expert on each worker."""
 
-    def __init__(self, nodes):
+    def __init__(self, nodes, **options):
         self.pool, handler = DevicePool("cpu"), Handler()
         homes = tuple(w * nodes // EXPERTS for w in range(EXPERTS))
         plan = Plan(1, {LAYER: tuple((w,) for w in range(EXPERTS))}, homes)
         experts = {w: Outbox(f"expert-{w}") for w, node in enumerate(homes) if node == 0}
         routers = {node: Outbox(f"router-{node}") for node in range(1, nodes)}
         self.flow = handler.flow = Dataflow(
-            0, plan, EXPERTS, self.pool, experts, routers, answer_rows=RowType.BF16
+            0, plan, EXPERTS, self.pool, experts, routers, answer_rows=RowType.BF16, **options
         )
         self.links = [SilentLink(Role.EXPERT, w, handler, self.pool) for w in experts]
         self.links += [SilentLink(Role.ROUTER, n, handler, self.pool, n) for n in routers]

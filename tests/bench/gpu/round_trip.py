@@ -31,12 +31,12 @@ from common.model.presets import preset_config, write_random_source
 from common.obs.trace import DIRECTORY, open_recorder
 from common.transport.base import Hello, Link
 from common.transport.buffers import Buffer
-from common.transport.device import DeviceBlock
+from common.transport.device import DeviceBlock, DeviceRows
 from common.transport.dial import keep_connected
 from common.transport.factory import open_transport
 from common.transport.outbox import Outbox
 from common.wire.blocks import RowType, combined_rows, row_segment
-from common.wire.header import Header, Wire
+from common.wire.header import Header, Landed, Wire
 from deploy.trace.blocks import blocks, by_layer
 from deploy.trace.spans import read
 from kernels import ops
@@ -82,6 +82,10 @@ class Attention:
         self.expert_us = header.queue_us + header.compute_us
         self.moe.on_message(link, header, payload)
 
+    def on_landed(self, link: Link, answer: Landed, landing: DeviceRows) -> None:
+        self.expert_us = answer.queue_us + answer.compute_us
+        self.moe.on_landed(link, answer, landing)
+
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
         pass
 
@@ -90,15 +94,15 @@ class Held:
     """Keeps an answer until the next one, as a lane does whose graph reads it where it lies."""
 
     def __init__(self) -> None:
-        self._payload: Buffer | None = None
+        self._rows: DeviceRows | None = None
 
-    def __call__(self, payload: Buffer) -> None:
+    def __call__(self, rows: DeviceRows) -> None:
         self.let_go()
-        self._payload = payload.retain()
+        self._rows = rows.retain()
 
     def let_go(self) -> None:
         """Of the last one."""
-        before, self._payload = self._payload, None
+        before, self._rows = self._rows, None
         if before is not None:
             before.release()
 
