@@ -63,7 +63,7 @@ class Reactor:
         self.address = bytes(self._worker.address)
         self._loop = asyncio.get_running_loop()
         self._fd: int = self._worker.epoll_file_descriptor
-        self._loop.add_reader(self._fd, self.pump)
+        self._loop.add_reader(self._fd, self._readable)
 
     # -- what the transport does with it
 
@@ -98,6 +98,11 @@ class Reactor:
         if not self._kicked and not self._pumping and self._worker is not None:
             self._kicked = True
             self._loop.call_soon(self._pump_kicked)
+
+    def _readable(self) -> None:
+        """UCX has something for us. It says so for as long as nobody arms it: who waits for what came goes first."""
+        if not self._kicked:
+            self.pump()
 
     def _pump_kicked(self) -> None:
         self._kicked = False

@@ -40,9 +40,7 @@ class Volley:
     def template(self) -> bytes:
         """What the headers of all have in common."""
         if not self._template:
-            packed = bytearray(HEADER_NBYTES)
-            self.request.derive(self.kind, target=0, payload_nbytes=0).pack_into(packed)
-            self._template = bytes(packed)
+            self._template = self.request.template(self.kind)
         return self._template
 
     def post(

@@ -107,6 +107,13 @@ class Header:
             answer=self.answer,
         )  # fmt: skip
 
+    def template(self, kind: Kind) -> bytes:
+        """The 128 bytes that headers of `kind` about the same block have in common: see `derive`."""
+        return _LAYOUT.pack(
+            MAGIC, VERSION, kind, self.wire, self.layer, self.epoch, self.width, self.block, self.trace,
+            0, 0, 0, self.attempt, self.microbatch, 0, 0, 0, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
         """Write the 128 bytes at `offset`. Raises WireError when a value does not fit its field."""
         try:

@@ -155,6 +155,9 @@ class ExpertWorker:
                 calls.append(call)
             except AtollError as exc:
                 self._fail(link, header, str(exc))
+        if not calls:
+            self._done(batch)
+            return
         self._in_flight += 1
         written = None
         try:
@@ -179,6 +182,9 @@ class ExpertWorker:
         self._in_flight -= 1
         if calls:
             self._answer_all(calls, outputs, started_ns)
+        self._done(batch)
+
+    def _done(self, batch: list[Call]) -> None:
         for call in batch:
             call.item[2].release()
         self._schedule()

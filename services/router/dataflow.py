@@ -216,7 +216,8 @@ class Dataflow:
         if owed.landing is not landing:
             raise WireError(f"{link.peer.process} answered {answer.block} with rows of another")
         self._answered(link, owed, item, answer)
-        self._trace(link, Kind(answer.kind), item.request, started)
+        if self.trace is not None:  # a kind takes long to find
+            self._trace(link, Kind(answer.kind), item.request, started)
 
     def _on_answer(self, link: Link, header: Header, payload: Buffer | None) -> None:
         """Its rows are copied to where they are summed, unless they came there."""

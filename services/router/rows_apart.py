@@ -36,6 +36,7 @@ from services.router.tables import ALIGN, Tables, tables_of
 Tensor = torch.Tensor
 _MOST_WARMED = 8  # pairs of a row, as top-k is in most models
 _MOST_VIEWS = 256  # of tables
+_NO_SLOTS = torch.empty((0, 0), dtype=torch.int32)  # of outputs whose tables are still to come
 
 
 class _Pieces(Volley):
@@ -61,14 +62,21 @@ class _Pieces(Volley):
 class _HandedOn(_Pieces):
     """Rows in a neighbour's memory, for experts that read them there: what follows them says which."""
 
-    __slots__ = ("memory", "segment", "source", "whole")
+    __slots__ = ("memory", "outputs", "segment", "source", "tables", "whole")
 
     def __init__(
-        self, memory: "RowsApart", source: DeviceRows, segment: RowSegment, request: Header
-    ) -> None:
+        self, memory: "RowsApart", source: DeviceRows, segment: RowSegment, request: Header, outputs: Outputs,
+        tables: Tables,
+    ) -> None:  # fmt: skip
+        """`tables` are for the sum of the `outputs`, which get them when all is asked: experts do not wait for that."""
         super().__init__(request, Kind.EXPERT_PICK, memory.pool, source.block.retain(), WRITTEN)
         self.memory, self.source, self.segment = memory, source, segment
+        self.outputs, self.tables = outputs, tables
         self.whole = source.offset, source.nbytes
+
+    def leave(self) -> None:
+        self.memory.bring_tables(self.outputs, self.tables)
+        super().leave()
 
     @property
     def kind_alone(self) -> Kind:
@@ -129,16 +137,22 @@ class RowsApart:
         request: Header,
         row_type: RowType,
     ) -> tuple[Gathered, Outputs]:
-        """Nothing is launched: the sum reads its tables from pinned memory."""
-        row_nbytes, (_, _, slots_at, weights_at) = segment.width * int(row_type), tables.ats
+        """Nothing is launched, and nothing written yet."""
+        row_nbytes = segment.width * int(row_type)
         block = self.pool.take(tables.num_places * row_nbytes)
         rows = block.matrix(TORCH_DTYPES[row_type], 0, tables.num_places, segment.width)
+        outputs = Outputs(rows, _NO_SLOTS, None, row_nbytes, [block], block)
+        return _HandedOn(self, source, segment, request, outputs, tables), outputs
+
+    def bring_tables(self, outputs: Outputs, tables: Tables) -> None:
+        """Into pinned memory, where the sum reads them."""
+        _, _, slots_at, weights_at = tables.ats
         nbytes = len(tables.memory) - slots_at
         staging = self.pool.acquire(nbytes)
         staging.view[HEADER_NBYTES : HEADER_NBYTES + nbytes] = memoryview(tables.memory)[slots_at:]
-        slots, weights = self._views(staging, tables.shape, weights_at - slots_at)
-        outputs = Outputs(rows, slots, weights, row_nbytes, [block, staging], block)
-        return _HandedOn(self, source, segment, request), outputs
+        views = self._views(staging, tables.shape, weights_at - slots_at)
+        outputs.slots, outputs.weights = views
+        outputs.held.append(staging)
 
     def _views(
         self, staging: Buffer, shape: tuple[int, int], weights_at: int

@@ -262,8 +262,46 @@ def test_a_poll_that_raises_is_not_the_last(ucx):
         for _ in range(3):
             await asyncio.sleep(0)
         broken, reactor.port = reactor.port, whole
-        reactor._loop.add_reader(reactor._fd, reactor.pump)
+        reactor._loop.add_reader(reactor._fd, reactor._readable)
         assert broken.polls == 2
+
+    run(ucx, main)
+
+
+def test_who_waits_for_what_came_goes_before_the_next_poll(ucx):
+    """A descriptor that stays readable, as UCX's does until it is armed, must not poll in between."""
+
+    class Counting:
+        num_open = polls = 0
+
+        def poll(self, arrived, announced):
+            self.polls += 1
+            if self.polls == 1:  # something came, and somebody waits for it
+                loop.call_soon(lambda: seen.append(self.polls))
+            return self.polls == 1
+
+        def arm(self):
+            return True
+
+    seen, loop = [], None
+
+    async def main():
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        link, *_ = await pair(ucx, Peer(), Peer())
+        reactor = link._plane.reactor
+        loop.remove_reader(reactor._fd)
+        await asyncio.sleep(0.05)
+        whole, reactor.port = reactor.port, Counting()
+        reactor._is_busy, was = lambda: True, reactor._is_busy
+        reactor.pump()
+        before = reactor.port.polls
+        reactor._readable()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        reactor._is_busy, reactor.port = was, whole
+        loop.add_reader(reactor._fd, reactor._readable)
+        assert seen == [before]
 
     run(ucx, main)
 

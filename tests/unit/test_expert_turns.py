@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.config import ClusterConfig, ModelSection, Node
+from common.errors import WireError
 from common.transport.buffers import BufferPool
 from common.transport.seam import Seam
 from common.wire.header import Header, Kind, Wire
@@ -47,9 +48,12 @@ class Asker:
     """A link: keeps the blocks that are answered."""
 
     def __init__(self):
-        self.answered = []
+        self.answered, self.refused = [], []
 
     def post(self, header, payload):
+        if header.kind is Kind.FAILED:
+            self.refused.append((header.block, payload.array.tobytes().decode()))
+            return
         assert header.kind is Kind.EXPERT_OUT
         self.answered.append(header.block)
 
@@ -65,7 +69,13 @@ def expert(monkeypatch):
             return [torch.zeros(call.num_rows, WIDTH) for call in calls]
 
         monkeypatch.setattr(module, "compute", compute)
-        monkeypatch.setattr(module, "parse", lambda header, payload, bank: header)
+
+        def parse(header, payload, bank):
+            if header.block >= 100:
+                raise WireError(f"block {header.block} is malformed")
+            return header
+
+        monkeypatch.setattr(module, "parse", parse)
         seam = Seam(stream.event if on_device else None)
         worker = ExpertWorker(CONFIG, 0, SimpleNamespace(pool=pool, seam=seam))
         worker.bank = SimpleNamespace(written=lambda: None)
@@ -151,3 +161,27 @@ def test_without_a_device_all_that_came_is_computed_together(expert):
         assert worker.transport.pool.outstanding == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_batch_that_is_malformed_launches_nothing_and_others_go_on(expert, on_device, caplog):
+    async def main():
+        worker, stream, seam = expert(on_device=on_device)
+        link = Asker()
+        ask(worker, link, 100)
+        await asyncio.sleep(0)
+        ask(worker, link, 1)
+        await asyncio.sleep(0)
+        ask(worker, link, 2, 101)
+        await asyncio.sleep(0)
+        stream.done = 2
+        seam.poll()
+        await asyncio.sleep(0)
+        assert stream.launched == [[1], [2]]
+        assert link.answered == [1, 2]
+        assert link.refused == [(b, f"block {b} is malformed") for b in (100, 101)]
+        assert worker.counters["failed"] == 2
+        assert worker.transport.pool.outstanding == 0
+
+    asyncio.run(main())
+    assert not caplog.records
