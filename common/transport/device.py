@@ -168,7 +168,6 @@ class DevicePool(BufferPool):
         self._max_kept_device_nbytes = max_kept_device_nbytes
         self._kept_device_nbytes = 0
         self._free_blocks: dict[int, list[DeviceBlock]] = {}
-        self.copy = open_copy(self.device)
 
     def __repr__(self) -> str:
         return (

@@ -41,6 +41,8 @@ from kernels import ops
 Tensor = torch.Tensor
 Rows = Tensor | DeviceRows
 Array = npt.NDArray[Any]
+Part = tuple[Tensor, Tensor | None]
+"""One router's rows, and their ids int64 [n] in the block (None: all of them, in order)."""
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class _Pending:
     out: Tensor | None
     epoch: int
     keep: Callable[[DeviceRows], None] | None
-    partials: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by router
+    partials: dict[int, Part] = field(default_factory=dict)  # by router
 
 
 @dataclass(slots=True)
@@ -273,15 +275,9 @@ class MoeClient:
             return None
         return pending
 
-    def _answered(
-        self,
-        link: Link,
-        answer: Header | Landed,
-        pending: _Pending,
-        rows: tuple[Tensor, Tensor | None],
-    ) -> None:
+    def _answered(self, link: Link, answer: Header | Landed, pending: _Pending, part: Part) -> None:
         router = link.peer.process.index
-        pending.partials[router] = rows
+        pending.partials[router] = part
         self.routers[router].settle(answer.block)
         if len(pending.partials) == pending.num_answers:
             self._settle(answer.block)
@@ -300,10 +296,8 @@ class MoeClient:
         release_behind(self.seam, rows.retain())
         return out
 
-    def _read(
-        self, header: Header, payload: Buffer | None, pending: _Pending
-    ) -> tuple[Tensor, Tensor | None]:
-        """One router's answer: its rows, and their ids int64 [n] in the block (None: all of them, in order)."""
+    def _read(self, header: Header, payload: Buffer | None, pending: _Pending) -> Part:
+        """One router's answer. Raises WireError when it is malformed."""
         if self._answers_whole:
             payload, segment = check_rows(
                 payload, pending.num_rows, self.width, self.combined, "COMBINED"

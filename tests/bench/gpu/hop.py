@@ -30,7 +30,13 @@ from common.errors import LinkClosed
 from common.ids import ProcessId, Role
 from common.transport.base import Hello, Link
 from common.transport.buffers import Buffer
-from common.transport.device import DeviceBlock, DevicePool, open_seam, release_behind
+from common.transport.device import (
+    DeviceBlock,
+    DevicePool,
+    open_copy,
+    open_seam,
+    release_behind,
+)
 from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
@@ -53,6 +59,7 @@ class Side:
         self.closed = asyncio.Event()
         self.taken: Callable[[], None] | None = None  # of the near side; the far one answers
         self.num_taken = 0  # and counts
+        self.copy = open_copy(torch.device(DEVICE))
 
     def on_open(self, link: Link) -> None:
         self.link = link
@@ -78,7 +85,7 @@ class Side:
             self.take(link, header, here)
             return
         here = pool.take(rows.nbytes)
-        pool.copy(here.address, rows.address, rows.nbytes)
+        self.copy(here.address, rows.address, rows.nbytes)
         fence = release_behind(self.transport.seam, payload)
         fence.then(partial(self.take, link, header, here))
 
