@@ -31,6 +31,7 @@ PARTS = (
     ("serving_demo", f"{_SERVING} --model deploy/demo/model --workers 16 --trace", 240),
     ("serving_skew", f"{_SERVING} --concurrency 512 --skew none,measured", 240),
     ("ep256", "ep256 --nodes 32,1", 400),
+    ("kills", "kills", 200),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
@@ -23,8 +24,8 @@ def where(facts: dict[str, Any]) -> str:
 
 
 def gpu() -> str:
-    """Hop, round trip beside NCCL, EP256's messages, the reference width, and uneven gates."""
-    return "\n\n".join([hop(), round_trip(), ep256(), serving(), skewed_serving()])
+    """Hop, round trip beside NCCL, EP256's messages, the reference width, uneven gates, and kills."""
+    return "\n\n".join([hop(), round_trip(), ep256(), serving(), skewed_serving(), kills()])
 
 
 def hop() -> str:
@@ -188,5 +189,29 @@ def skewed_serving() -> str:
             "the demo model's on its held-out text; imitated: as a synthetic V3 gate off its training mix (busiest "
             "expert 3.5 times the mean). Biases are fitted on white noise, which rows of a random model are not: "
             f"what its gates chose is in the table, as the routers counted it. {where(facts)}.",
+        ]
+    )  # fmt: skip
+
+
+def kills() -> str:
+    """How long a cluster takes to be whole again."""
+    facts = read("kills")
+    lines = ["| killed at once | times | whole again after, s: median, most |", "|---|---|---|"]
+    seconds: dict[str, list[float]] = {}
+    for row in facts["rows"]:
+        kinds = [name.partition("-")[0] for name in row["killed"]]
+        group = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        seconds.setdefault(group, []).append(row["ready_again_s"])
+    lines += [
+        f"| {group} | {len(times)} | {median(times):.1f}, {max(times):.1f} |"
+        for group, times in seconds.items()
+    ]
+    return "\n".join(
+        [
+            *lines, "",
+            f"`python -m tests.bench.gpu.kills`: `atoll up` with {facts['experts']} expert workers and "
+            f"{facts['routers']} routers that divide blocks, the demo model, {facts['streams']} streams, experts "
+            f"killed while they owe a block. Of {facts['requests']} requests of {facts['tokens']} tokens none failed "
+            f"and {facts['changed']} have other tokens than before. {where(facts)}.",
         ]
     )  # fmt: skip
