@@ -73,6 +73,13 @@ class Link(Protocol):
         """
         ...
 
+    def post_landed(self, header: Header, rows: "DeviceRows") -> bool:
+        """`post` an answer whose rows are written where the peer wants them, without a payload for it.
+
+        False: not in this way, or not now; nothing was sent. Raises WireError when a header field is out of range.
+        """
+        return False
+
     def take(self, volley: "Volley", question: "Question") -> "Ticket | None":
         """Give a message of a volley its place among those of this link; None: it is to be posted by itself.
 

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from common.transport.base import Handler, Hello, Ticket
 from common.transport.buffers import Buffer
 from common.transport.port import CANCELED, IN_PROGRESS, NO_RESOURCE, UNREACHABLE, Foreign
 from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT
 from common.transport.ucx_arrivals import KIND_ROWS, KIND_WITH_ROWS, SEQUENCE_MASK, UcxArrivals
-from common.wire.header import HEADER_NBYTES
+from common.wire.header import HEADER_NBYTES, Header
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceBlock, DeviceRows
@@ -32,6 +35,7 @@ class UcxMessages(UcxArrivals):
         self._is_met = False
         self._tag_base = 0  # without the kind
         self._num_sent = 0
+        self._new_header()
 
     def _transmit(self, buffer: Buffer, landing: "DeviceRows | None") -> None:
         rows, number = buffer.rows, self._num_sent
@@ -65,6 +69,39 @@ class UcxMessages(UcxArrivals):
             self._reactor.kick()
         else:
             ended(status)
+
+    def post_landed(self, header: Header, rows: "DeviceRows") -> bool:
+        credits = self._credits
+        if (
+            not self._is_met or self._endpoint is None or self._queue or credits.available == 0
+            or rows.block.owner is not self
+        ):  # fmt: skip
+            return False
+        header.rows_nbytes = header.payload_nbytes = rows.nbytes
+        header.landed, header.credits = 1, credits.owed
+        header.pack_into(self._header.data)
+        credits.collect()
+        credits.available -= 1
+        tag = KIND_MESSAGE << KIND_SHIFT | self._tag_base | self._num_sent
+        self._num_sent = (self._num_sent + 1) & SEQUENCE_MASK
+        ended = partial(self._header_sent, self._header)
+        status = self._port.send(self._to, self._header_at, HEADER_NBYTES, tag, ended)
+        if status == IN_PROGRESS:  # UCX has yet to read it
+            self._new_header()
+            self._reactor.kick()
+        elif status < 0:
+            self._lost("send", status)
+        return True
+
+    def _new_header(self) -> None:
+        """Memory for one that has no payload's."""
+        self._header = np.empty(HEADER_NBYTES, np.uint8)
+        self._header_at: int = self._header.ctypes.data
+
+    def _header_sent(self, packed: npt.NDArray[np.uint8], status: int) -> None:
+        del packed
+        if status < 0:
+            self._lost("send", status)
 
     def _send_with_rows(self, buffer: Buffer, tag: int, landing: "DeviceRows | None") -> None:
         """The device has written the rows of this message."""

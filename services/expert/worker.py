@@ -212,7 +212,6 @@ class ExpertWorker:
         self.counters["rows"] += request.num_rows
         self.counters["queue_us"] += queue_us
         segment = row_segment(request.num_rows, request.width, EXPERT_OUT_ROWS[request.wire])
-        buffer = self._buffer(segment, rows, asked.landing)
         header = request.derive(
             Kind.EXPERT_OUT,
             target=request.target,
@@ -220,7 +219,11 @@ class ExpertWorker:
             payload_nbytes=segment.end,
         )
         header.queue_us, header.compute_us = queue_us, compute_us
-        self._post(link, header, buffer)
+        landing = asked.landing
+        if landing is not None and rows.data_ptr() != landing.address:
+            landing = None  # they are elsewhere
+        if landing is None or not link.post_landed(header, landing):
+            self._post(link, header, self._buffer(segment, rows, landing))
 
     def _buffer(
         self, segment: RowSegment, rows: torch.Tensor, landing: DeviceRows | None
@@ -231,7 +234,7 @@ class ExpertWorker:
             buffer = pool.acquire(segment.end)
             write_rows(buffer, segment, rows)
             return buffer
-        if landing is not None and rows.data_ptr() == landing.address:
+        if landing is not None:
             return pool.acquire_with(landing.retain())
         if (
             rows.dtype is TORCH_DTYPES[segment.row_type]

@@ -15,13 +15,13 @@ import subprocess
 import pytest
 import torch
 
-from common.errors import AtollError, ConfigError, LinkClosed, Overloaded
+from common.errors import AtollError, ConfigError, LinkClosed, Overloaded, WireError
 from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, synchronise
 from common.transport.link import LinkLimits, LinkState
 from common.transport.neighbour import Neighbour
-from common.transport.port import CANCELED
+from common.transport.port import CANCELED, IN_PROGRESS
 from common.transport.seam import Seam
 from common.transport.ucx import UcxTransport
 from common.transport.ucx_arrivals import _Arrival
@@ -392,8 +392,9 @@ def test_rows_in_reach_are_read_where_they_are_and_kept_until_then(tmp_path, clo
     run(net, main)
 
 
+@pytest.mark.parametrize("shortly", [False, True])
 @pytest.mark.parametrize("kind", [RowsPeer, LandedPeer])
-def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path, kind):
+def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path, kind, shortly):
     net = ReachingUcxNet(tmp_path)
 
     async def main():
@@ -407,9 +408,13 @@ def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path, kind):
             there.got.clear()
             assert payload.landing.address == place.address
             payload.landing.tensor.fill_(7)
+            reply = header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0)
             answer = listener.pool.acquire_with(payload.landing.retain())
             payload.release()
-            there.links[0].post(header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0), answer)
+            if shortly:
+                assert there.links[0].post_landed(reply, answer.rows)
+            else:
+                there.links[0].post(reply, answer)
             answer.release()
             await here.until(lambda: bool(here.got))
             ((header, rows, _),) = here.got
@@ -544,6 +549,92 @@ def test_a_link_that_closes_as_the_device_is_looked_at_delivers_nothing_more(tmp
 
     run(net, main)
     check_no_block_leaked(net)
+
+
+def test_an_answer_that_has_landed_keeps_order_and_credits_with_others(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here = LandedPeer()
+        link, there, answers = await asked(net, here, 6)
+        for number, (header, answer) in enumerate(answers):
+            if number % 2:
+                assert there.post_landed(header, answer.rows)
+            else:
+                there.post(header, answer)
+            answer.release()
+        await here.until(lambda: len(here.got) == 6)
+        assert [answer.block for answer, *_ in here.got] == list(range(6))
+        assert there._credits.available + link._credits.owed == LIMITS.window
+        assert link._credits.available + there._credits.owed == LIMITS.window
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_what_cannot_leave_as_a_header_alone_changes_nothing(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here = LandedPeer()
+        _, there, ((header, answer),) = await asked(net, here)
+        credits, sent = there._credits, there._num_sent
+        before = credits.available, credits.owed
+        own = there._pool.acquire_rows(4096)
+        assert not there.post_landed(header, own), "rows that the peer did not want there"
+        own.release()
+        header.width = -1
+        with pytest.raises(WireError, match="out of range"):
+            there.post_landed(header, answer.rows)
+        header.width = 0
+        credits.available = 0
+        assert not there.post_landed(header, answer.rows), "no credit"
+        credits.available = before[0]
+        there._queue.append(None)
+        assert not there.post_landed(header, answer.rows), "others wait"
+        there._queue.clear()
+        assert (credits.available, credits.owed, there._num_sent) == (*before, sent)
+        assert there.post_landed(header, answer.rows)
+        await here.until(lambda: here.num_landed == 1)
+        there.close("enough")
+        assert not there.post_landed(header, answer.rows), "closed"
+        answer.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_a_header_that_ucx_has_yet_to_read_is_left_alone(tmp_path):
+    """There is no room among the neighbour's records."""
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here = LandedPeer()
+        _, there, answers = await asked(net, here, 2)
+        port, ended = there._port, []
+
+        class Full:
+            """Sends by UCX, which takes its time."""
+
+            def __getattr__(self, name):
+                return getattr(port, name)
+
+            def send(self, to, address, nbytes, tag, call):
+                ended.append((address, call))
+                return IN_PROGRESS
+
+        there._port = Full()
+        assert all(there.post_landed(header, answer.rows) for header, answer in answers)
+        assert len({address for address, _ in ended}) == 2
+        there._port = port
+        ended[0][1](0)
+        assert there.state is LinkState.OPEN
+        ended[1][1](CANCELED)
+        assert there.state is LinkState.CLOSED
+        for _, answer in answers:
+            answer.release()
+
+    run(net, main, leak_free=False)
 
 
 def test_a_full_queue_gives_the_landing_back(net):

@@ -10,6 +10,7 @@ import torch
 from common.config import ClusterConfig, ModelSection, Node
 from common.errors import WireError
 from common.transport.buffers import BufferPool
+from common.transport.device import DevicePool
 from common.transport.seam import Seam
 from common.wire.header import Header, Kind, Wire
 from services.expert import worker as module
@@ -185,3 +186,39 @@ def test_a_batch_that_is_malformed_launches_nothing_and_others_go_on(expert, on_
 
     asyncio.run(main())
     assert not caplog.records
+
+
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_rows_that_are_where_they_are_wanted_need_no_payload(expert, monkeypatch, taken, there):
+    """Unless the link does not take them so; rows that are elsewhere are sent."""
+
+    class Wanting(Asker):
+        def post_landed(self, header, rows):
+            self.landed.append((header.block, header.num_rows, header.queue_us >= 0, rows))
+            return taken
+
+        def post(self, header, payload):
+            super().post(header, payload)
+            self.posted.append(payload.rows.block)
+
+    async def main():
+        worker, *_ = expert(on_device=False)
+        pool = worker.transport.pool = DevicePool("cpu")
+        link, landing = Wanting(), pool.acquire_rows(2 * WIDTH)
+        link.landed, link.posted = [], []
+        out = landing.block.matrix(torch.bfloat16, 0, 1, WIDTH)
+        rows = out if there else torch.zeros(1, WIDTH, dtype=torch.bfloat16)
+        monkeypatch.setattr(module, "compute", lambda bank, layer, calls: [rows])
+        header = Header(Kind.EXPERT_IN, Wire.FP8, layer=1, width=WIDTH, num_rows=1, block=7)
+        payload = pool.acquire(8)
+        payload.landing = landing.retain()
+        worker.on_message(link, header, payload)
+        await asyncio.sleep(0)
+        assert link.landed == ([(7, 1, True, landing)] if there else [])
+        assert link.answered == ([] if there and taken else [7])
+        assert [block is landing.block for block in link.posted] == [there] * len(link.answered)
+        landing.release()
+        assert pool.outstanding == pool.rows_outstanding == 0
+
+    asyncio.run(main())
