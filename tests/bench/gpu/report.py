@@ -200,7 +200,8 @@ def kills() -> str:
     seconds: dict[str, list[float]] = {}
     for row in facts["rows"]:
         kinds = [name.partition("-")[0] for name in row["killed"]]
-        group = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        counts = {kind: kinds.count(kind) for kind in kinds}
+        group = ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items())
         seconds.setdefault(group, []).append(row["ready_again_s"])
     lines += [
         f"| {group} | {len(times)} | {median(times):.1f}, {max(times):.1f} |"
