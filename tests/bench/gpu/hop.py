@@ -4,8 +4,8 @@
 
 Two processes, one card each (or one card for both). A message has arrived when its rows are in memory of the receiver:
 those of a neighbour are copied there. Latency is half a round trip of the same size both ways; the rate is that of
-messages one way with some in flight: every half of these is answered by an empty one, as credits come back. Both sides
-go on within their handlers, as services do.
+messages one way with some in flight, each with rows of its own: every half of these is answered by an empty one, as
+credits come back. Both sides go on within their handlers, as services do.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -135,26 +136,33 @@ async def far(address: str) -> None:
 
 
 async def exchange(
-    side: Side, link: Link, buffer: Buffer, layer: int, num: int, flight: int
+    side: Side, link: Link, nbytes: int, layer: int, num: int, flight: int
 ) -> list[float]:
-    """Post `num` messages, up to `flight` at a time: when it began, and when answers came, in seconds."""
-    each = max(1, flight // 2)
+    """Post `num` messages, up to `flight` at a time: seconds at the start, and when answers came."""
+    pool, each = side.transport.pool, max(1, flight // 2)
+    buffers = deque(pool.acquire(nbytes, rows_nbytes=nbytes) for _ in range(flight))
     moments, left, done = [time.perf_counter()], num - flight, asyncio.Event()
+
+    def post() -> None:
+        buffers.rotate()
+        link.post(message(layer, each), buffers[0])
 
     def taken() -> None:
         nonlocal left
         moments.append(time.perf_counter())
         for _ in range(min(each, left)):
             left -= 1
-            link.post(message(layer, each), buffer)
+            post()
         if len(moments) > num // each:
             done.set()
 
     side.taken = taken
     for _ in range(flight):
-        link.post(message(layer, each), buffer)
+        post()
     async with asyncio.timeout(60):
         await done.wait()
+    for buffer in buffers:
+        buffer.release()
     return moments
 
 
@@ -167,15 +175,13 @@ async def near(address: str, sizes: list[int]) -> list[dict[str, Any]]:
     assert link is not None
     rows = []
     for nbytes in sizes:
-        buffer = t.pool.acquire(nbytes, rows_nbytes=nbytes)
-        moments = await exchange(side, link, buffer, ECHO, ROUNDS, 1)
+        moments = await exchange(side, link, nbytes, ECHO, ROUNDS, 1)
         times = [(later - earlier) / 2e-6 for earlier, later in pairwise(moments)]
         row: dict[str, Any] = {"bytes": nbytes, "one_way_us": round(median(times[50:]), 1)}
         for flight in (1, 8, 32):
-            first, *_, last = await exchange(side, link, buffer, COUNT, MESSAGES, flight)
+            first, *_, last = await exchange(side, link, nbytes, COUNT, MESSAGES, flight)
             row[f"us_per_message_{flight}"] = round((last - first) / MESSAGES * 1e6, 1)
             row[f"gb_per_s_{flight}"] = round(nbytes * MESSAGES / (last - first) / 1e9, 1)
-        buffer.release()
         rows.append(row)
         print(json.dumps(row), flush=True)
     await t.close()
