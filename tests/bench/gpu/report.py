@@ -1,6 +1,7 @@
 """The GPU section of README, from tests/bench/results/gpu."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -196,23 +197,28 @@ def skewed_serving() -> str:
 def kills() -> str:
     """How long a cluster takes to be whole again."""
     facts = read("kills")
-    lines = ["| killed at once | times | whole again after, s: median, most |", "|---|---|---|"]
+    lines = [
+        "| killed at once | times | whole again after, s: median, most | requests that failed |",
+        "|---|---|---|---|",
+    ]
     seconds: dict[str, list[float]] = {}
+    failed: Counter[str] = Counter()
     for row in facts["rows"]:
         kinds = [name.partition("-")[0] for name in row["killed"]]
         counts = {kind: kinds.count(kind) for kind in kinds}
         group = ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items())
         seconds.setdefault(group, []).append(row["ready_again_s"])
+        failed[group] += row["failed"]
     lines += [
-        f"| {group} | {len(times)} | {median(times):.1f}, {max(times):.1f} |"
+        f"| {group} | {len(times)} | {median(times):.1f}, {max(times):.1f} | {failed[group]} |"
         for group, times in seconds.items()
     ]
     return "\n".join(
         [
             *lines, "",
-            f"`python -m tests.bench.gpu.kills`: `atoll up` with {facts['experts']} expert workers and "
-            f"{facts['routers']} routers that divide blocks, the demo model, {facts['streams']} streams, experts "
-            f"killed while they owe a block. Of {facts['requests']} requests of {facts['tokens']} tokens none failed "
-            f"and {facts['changed']} have other tokens than before. {where(facts)}.",
+            f"`python -m tests.bench.gpu.kills`: `atoll up` with two attention workers, {facts['experts']} expert "
+            f"workers and {facts['routers']} routers that divide blocks, the demo model, {facts['streams']} streams, "
+            f"experts killed while they owe a block. Of {facts['requests']} answers of {facts['tokens']} tokens "
+            f"{facts['changed']} have other tokens than before, and nobody fell who was not killed. {where(facts)}.",
         ]
     )  # fmt: skip
