@@ -136,7 +136,7 @@ class Handler(Protocol):
 
 
 class LandedHandler(Handler, Protocol):
-    """One that takes answers whose rows have landed without buffer and header: most of what comes to a router."""
+    """One that takes answers whose rows have landed without buffer and header: most answers of a host's processes."""
 
     def on_landed(self, link: Link, answer: Landed, landing: "DeviceRows") -> None:
         """Instead of `on_message`, with the rows at `landing`, as it was posted; its reference stays the link's."""

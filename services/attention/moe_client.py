@@ -41,7 +41,7 @@ from kernels import ops
 Tensor = torch.Tensor
 Rows = Tensor | DeviceRows
 Array = npt.NDArray[Any]
-Part = tuple[Tensor, Tensor | None]
+RailAnswer = tuple[Tensor, Tensor | None]
 """One router's rows, and their ids int64 [n] in the block (None: all of them, in order)."""
 
 
@@ -69,7 +69,7 @@ class _Pending:
     out: Tensor | None
     epoch: int
     keep: Callable[[DeviceRows], None] | None
-    partials: dict[int, Part] = field(default_factory=dict)  # by router
+    partials: dict[int, RailAnswer] = field(default_factory=dict)  # by router
 
 
 @dataclass(slots=True)
@@ -275,7 +275,9 @@ class MoeClient:
             return None
         return pending
 
-    def _answered(self, link: Link, answer: Header | Landed, pending: _Pending, part: Part) -> None:
+    def _answered(
+        self, link: Link, answer: Header | Landed, pending: _Pending, part: RailAnswer
+    ) -> None:
         router = link.peer.process.index
         pending.partials[router] = part
         self.routers[router].settle(answer.block)
@@ -296,7 +298,7 @@ class MoeClient:
         release_behind(self.seam, rows.retain())
         return out
 
-    def _read(self, header: Header, payload: Buffer | None, pending: _Pending) -> Part:
+    def _read(self, header: Header, payload: Buffer | None, pending: _Pending) -> RailAnswer:
         """One router's answer. Raises WireError when it is malformed."""
         if self._answers_whole:
             payload, segment = check_rows(
