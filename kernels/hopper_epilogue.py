@@ -74,8 +74,8 @@ def store_hidden(
 
 
 @gluon.jit
-def store_wide(value, out, first, M, column, width):
-    """Store value [64, N] at rows from `first` on, below M, and columns from `column` on: 16 bytes a thread."""
+def store_wide(value, out, stride, first, M, column, end):
+    """Store value [64, N] from row `first` and `column` on, below M and `end`: 16 bytes a thread, whole cache lines."""
     EACH: gl.constexpr = 128 // value.dtype.primitive_bitwidth  # columns of a thread
     ACROSS: gl.constexpr = value.shape[1] // EACH  # threads
     # the rows of a warp stay there
@@ -84,5 +84,5 @@ def store_wide(value, out, first, M, column, width):
     )
     row = first + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
     c = column + gl.arange(0, value.shape[1], gl.SliceLayout(0, WIDE))
-    at = out + row.to(gl.int64)[:, None] * width + c[None, :]
-    gl.store(at, gl.convert_layout(value, WIDE), mask=(row < M)[:, None] & (c < width)[None, :])
+    at = out + row.to(gl.int64)[:, None] * stride + c[None, :]
+    gl.store(at, gl.convert_layout(value, WIDE), mask=(row < M)[:, None] & (c < end)[None, :])

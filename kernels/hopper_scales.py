@@ -43,13 +43,16 @@ def _load(at, block, kb, COUNT: gl.constexpr, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def load_scales(at, block, kb, COUNT: gl.constexpr, WIDE: gl.constexpr):
-    """Scales of COUNT blocks from `block` on: of x's rows [64], of the first tile and of the second, four of each.
+def load_scales(at, block, kb, COUNT: gl.constexpr, WIDE: gl.constexpr, TWO: gl.constexpr):
+    """Scales of COUNT blocks from `block` on, four each: of rows of x [64], of the first tile and (TWO) of the second.
 
     WIDE: by 8 or 16 bytes, which takes addresses and kb that are multiples of 16 and 4.
     """
-    x = _load(at[0], block, kb, COUNT, WIDE)
-    return x, _load(at[1], block, kb, COUNT, WIDE), _load(at[2], block, kb, COUNT, WIDE)
+    x, w = _load(at[0], block, kb, COUNT, WIDE), _load(at[1], block, kb, COUNT, WIDE)
+    w2 = w
+    if TWO:
+        w2 = _load(at[2], block, kb, COUNT, WIDE)
+    return x, w, w2
 
 
 @gluon.jit

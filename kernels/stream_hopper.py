@@ -28,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import hopper_scales as scaling
 from kernels.hopper import barrier, load_block, tell
-from kernels.hopper_epilogue import add_scaled, store_hidden
+from kernels.hopper_epilogue import add_scaled, store_hidden, store_wide
 
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
 
@@ -227,12 +227,15 @@ def _small_product(
 @gluon.jit
 def _small_items(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-    limit, xs, ws, full, empty, worker, b, phase, step: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr,
-    KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr,
-    WIDE: gl.constexpr,
+    limit, xs, ws, full, empty, worker, b, phase, step: gl.constexpr, WG: gl.constexpr, XR: gl.constexpr,
+    BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
+    PARTS: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Multiply a worker's small items, from stage b of the ring on, to out."""
     C: gl.constexpr = N * BM // 64
+    # few rows are stored soon enough, and beside big items no shared memory is left to turn sums round in
+    TURNED: gl.constexpr = XR > 16 and not BIG
+    TWO: gl.constexpr = BM == 128 or not TURNED  # scales of both tiles for a warpgroup
     AT: gl.constexpr = 64 if BIG else 0
     ROW: gl.constexpr = WG * 64 if BM == 128 else 0
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 32])
@@ -253,15 +256,17 @@ def _small_items(
         tile2 = tile + sub_tiles
         if step == 2:
             tile2 = gl.minimum((first_row + w_row + small_sub) // 128, tiles - 1)
+        if not TWO and WG == 1:
+            tile = tile2
         at = scaling.scale_addresses(x_scales, w_scales, row, M, kb, tile, tile2)
-        x_scale, w_scale, w_scale2 = scaling.load_scales(at, 0, kb, KU, WIDE)
+        x_scale, w_scale, w_scale2 = scaling.load_scales(at, 0, kb, KU, WIDE, TWO)
         for k in range(0, kb, KU):
-            scales, scales2 = (
-                scaling.products_of(x_scale, w_scale),
-                scaling.products_of(x_scale, w_scale2),
-            )
+            scales = scaling.products_of(x_scale, w_scale)
+            scales2 = scales
+            if TWO:
+                scales2 = scaling.products_of(x_scale, w_scale2)
             # The next stage's scales are asked for before this one is waited for.
-            x_scale, w_scale, w_scale2 = scaling.load_scales(at, k + KU, kb, KU, WIDE)
+            x_scale, w_scale, w_scale2 = scaling.load_scales(at, k + KU, kb, KU, WIDE, TWO)
             mbarrier.wait(full.index(b), phase)
             products = (_small_product(xs, ws, b, zeros, 0, WG, BM, KU, N, AT),)
             for j in gl.static_range(1, KU):
@@ -270,19 +275,28 @@ def _small_items(
                 p = warpgroup_mma_wait(KU - 1 - j, deps=(products[j],))
                 if j == KU - 1:
                     tell(empty.index(b))
-                scale = gl.where(second[None, :], scales2[j][:, None], scales[j][:, None])
+                scale = scales[j][:, None]
+                if TWO:
+                    scale = gl.where(second[None, :], scales2[j][:, None], scale)
                 a = add_scaled(p, scale, a)
             b, phase = _next(b, phase, STAGES)
-        to = row.to(gl.int64) * out_stride
-        _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, row < M, column)
+        if TURNED:
+            to, end = first_row + w_row + (WG * N if BM == 64 else 0), limit
+            if step == 1:
+                to, end = w_row + WG * out_sub, limit + WG * out_sub
+            first = ROW + group % PARTS * BM
+            store_wide(a.to(out.dtype.element_ty), out, out_stride, first, M, to, end)
+        else:
+            to = row.to(gl.int64) * out_stride
+            _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, row < M, column)
 
 
 @gluon.jit
 def _consume(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
     tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, step: gl.constexpr,
-    WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
+    WG: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
+    STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     b, phase = worker * 0, worker * 0
@@ -293,7 +307,7 @@ def _consume(
         )  # fmt: skip
     _small_items(
         x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-        limit, xs, ws, full, empty, worker, b, phase, step, WG, BM // PARTS, KU, N, STAGES, BIG, PARTS, WIDE,
+        limit, xs, ws, full, empty, worker, b, phase, step, WG, XR, BM // PARTS, KU, N, STAGES, BIG, PARTS, WIDE,
     )  # fmt: skip
 
 
@@ -335,11 +349,11 @@ def stream_units(
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 0, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
+                STEP, 0, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 1, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
+                STEP, 1, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
             (_produce, (
                 x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
                 full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG, PARTS)),

@@ -58,9 +58,10 @@ def swiglu_dense_into(both: Tensor, q: Tensor, s: Tensor, first: int) -> None:
     per_row = -(-n // 128)
     blocks = num_rows * per_row
     group = min(16, triton.next_power_of_2(max(1, blocks // 264)))  # fill 132 SMs twice
+    warps = group if group < 16 else 4  # a block each, where few wait long for one another
     _swiglu_dense[(triton.cdiv(blocks, group),)](
         both, q[:, first:], s[:, first // 128 :], blocks, n, per_row, q.stride(0), s.stride(0),
-        s.stride(1), SCALE_MIN, group, num_warps=4 if group > 1 else 1, **PROGRAMMATIC,
+        s.stride(1), SCALE_MIN, group, num_warps=warps, **PROGRAMMATIC,
     )  # fmt: skip
 
 

@@ -233,16 +233,16 @@ def _multiply(
         if SWIGLU:
             a0, a1, b, phase = _sums(w_at, w_at2, kb, xs, ws, both, b, phase, WG, BM, ACC)
             q, scale = hidden(a0, a1, width, n, item, peaks, bars.index(_MET), ACC, WG, BM, _MIN)
-            store_wide(q, out, m, M, n * 128 + (WG * 64 if SMALL else 0), width)
+            store_wide(q, out, width, m, M, n * 128 + (WG * 64 if SMALL else 0), width)
             if WG == 0 or not SMALL:
                 gl.store(out_scales + n * x_stride + row, scale, mask=row < M)
         elif SMALL:
             a0, b, phase = _sum(w_at, kb, xs, ws, both, b, phase, WG, ACC)
-            store_wide(a0.to(out.dtype.element_ty), out, m, M, n * 256 + t % 2 * 128, width)
+            store_wide(a0.to(out.dtype.element_ty), out, width, m, M, n * 256 + t % 2 * 128, width)
         else:
             a0, a1, b, phase = _sums(w_at, w_at2, kb, xs, ws, both, b, phase, WG, BM, ACC)
-            store_wide(a0.to(out.dtype.element_ty), out, m, M, n * 256, width)
-            store_wide(a1.to(out.dtype.element_ty), out, m, M, n * 256 + 128, width)
+            store_wide(a0.to(out.dtype.element_ty), out, width, m, M, n * 256, width)
+            store_wide(a1.to(out.dtype.element_ty), out, width, m, M, n * 256 + 128, width)
         item += 1
     return b, phase
 
