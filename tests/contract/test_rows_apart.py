@@ -19,6 +19,7 @@ from common.errors import AtollError, ConfigError, LinkClosed, Overloaded, WireE
 from common.transport import ucx_plane
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool, synchronise
+from common.transport.dial import keep_connected
 from common.transport.link import LinkLimits, LinkState
 from common.transport.neighbour import Neighbour
 from common.transport.port import CANCELED, IN_PROGRESS
@@ -546,6 +547,31 @@ def test_a_link_that_closes_as_the_device_is_looked_at_delivers_nothing_more(tmp
         await here.until(lambda: bool(here.closed))
         assert len(here.got) == 1
         await poll_until(lambda: there.state is LinkState.CLOSED)
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_a_link_that_is_kept_connected_takes_answers_in_short_too(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here, there = LandedPeer(), HoldingPeer()
+        dialler, listener = net.transport(), net.transport()
+        address = await listener.listen(net.address(), ROUTER, there)
+        task = asyncio.create_task(keep_connected(dialler, address, hello, here))
+        await here.until(lambda: bool(here.links))
+        place = dialler.pool.acquire_rows(4096)
+        post(here.links[0], Header(Kind.EXPERT_IN), dialler.pool, bytes(100), b"", landing=place)
+        await there.until(lambda: bool(there.got))
+        ((header, payload),) = there.got
+        reply = header.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0)
+        assert there.links[0].post_landed(reply, payload.landing)
+        payload.release()
+        await here.until(lambda: bool(here.got))
+        assert here.num_landed == 1
+        place.release()
+        task.cancel()
 
     run(net, main)
     check_no_block_leaked(net)
