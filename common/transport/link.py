@@ -316,10 +316,7 @@ class BaseLink(Link, ABC):
             self._handler_raised(exc)
 
     def _deliver_landed(self, message: bytes) -> bool:
-        """An answer that is a header alone, as its rows have landed, for a handler that takes it in short.
-
-        False: it is to be taken as any other message.
-        """
+        """A header alone, whose rows have landed, for a handler that takes it in short. False: take it as any other."""
         if self._on_landed is None or (answer := read_landed(message)) is None:
             return False
         landing = self._landings.get(answer.answer)
@@ -334,7 +331,10 @@ class BaseLink(Link, ABC):
         del self._landings[answer.answer]
         if self._queue:
             self._flush()
-        self._call(self._on_landed, self, answer, landing)
+        try:
+            self._on_landed(self, answer, landing)
+        except Exception as exc:
+            self._handler_raised(exc)
         landing.release()
         self._freed()
         return True

@@ -37,9 +37,11 @@ class Timing:
 
     def include(self, other: "Timing | Header | Landed") -> None:
         """Keep the part that waited and computed longest: the block cannot be done before it."""
-        if other.queue_us + other.compute_us >= self.queue_us + self.compute_us:
-            self.queue_us, self.compute_us = other.queue_us, other.compute_us
-        self.combine_us = max(self.combine_us, other.combine_us)
+        queue_us, compute_us = other.queue_us, other.compute_us
+        if queue_us + compute_us >= self.queue_us + self.compute_us:
+            self.queue_us, self.compute_us = queue_us, compute_us
+        if other.combine_us > self.combine_us:
+            self.combine_us = other.combine_us
 
 
 @dataclass(slots=True)

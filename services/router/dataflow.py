@@ -13,7 +13,7 @@ from common.errors import AtollError, LinkClosed, WireError
 from common.obs.trace import Recorder
 from common.placement.plan import Plan
 from common.tensors import check_rows
-from common.transport.base import Link, tell
+from common.transport.base import Hello, Link, tell
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceRows, release_behind
 from common.transport.outbox import Call, Outbox
@@ -209,13 +209,13 @@ class Dataflow:
         """`on_message` of an answer whose rows are in their places. Raises WireError if these are another's."""
         self.counters.received(answer)
         started = 0 if self.trace is None else self.clock_ns()
-        question = self.calls.question(link.peer, answer)
+        question = self.calls.question(peer := link.peer, answer)
         if question is None:
             return
         owed, item = question
         if owed.landing is not landing:
-            raise WireError(f"{link.peer.process} answered {answer.block} with rows of another")
-        self._answered(link, owed, item, answer)
+            raise WireError(f"{peer.process} answered {answer.block} with rows of another")
+        self._answered(peer, owed, item, answer)
         if self.trace is not None:  # a kind takes long to find
             self._trace(link, Kind(answer.kind), item.request, started)
 
@@ -232,13 +232,13 @@ class Dataflow:
             item.put(owed.number, payload, segment)
             if payload.rows is not None:  # the device has yet to read them
                 release_behind(self.seam, payload.retain())
-        self._answered(link, owed, item, header)
+        self._answered(link.peer, owed, item, header)
 
-    def _answered(self, link: Link, owed: Call, item: Work, answer: Header | Landed) -> None:
+    def _answered(self, peer: Hello, owed: Call, item: Work, answer: Header | Landed) -> None:
         """The rows of an answer are in their places."""
-        call, node = owed.number, link.peer.node
+        call, node = owed.number, peer.node
         if isinstance(item, NodeWork):
-            self.calls.settle_expert(link.peer.process.index, call)
+            self.calls.settle_expert(peer.process.index, call)
             if item.arrived(call, answer):
                 del self._works[item.key]
                 self._finish_work(item)
