@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import WireError
+from common.errors import Overloaded, WireError
 from common.ids import ProcessId, Role
 from common.transport.base import Hello
 from common.transport.device import DevicePool, DeviceRows, NeighbourBlock
+from common.transport.outbox import Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import RowType, row_segment
 from common.wire.header import MAGIC, VERSION, Header, Kind, Landed, Wire
@@ -123,9 +124,11 @@ class AskedLink:
 
     def __init__(self):
         self.peer = Hello(ProcessId(Role.ROUTER, 0), 0, 1, "m", 1, "fp8")
-        self.posted = []
+        self.posted, self.error = [], None
 
     def post(self, header, payload=None, *, landing=None):
+        if self.error is not None:
+            raise self.error
         self.posted.append((header.block, landing))
 
 
@@ -221,9 +224,50 @@ def test_an_answer_after_the_deadline_is_late_and_its_place_stays_until_then():
     asyncio.run(main())
 
 
-def test_nothing_lands_where_several_routers_answer_in_part():
-    from common.transport.outbox import Outbox
+def test_a_block_that_a_full_queue_refuses_gives_its_place_back():
+    async def main():
+        asker = Asker()
+        asker.link.error = Overloaded("4096 messages wait for router-0, the limit is 4096")
+        experts = torch.tensor([[0, 1]], dtype=torch.int32)
+        future = asker.client.dispatch(3, 0, torch.zeros(1, WIDTH), experts, torch.ones(1, 2))
+        with pytest.raises(Overloaded, match="wait for router-0"):
+            await future
+        assert asker.pool.outstanding == asker.pool.rows_outstanding == 0
 
+    asyncio.run(main())
+
+
+def test_a_router_that_comes_back_is_asked_again_for_the_same_place():
+    async def main():
+        asker = Asker()
+        future, block, landing = asker.ask()
+        (outbox,) = asker.client.routers.values()
+        outbox.closed(asker.link)  # which gives its reference up when the router is gone
+        asker.link = AskedLink()
+        outbox.opened(asker.link)
+        assert asker.link.posted == [(block, landing)]
+        landing.retain()
+        asker.answer(block, landing)
+        assert (await future).unique().tolist() == [1.0]
+        assert asker.pool.rows_outstanding == 1, "the lost router may yet write there"
+        landing.release()
+        assert asker.pool.outstanding == asker.pool.rows_outstanding == 0
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_a_cancelled_client_no_longer_awaits_gives_its_place_back():
+    async def main():
+        asker = Asker()
+        future, block, landing = asker.ask()
+        future.cancel()
+        asker.answer(block, landing)
+        assert asker.pool.outstanding == asker.pool.rows_outstanding == 0
+
+    asyncio.run(main())
+
+
+def test_nothing_lands_where_several_routers_answer_in_part():
     async def main():
         routers = {i: Outbox(f"router-{i}") for i in range(2)}
         asker = Asker(routers=routers)
