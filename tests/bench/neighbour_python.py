@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from common.transport.base import Hello
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows, NeighbourBlock
 from common.transport.link import LinkLimits, LinkState
 from common.transport.neighbour import Neighbour
-from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT
+from common.transport.port import RowsPort
+from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
 from common.transport.seam import Seam
 from common.transport.ucx_arrivals import KIND_WITH_ROWS
 from common.transport.ucx_messages import UcxMessages
@@ -85,6 +86,19 @@ class StillPort:
         return message
 
 
+class StillNeighbour(Neighbour):
+    """Its rows count as a device's, which experts pick from."""
+
+    def __init__(self, port: StillPort, device: torch.device) -> None:
+        self._port, self._device = cast(RowsPort, port), device
+        self._known = {}
+
+    def _block(self, link: object, address: int, nbytes: int) -> NeighbourBlock:
+        block = super()._block(link, address, nbytes)
+        block.on_host = False
+        return block
+
+
 class StillLink(UcxMessages):
     """An open link to a neighbour."""
 
@@ -97,9 +111,9 @@ class StillLink(UcxMessages):
         )
         hellos = [Hello(ProcessId(role, 0), 0, 1, "m", 1, "fp8") for role in (Role.EXPERT, peer)]
         super().__init__(plane, *hellos, handler, 1)
-        neighbour = self._neighbour = Neighbour.__new__(Neighbour)
-        neighbour._port, neighbour._device, neighbour._known = port, pool.device, {}  # type: ignore[assignment]
-        self._endpoint, self._is_met, self._reaches_here = object(), True, True  # type: ignore[assignment]
+        self._neighbour = StillNeighbour(port, pool.device)
+        self._endpoint = cast(Endpoint, object())
+        self._is_met = self._reaches_here = True
         self.state = LinkState.OPEN
         self._set_windows(1 << 16)
 
@@ -110,35 +124,34 @@ class StillLink(UcxMessages):
     def _send_control(self, frame: object) -> None: ...
 
 
-def parts(port: StillPort, peer: Role, handler: Any) -> tuple[DevicePool, Seam, StillLink]:
+def still() -> tuple[DevicePool, Seam]:
     """Of a process whose device is always done."""
-    pool, seam = DevicePool("cpu"), Seam(Done)
+    pool = DevicePool("cpu")
     pool.polled = True
-    return pool, seam, StillLink(port, pool, seam, peer, handler)
+    return pool, Seam(Done)
+
+
+class StillGraphs(GraphedExperts):
+    """Compute nothing, and are done."""
+
+    def _compute(self, expert: DeviceExpert, bucket: int) -> None:
+        self._staged._told.add_(1)
 
 
 class StillExpert(ExpertWorker):
-    """An expert worker without a cluster."""
+    """An expert worker without a cluster, and its one expert."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: Any) -> None:
         self.spec: Any = SimpleNamespace(id=ProcessId(Role.EXPERT, 0))
-        self.trace = None
-        self.counters = dict.fromkeys(
-            ("calls", "rows", "batches", "queue_us", "compute_us", "failed"), 0
-        )
+        self.transport, self.trace = transport, None
+        counted = ("calls", "rows", "batches", "queue_us", "compute_us", "failed")
+        self.counters = dict.fromkeys(counted, 0)
         self.batcher = Batcher(GraphedExperts.BUCKETS[-1])
         self._scheduled, self._in_flight, self._ended_ns = False, 0, 0
-
-
-def expert_bank() -> DeviceBank:
-    """One expert, whose graphs compute nothing."""
-    bank = DeviceBank(WIDTH, "m", {}, {}, {(LAYER, EXPERT): 0})
-    nothing, one = torch.zeros(16, 16), torch.ones(1, 1)
-    bank.experts[LAYER, EXPERT] = DeviceExpert(nothing, nothing, one, one)
-    bank.graphed = GraphedExperts(WIDTH, torch.device("cpu"))
-    staged = bank.graphed._staged
-    bank.graphed._compute = lambda *_: staged._told.add_(1)  # type: ignore[method-assign, assignment]
-    return bank
+        bank = self.bank = DeviceBank(WIDTH, "m", {}, {}, {(LAYER, EXPERT): 0})
+        nothing, one = torch.zeros(16, 16), torch.ones(1, 1)
+        bank.experts[LAYER, EXPERT] = DeviceExpert(nothing, nothing, one, one)
+        bank.graphed = StillGraphs(WIDTH, torch.device("cpu"))
 
 
 def question(rows: int, number: int) -> tuple[bytes, int]:
@@ -159,9 +172,9 @@ def question(rows: int, number: int) -> tuple[bytes, int]:
 
 def expert(rows: int, blocks: int) -> Times:
     """Questions to an expert."""
-    port, worker = StillPort(rows), StillExpert()
-    pool, seam, link = parts(port, Role.ROUTER, worker)
-    worker.bank, worker.transport = expert_bank(), SimpleNamespace(pool=pool, seam=seam)  # type: ignore[assignment]
+    port, (pool, seam) = StillPort(rows), still()
+    worker = StillExpert(SimpleNamespace(pool=pool, seam=seam))
+    link = StillLink(port, pool, seam, Role.ROUTER, worker)
     times: Times = defaultdict(list)
     for number in range(blocks):
         message, nbytes = question(rows, number + 1)
@@ -207,8 +220,8 @@ def combined(asked: bytes) -> bytes:
 
 async def attention(rows: int, blocks: int) -> Times:
     """Blocks of an attention worker."""
-    port, worker = StillPort(rows), StillAttention()
-    pool, seam, link = parts(port, Role.ROUTER, worker)
+    port, worker, (pool, seam) = StillPort(rows), StillAttention(), still()
+    link = StillLink(port, pool, seam, Role.ROUTER, worker)
     moe = worker.moe = MoeClient(0, WIDTH, Wire.FP8, 1, pool, 30.0, RowType.BF16, seam)
     moe.routers[0].opened(link)
     block = DeviceBlock(port.rows, lambda _: None)
@@ -244,13 +257,6 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=1500)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    made = NeighbourBlock.__init__
-
-    def on_device(self: NeighbourBlock, *rest: Any) -> None:
-        made(self, *rest)
-        self.on_host = False
-
-    NeighbourBlock.__init__ = on_device  # type: ignore[method-assign]
     with torch.inference_mode():
         times = expert(args.rows, args.blocks) | asyncio.run(attention(args.rows, args.blocks))
     for name, seconds in times.items():
