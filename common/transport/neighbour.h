@@ -23,7 +23,6 @@ struct Neighbour {
     ucp_ep_h endpoint; /* NULL until it is met, and so is `out` */
     Ring *in, *out;
     ucp_tag_t sender; /* of its tags */
-    uint32_t next_slot;
     int num_flying; /* rows that UCX is fetching, or somebody reads where they are */
     int is_gone;
     int num_keys;
@@ -137,12 +136,20 @@ static ucs_status_t share(Shared *shared, void *address, size_t nbytes, ucs_memo
     return size <= MAX_KEY ? UCS_OK : UCS_ERR_EXCEEDS_LIMIT;
 }
 
+/* Keys seldom change: whoever has these bytes in its cache keeps them. */
+static void put_key(Place *place, const uint8_t *key, uint32_t nbytes)
+{
+    if (place->key_nbytes == nbytes && memcmp(place->key, key, nbytes) == 0)
+        return;
+    place->key_nbytes = nbytes;
+    memcpy(place->key, key, nbytes);
+}
+
 static void name_place(Place *place, const Shared *shared, const void *address, size_t nbytes)
 {
     place->address = (uintptr_t)address;
     place->nbytes = nbytes;
-    place->key_nbytes = shared->key_nbytes;
-    memcpy(place->key, shared->key, shared->key_nbytes);
+    put_key(place, shared->key, shared->key_nbytes);
 }
 
 /* Name rows that are offered to us: false when they are not, or not as many. */
@@ -150,8 +157,13 @@ static int name_offered(Port *self, Place *place, const Slot *offered, size_t nb
 {
     if (offered == NULL || who_offers(self, offered) == NULL || slot_state(offered) != SLOT_OFFERED)
         return 0;
-    *place = offered->rows;
-    return place->nbytes == nbytes && place->key_nbytes <= MAX_KEY;
+    uint32_t key_nbytes = offered->rows.key_nbytes; /* once: a peer may write there */
+    if (offered->rows.nbytes != nbytes || key_nbytes > MAX_KEY)
+        return 0;
+    place->address = offered->rows.address;
+    place->nbytes = nbytes;
+    put_key(place, offered->rows.key, key_nbytes);
+    return 1;
 }
 
 static void wake(Port *self, Neighbour *neighbour)
@@ -192,30 +204,26 @@ static void leave_slot(Operation *op, uint32_t state, ucs_status_t status)
     op->port->num_agreed--;
 }
 
-/* Announce rows with a message, in the next slot: its places are named already. False: they must go by UCX. */
-static int offer_rows(Neighbour *neighbour, Operation *op, ucp_tag_t tag, const void *message, size_t nbytes)
+/* Announce rows with a message, in a free slot: its places are named already. False: they must go by UCX. */
+static int offer_rows(
+    Neighbour *neighbour, Slot *slot, Operation *op, ucp_tag_t tag, const void *message, size_t nbytes)
 {
-    Slot *slot = neighbour->out->slots + neighbour->next_slot;
     slot_pass(slot, SLOT_OFFERED);
-    if (nbytes > MAX_RECORD || !ring_write(neighbour->out, tag, neighbour->next_slot, message, nbytes)) {
+    if (nbytes > MAX_RECORD || !ring_write(neighbour->out, tag, slot - neighbour->out->slots, message, nbytes)) {
         slot_pass(slot, SLOT_FREE);
         return 0;
     }
-    neighbour->next_slot = (neighbour->next_slot + 1) % NUM_SLOTS;
     agree(op, neighbour, slot);
     wake(op->port, neighbour);
     return 1;
 }
 
-/* The slot for the next rows; NULL while all are in use. One may be held for long: it is passed over. */
+/* The slot for the next rows, the first one free, so that few are used at all; NULL while all are in use. */
 static Slot *free_slot(Neighbour *neighbour)
 {
-    for (int i = 0; i < NUM_SLOTS; i++) {
-        Slot *slot = neighbour->out->slots + neighbour->next_slot;
+    for (Slot *slot = neighbour->out->slots; slot < neighbour->out->slots + NUM_SLOTS; slot++)
         if (slot_state(slot) == SLOT_FREE)
             return slot;
-        neighbour->next_slot = (neighbour->next_slot + 1) % NUM_SLOTS;
-    }
     return NULL;
 }
 

@@ -12,7 +12,9 @@
 #define NUM_SLOTS 256          /* rows under way in one direction; credits allow about as many */
 #define MAX_KEY 256
 #define NO_SLOT NUM_SLOTS
+#define NO_RECORD (NUM_SLOTS + 1)
 #define RECORD_ALIGN 16
+#define NEAR_NBYTES (1u << 15) /* of records that stay in the caches of both sides */
 
 /* Of memory: where it is for its owner, and UCX's key to it. */
 typedef struct {
@@ -75,16 +77,35 @@ static uint64_t record_nbytes(uint32_t nbytes)
     return (sizeof(Record) + (uint64_t)nbytes + RECORD_ALIGN - 1) / RECORD_ALIGN * RECORD_ALIGN;
 }
 
+static Record *record_at(Ring *ring, uint64_t position)
+{
+    return (Record *)(ring->records + position % RING_NBYTES);
+}
+
+/* Where the next record goes: on from the last, or to the beginning once all has been read, behind a record of nothing.
+ *
+ * So of a ring that is never full the same few lines are used again and again.
+ */
+static uint64_t ring_next(Ring *ring)
+{
+    uint64_t written = ring->written, used = written % RING_NBYTES;
+    if (used < NEAR_NBYTES || written != __atomic_load_n(&ring->read, __ATOMIC_ACQUIRE))
+        return written;
+    uint32_t rest = RING_NBYTES - used;
+    *record_at(ring, written) = (Record){.nbytes = rest - sizeof(Record), .slot = NO_RECORD};
+    return written + rest;
+}
+
 /* False when there is no room now, or would never be. */
 static int ring_write(Ring *ring, uint64_t tag, uint32_t slot, const void *message, uint32_t nbytes)
 {
-    uint64_t written = ring->written, size = record_nbytes(nbytes);
-    if (written - __atomic_load_n(&ring->read, __ATOMIC_ACQUIRE) + size > RING_NBYTES)
+    uint64_t next = ring_next(ring), end = next + record_nbytes(nbytes);
+    if (end - __atomic_load_n(&ring->read, __ATOMIC_ACQUIRE) > RING_NBYTES)
         return 0;
-    Record *record = (Record *)(ring->records + written % RING_NBYTES);
+    Record *record = record_at(ring, next);
     *record = (Record){.tag = tag, .nbytes = nbytes, .slot = slot};
     memcpy(record->message, message, nbytes);
-    __atomic_store_n(&ring->written, written + size, __ATOMIC_SEQ_CST); /* before `is_asleep` is read */
+    __atomic_store_n(&ring->written, end, __ATOMIC_SEQ_CST); /* before `is_asleep` is read */
     return 1;
 }
 
@@ -93,18 +114,23 @@ static int ring_has_record(const Ring *ring)
     return __atomic_load_n(&ring->written, __ATOMIC_SEQ_CST) != ring->read;
 }
 
-/* The oldest record, which `ring_has_record` said is there; NULL when no correct writer wrote it. */
-static Record *ring_first(Ring *ring)
-{
-    uint64_t published = __atomic_load_n(&ring->written, __ATOMIC_ACQUIRE) - ring->read;
-    Record *record = (Record *)(ring->records + ring->read % RING_NBYTES);
-    int is_whole = published >= sizeof *record && published <= RING_NBYTES && record_nbytes(record->nbytes) <= published;
-    return is_whole && record->slot <= NO_SLOT ? record : NULL;
-}
-
 static void ring_drop(Ring *ring, uint64_t size)
 {
     __atomic_store_n(&ring->read, ring->read + size, __ATOMIC_RELEASE);
+}
+
+/* The oldest record, which `ring_has_record` said is there; NULL when no correct writer wrote it. */
+static Record *ring_first(Ring *ring)
+{
+    for (;;) {
+        uint64_t published = __atomic_load_n(&ring->written, __ATOMIC_ACQUIRE) - ring->read;
+        Record *record = record_at(ring, ring->read);
+        if (published < sizeof *record || published > RING_NBYTES || record_nbytes(record->nbytes) > published)
+            return NULL;
+        if (record->slot != NO_RECORD)
+            return record->slot <= NO_SLOT ? record : NULL;
+        ring_drop(ring, record_nbytes(record->nbytes));
+    }
 }
 
 static uint32_t slot_state(const Slot *slot)

@@ -63,7 +63,7 @@ static int post_rows(Operation *op, void *to, const Head *head, size_t nbytes, c
             slot->landing.nbytes = 0;
             if (offer->landing_shared != Py_None)
                 name_place(&slot->landing, (Shared *)offer->landing_shared, offer->landing, offer->landing_nbytes);
-            if (offer_rows(neighbour, op, head->tag, head->message, nbytes))
+            if (offer_rows(neighbour, slot, op, head->tag, head->message, nbytes))
                 return UCS_INPROGRESS;
         }
         endpoint = neighbour->endpoint;

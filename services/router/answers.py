@@ -33,22 +33,20 @@ class Answers:
     counters: Counters
     clock_ns: Callable[[], int]
 
-    def prepare(self, work: NodeWork, source: SourceWork | None, payload: Buffer) -> None:
-        """For a node's sum that is an answer, `source`'s or that to a RELAY: rows then wait for a launch only.
+    def prepare(self, work: NodeWork, asked: Buffer) -> None:
+        """For a node's sum that is the answer to `asked`: straight into its message, or to where it is wanted.
 
-        `payload` is the question's.
+        Its rows then wait for a launch only. They are rounded to what travels between nodes, or once.
         """
-        if source is None or self.is_whole(source):
-            row_type = PARTIAL_ROWS[work.request.wire] if source is None else self.answer_rows
-            work.prepared = self._prepared(work, row_type, payload)
-
-    def _prepared(self, work: NodeWork, row_type: RowType, asked: Buffer | None) -> Prepared:
-        """A node's sum goes straight into its message, or to where it is wanted."""
+        of_router = work.request.kind is Kind.RELAY
+        row_type = PARTIAL_ROWS[work.request.wire] if of_router else self.answer_rows
         layout = answer_layout(work.num_rows, work.request.width, row_type)
         buffer = self._buffer(layout, asked, [work.outputs])
         if work.request.wire is Wire.FP32 and row_type is not RowType.FP64:  # rounded once
-            return Prepared(buffer, lambda: write_rows(buffer, layout.rows, work.exact()))
-        return Prepared(buffer, work.summing(rows_of(buffer, layout.rows)))
+            launch: Callable[[], object] = lambda: write_rows(buffer, layout.rows, work.exact())
+        else:
+            launch = work.summing(rows_of(buffer, layout.rows))
+        work.prepared = Prepared(buffer, launch)
 
     def _buffer(self, layout: AnswerLayout, asked: Buffer | None, outputs: list[Outputs]) -> Buffer:
         """For an answer to the question `asked`, whose place for rows can be reached as long as that is held."""
@@ -58,9 +56,11 @@ class Answers:
         outputs[-1].held.append(asked.retain())
         return cast("DevicePool", self.pool).acquire_with(landing.retain())
 
-    def partial(self, work: NodeWork) -> Answer:
-        """PARTIAL: the node's sum, rounded to what travels between nodes."""
-        header, buffer = self._node_sum(work, work, Kind.PARTIAL, PARTIAL_ROWS[work.request.wire])
+    def of_node(self, work: NodeWork) -> Answer:
+        """The node's sum: COMBINED where it is all of a block, PARTIAL to another router."""
+        if work.request.kind is not Kind.RELAY:
+            return self._node_sum(work, Kind.COMBINED)
+        header, buffer = self._node_sum(work, Kind.PARTIAL)
         node, num_pairs = work.origin.peer.node, work.request.num_pairs
         self.counters.crossed(
             node,
@@ -73,17 +73,8 @@ class Answers:
         )
         return header, buffer
 
-    def is_whole(self, source: SourceWork) -> bool:
-        """Whether a block's only share is its answer."""
-        return len(source.shares) == 1 and self.num_rails == 1
-
-    def whole(self, source: SourceWork, work: NodeWork) -> Answer:
-        """COMBINED: the only share of a block, rounded once."""
-        return self._node_sum(source, work, Kind.COMBINED, self.answer_rows)
-
     def share(self, source: SourceWork, work: NodeWork) -> None:
         """Sum our own share of a block, which is added to those of other nodes."""
-        assert work.prepared is None, "a share that was taken for the whole block"
         started = self.clock_ns()
         work.summing(source.own[work.key])()
         self.memory.release(work.outputs)
@@ -107,13 +98,14 @@ class Answers:
         self._spent(source, started)
         return self._header(source, Kind.COMBINED, buffer, num_rows, num_ids), buffer
 
-    def _node_sum(self, item: Work, work: NodeWork, kind: Kind, row_type: RowType) -> Answer:
+    def _node_sum(self, work: NodeWork, kind: Kind) -> Answer:
         started = self.clock_ns()
-        prepared, work.prepared = work.prepared or self._prepared(work, row_type, None), None
+        prepared, work.prepared = work.prepared, None
+        assert prepared is not None, "a sum that is no answer"
         prepared.launch()
         self.memory.written(prepared.buffer, work.outputs)
-        self._spent(item, started)
-        return self._header(item, kind, prepared.buffer, work.num_rows), prepared.buffer
+        self._spent(work, started)
+        return self._header(work, kind, prepared.buffer, work.num_rows), prepared.buffer
 
     def _header(
         self, item: Work, kind: Kind, buffer: Buffer, num_rows: int, num_ids: int = 0

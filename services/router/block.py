@@ -19,9 +19,10 @@ from common.wire.blocks import RowSegment
 from common.wire.header import Header, Landed
 from kernels import ops
 from kernels.reference.combine import OTHER
-from services.router.plan import NodeShare, WorkerShare, sum_table
+from services.router.plan import NodeShare, WorkerShare, side_by_side, sum_table
 from services.router.routes import Routes
 from services.router.rows import Outputs, sum_dtype
+from services.router.tables import Tables
 
 Tensor = torch.Tensor
 Int32s = npt.NDArray[np.int32]
@@ -130,6 +131,15 @@ class SourceWork:
             self.ids = (slots[:, 0] >= 0).nonzero()[0].astype(np.int32)
             slots = slots[self.ids]
         return slots
+
+    def relays(
+        self, calls: dict[int, NodeShare], home: int, *, some: bool
+    ) -> tuple[dict[int, NodeShare], Tables]:
+        """Those of `calls` that other nodes than `home` get, and the tables of their RELAYs; see `place`."""
+        slots = self.place(calls, home, some=some)
+        relays = {call: share for call, share in calls.items() if share.node != home}
+        rows = [share.rows for share in relays.values()]
+        return relays, side_by_side(rows, self.request.width, self.rows.row_type, slots)
 
     def add(self, outputs: Outputs, calls: dict[int, NodeShare], home: int) -> None:
         """Room for the partials of shares that have places; one of `home`, if there is one, is the last."""

@@ -90,7 +90,8 @@ class Calls:
         try:
             gathered.ask(outboxes, asks, work.outputs, now_ns)
         finally:
-            waiting, works, fleet, num_messages, nbytes = work.waiting, self.works, self.fleet, 0, 0
+            waiting, works, fleet = work.waiting, self.works, self.fleet
+            num_messages = num_rows = nbytes = 0
             for share, (call, worker, _, tail, piece, first), outbox in zip(
                 shares, asks, outboxes, strict=True
             ):
@@ -98,9 +99,11 @@ class Calls:
                     waiting[call], works[call] = share, work
                     fleet.ask(worker, share.stop - first)
                     num_messages += 1
+                    num_rows += share.stop - first
                     nbytes += piece[3] + len(tail)
             gathered.leave()
             self.counters.asked(work.request.layer, num_messages, nbytes)
+            self.counters.rows_to_experts += num_rows
 
     def ask_routers(
         self, source: SourceWork, shares: dict[int, NodeShare], pieces: Sequence[Piece], gathered: Gathered,

@@ -28,7 +28,7 @@ from services.router.counters import Counters
 from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
-from services.router.plan import NodeShare, check_experts, fan_out, side_by_side, split_by_node
+from services.router.plan import NodeShare, Pairs, check_experts, fan_out, split_by_node
 from services.router.routes import Routes
 from services.router.rows import Rows, rows_again
 from services.router.rows_apart import open_rows
@@ -58,7 +58,9 @@ class Dataflow:
     epochs: Epochs = field(init=False)
     load: ExpertLoad = field(init=False)
     _sources: dict[int, SourceWork] = field(default_factory=dict)  # by the block that was asked for
-    _works: dict[int, NodeWork] = field(default_factory=dict)  # by the RELAY, or our own share
+    _works: dict[int, NodeWork] = field(
+        default_factory=dict
+    )  # by the RELAY, our own share, or a DISPATCH
     _rows: Rows = field(init=False)
     _answers: Answers = field(init=False)
 
@@ -129,50 +131,50 @@ class Dataflow:
 
     def _on_dispatch(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
         sizes = self.num_experts, self.slices
-        rows, experts, weights = payloads.read_dispatch(header, payload, *sizes)
-        if routes.has_replicas(header.layer):
-            check_experts(experts, self.num_experts)  # else `split` does
-        table = routes.senders(header.layer, experts, self.calls.fleet)
-        shares = self.split(experts, weights, routes.node_of_worker.take(table))
-        source = SourceWork(header, link, routes, rows)
-        if shares:
-            self._sources[header.block] = source
-            if payload.landing is not None or routes.has_replicas(header.layer):
-                source.payload = payload.retain()
-            self._post_shares(source, shares, payload, table)
-        else:  # every pair is for the node's other rails
-            self._post(link, *self._answers.combined(source))
+        rows, pairs = payloads.read_dispatch(header, payload, *sizes)
+        if self.num_rails == 1 and routes.is_whole(header.layer):
+            self._start_work(header.block, link, header, routes, pairs, payload, rows)
+        else:
+            self._start_source(SourceWork(header, link, routes, rows), pairs, payload)
         self.counters.blocks += 1
         if self.rail == 0:  # counted while others are at work
-            self.load.add(header.layer, experts, self.clock_ns())
+            self.load.add(header.layer, pairs.experts, self.clock_ns())
+
+    def _start_source(self, source: SourceWork, pairs: Pairs, payload: Buffer) -> None:
+        """A block that several nodes or rails may have shares of."""
+        header, routes = source.request, source.routes
+        if routes.has_replicas(header.layer):
+            check_experts(pairs.experts, self.num_experts)  # else `split` does
+        table = routes.senders(header.layer, pairs.experts, self.calls.fleet)
+        shares = self.split(pairs.experts, pairs.weights, routes.node_of_worker.take(table))
+        if not shares:  # every pair is for the node's other rails
+            self._post(source.origin, *self._answers.combined(source))
+            return
+        self._sources[header.block] = source
+        if payload.landing is not None or routes.has_replicas(header.layer):
+            source.payload = payload.retain()
+        self._post_shares(source, shares, payload, table)
 
     def _post_shares(
         self, source: SourceWork, shares: list[NodeShare], payload: Buffer, table: Int32s
     ) -> None:
         """Ask nodes for their shares; `table` [num_experts] is the choice of workers that led to them."""
-        calls = {self.calls.number(): share for share in sorted(shares, key=self._is_ours)}
-        source.shares |= calls
+        ours_last = sorted(shares, key=lambda share: share.node == self.node)
+        source.shares |= (calls := {self.calls.number(): share for share in ours_last})
         source.waiting |= calls.keys()
         self.calls.sources |= dict.fromkeys(calls, source)
+        self._ask_routers(source, calls, payload, table)
         *_, (last, share) = calls.items()
-        if not (self._is_ours(share) and self._answers.is_whole(source)):
-            self._ask_routers(source, calls, payload, table)
-        if self._is_ours(share):
+        if share.node == self.node:
             origin, routes = source.origin, source.routes
             self._start_work(last, origin, source.request, routes, share, payload, source.rows)
-
-    def _is_ours(self, share: NodeShare) -> bool:
-        return share.node == self.node
 
     def _ask_routers(
         self, source: SourceWork, calls: dict[int, NodeShare], payload: Buffer, table: Int32s
     ) -> None:
         """RELAYs for the shares of other nodes, and places for the partials of all."""
         request, row_type = source.request, PARTIAL_ROWS[source.request.wire]
-        slots = source.place(calls, self.node, some=self.num_rails > 1)
-        relays = {call: share for call, share in calls.items() if not self._is_ours(share)}
-        rows = [share.rows for share in relays.values()]
-        tables = side_by_side(rows, request.width, source.rows.row_type, slots)
+        relays, tables = source.relays(calls, self.node, some=self.num_rails > 1)
         gathered, outputs = self._rows.fan_out(
             payload, source.rows, tables, request, Kind.RELAY, row_type
         )
@@ -187,21 +189,21 @@ class Dataflow:
         self._start_work(header.block, link, header, routes, share, payload, rows)
 
     def _start_work(
-        self, key: int, link: Link, request: Header, routes: Routes, share: NodeShare,
+        self, key: int, link: Link, request: Header, routes: Routes, pairs: NodeShare | Pairs,
         payload: Buffer, segment: RowSegment,
     ) -> None:  # fmt: skip
-        """Fan a node's share out to its workers; its rows index the segment."""
-        table = routes.workers(request.layer, share.experts, self.calls.fleet)
+        """Fan a node's share, or all pairs of a block, out to its workers; rows index the segment."""
+        table = routes.workers(request.layer, pairs.experts, self.calls.fleet)
         of_block = self._rows.handed_on(payload, segment)
-        plan = fan_out(share, table, request.width, segment.row_type, of_block)
+        plan = fan_out(pairs, table, request.width, segment.row_type, of_block)
         gathered, outputs = self._rows.fan_out(
             payload, segment, plan.tables, request, Kind.EXPERT_IN, EXPERT_OUT_ROWS[request.wire]
         )
-        work = NodeWork(key, request, link, routes, len(share.rows), outputs)
+        work = NodeWork(key, request, link, routes, plan.tables.shape[0], outputs)
         self._works[key] = work
         self.calls.ask_experts(work, plan.shares, plan.tables.pieces, gathered, self.clock_ns())
-        self.counters.rows_to_experts += plan.tables.num_places
-        self._answers.prepare(work, self.calls.sources.get(key), payload)
+        if key not in self.calls.sources:  # else the sum is one of several
+            self._answers.prepare(work, payload)
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -253,14 +255,11 @@ class Dataflow:
     def _finish_work(self, work: NodeWork) -> None:
         source = self.calls.sources.pop(work.key, None)
         if source is None:
-            self._post(work.origin, *self._answers.partial(work))
+            self._post(work.origin, *self._answers.of_node(work))
             return
         source.timing.include(work.timing)
-        if self._answers.is_whole(source):
-            self._finish_source(source, *self._answers.whole(source, work))
-        else:
-            self._answers.share(source, work)
-            self._partial_arrived(source, work.key)
+        self._answers.share(source, work)
+        self._partial_arrived(source, work.key)
 
     def _partial_arrived(self, source: SourceWork, call: int) -> None:
         if source.arrived(call):
@@ -311,8 +310,7 @@ class Dataflow:
             self._forget_work(call)
             return
         self.calls.settle_router(node, call)
-        link = self.routers[node].link
-        if link is not None:
+        if (link := self.routers[node].link) is not None:
             tell([link], {"type": "cancel", "block": call})
 
     # ---- failures ------------------------------------------------------------------------------

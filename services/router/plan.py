@@ -29,6 +29,14 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
+class Pairs:
+    """All of a block, as they came: `experts` of its rows, in any order, and `weights`, [num_rows, top_k] each."""
+
+    experts: Int32s
+    weights: Floats
+
+
+@dataclass(slots=True)
 class NodeShare:
     """What one node does for a block. `rows` [num_rows] are ascending indices into the block's rows."""
 
@@ -198,15 +206,19 @@ def check_pairs(pair_rows: Int32s, experts: Int32s, *, num_rows: int, num_expert
 
 
 def fan_out(
-    share: NodeShare, workers: Int32s, width: int, row_type: RowType, of_block: int = 0
+    pairs: NodeShare | Pairs, workers: Int32s, width: int, row_type: RowType, of_block: int = 0
 ) -> FanOut:
     """Divide a node's pairs by expert worker; every row has at least one pair.
 
-    `workers` [num_experts] says who computes an expert's pairs. Raises WireError where it says nobody. With `of_block`,
-    the number of rows of the block, each share picks from them.
+    `workers` [num_experts] says who computes an expert's pairs. Raises WireError where it says nobody, or the model has
+    no such expert. With `of_block`, the number of rows of the block, each share picks from them.
     """
     if _compiled is not None:
-        return _fan_out_compiled(share, workers, width, row_type, of_block)
+        return _fan_out_compiled(pairs, workers, width, row_type, of_block)
+    if isinstance(pairs, Pairs):
+        (share,) = split_by_node(pairs.experts, pairs.weights, np.zeros(len(workers), np.int32))
+    else:
+        share = pairs
     experts = share.experts
     of_pairs = workers.take(experts)
     if int(of_pairs.min()) < 0:
@@ -231,25 +243,29 @@ def fan_out(
 
 
 def _fan_out_compiled(
-    share: NodeShare, workers: Int32s, width: int, row_type: RowType, of_block: int
+    pairs: NodeShare | Pairs, workers: Int32s, width: int, row_type: RowType, of_block: int
 ) -> FanOut:
     assert _compiled is not None, "no compiler"
-    scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
+    sizes = *_row_sizes(width, row_type), of_block
     try:
-        memory, ats, most, cuts, nbytes = _compiled.fan_out(
-            share.tail,
-            share.num_pairs,
-            workers,
-            share.rows,
-            width * int(row_type),
-            scales,
-            of_block,
-        )
+        if isinstance(pairs, Pairs):
+            num_rows, top_k = pairs.experts.shape
+            num_pairs = num_rows * top_k
+            divided = _compiled.fan_out_block(pairs.experts, pairs.weights, top_k, workers, *sizes)
+        else:
+            num_rows, num_pairs = len(pairs.rows), pairs.num_pairs
+            divided = _compiled.fan_out(pairs.tail, num_pairs, workers, pairs.rows, *sizes)
     except ValueError as exc:
+        check_experts(pairs.experts, len(workers))
         raise WireError(f"{_NOT_HELD}: {exc}") from exc
+    memory, ats, most, cuts, nbytes = divided
     shares, pieces = [WorkerShare(*share) for share, _ in cuts], [piece for _, piece in cuts]
-    shape, num_places = (len(share.rows), most), share.num_pairs
-    return FanOut(shares, Tables(memory, ats, num_places, shape, True, pieces, nbytes))
+    return FanOut(shares, Tables(memory, ats, num_pairs, (num_rows, most), True, pieces, nbytes))
+
+
+def _row_sizes(width: int, row_type: RowType) -> tuple[int, int]:
+    """Bytes of a row and of its scales."""
+    return width * int(row_type), num_scales(width) * 4 if row_type is RowType.FP8 else 0
 
 
 def _radix_order(major: Int32s, minor: Int32s) -> Ints:
@@ -275,9 +291,8 @@ def _worker_shares(workers: Int32s, starts: Ints, end: int, table: Int32s) -> li
 def side_by_side(parts: Sequence[Int32s], width: int, row_type: RowType, slots: Int32s) -> Tables:
     """A message for each of `parts`, indices of its rows, in places one behind the other; plain sums by `slots`."""
     if _compiled is not None:
-        scales = num_scales(width) * 4 if row_type is RowType.FP8 else 0
         memory, ats, pieces, nbytes = _compiled.side_by_side(
-            parts, slots, width * int(row_type), scales
+            parts, slots, *_row_sizes(width, row_type)
         )
         num_places, shape = sum(map(len, parts)), (slots.shape[0], slots.shape[1])
         return Tables(memory, ats, num_places, shape, False, pieces, nbytes)

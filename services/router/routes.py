@@ -101,12 +101,15 @@ class Routes:
         self._sent: dict[int, Int32s] = {}  # by layer: the home of our experts, else NOT_OURS
         self._computed: dict[int, Int32s] = {}  # the first worker of this node, else NOT_OURS
         self._choices: dict[int, list[_Choice]] = {}  # experts with replicas
+        self._whole: set[int] = set()  # layers
         for layer, holders in plan.holders.items():
             homes = np.array([home_of(workers, node, plan.nodes) for workers in holders], np.int32)
             self._sent[layer] = np.where(ours[homes], homes, np.int32(NOT_OURS))
             own = self.node_of_worker[homes] == node
             self._computed[layer] = np.where(own, homes, np.int32(NOT_OURS))
             self._choices[layer] = self._replicated(holders)
+            if all(plan.nodes[worker] == node for workers in holders for worker in workers):
+                self._whole.add(layer)
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._sent
@@ -119,6 +122,10 @@ class Routes:
                 others = tuple(w for w in workers if w not in own and self._reached[w])
                 found.append((expert, own, others))
         return found
+
+    def is_whole(self, layer: int) -> bool:
+        """Whether this node has all workers of a layer."""
+        return layer in self._whole
 
     def has_replicas(self, layer: int) -> bool:
         """Whether this router may have to choose, now or when a worker dies."""
