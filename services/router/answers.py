@@ -5,6 +5,7 @@ Of one rail the sum is the answer; of several each answers the rows that it know
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from common.tensors import put_bytes, rows_of, write_rows
@@ -43,7 +44,7 @@ class Answers:
         layout = answer_layout(work.num_rows, work.request.width, row_type)
         buffer = self._buffer(layout, asked, [work.outputs])
         if work.request.wire is Wire.FP32 and row_type is not RowType.FP64:  # rounded once
-            launch: Callable[[], object] = lambda: write_rows(buffer, layout.rows, work.exact())
+            launch: Callable[[], object] = partial(_write_exact, buffer, layout, work)
         else:
             launch = work.summing(rows_of(buffer, layout.rows))
         work.prepared = Prepared(buffer, launch)
@@ -124,3 +125,7 @@ class Answers:
         elapsed_us = (self.clock_ns() - started_ns) // 1000
         item.timing.combine_us += elapsed_us
         self.counters.combine_us += elapsed_us
+
+
+def _write_exact(buffer: Buffer, layout: AnswerLayout, work: NodeWork) -> None:
+    write_rows(buffer, layout.rows, work.exact())

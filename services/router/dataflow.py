@@ -256,6 +256,7 @@ class Dataflow:
         source = self.calls.sources.pop(work.key, None)
         if source is None:
             self._post(work.origin, *self._answers.of_node(work))
+            self._rows.release(work.outputs)
             return
         source.timing.include(work.timing)
         self._answers.share(source, work)
@@ -266,8 +267,8 @@ class Dataflow:
             self._finish_source(source, *self._answers.combined(source))
 
     def _finish_source(self, source: SourceWork, header: Header, buffer: Buffer) -> None:
-        self._close(source.request.block)
         self._post(source.origin, header, buffer)
+        self._close(source.request.block)
 
     # ---- workers lost and found ----------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from common.tensors import TORCH_DTYPES, RowPick, rows_of
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock
 from common.transport.outbox import Call, Message, Outbox
+from common.transport.seam import Fence
 from common.wire.blocks import (
     DISPATCH_ROWS,
     RowSegment,
@@ -46,6 +47,7 @@ class Outputs:
     held: list[DeviceBlock | Buffer] = field(default_factory=list)
     block: DeviceBlock | None = None  # of those, what `rows` are in
     bytes: memoryview | None = None  # of `rows` in host memory
+    read: Fence | None = None  # behind the sum, once that is launched
 
     @property
     def landing_nbytes(self) -> int:
@@ -102,14 +104,11 @@ class Rows(Protocol):
         ...
 
     def written(self, buffer: Buffer, *outputs: Outputs) -> None:
-        """What was launched so far writes the rows of `buffer`, which leave when it is done.
-
-        The `outputs` that it read are released then.
-        """
+        """What was launched so far reads `outputs` and writes the rows of `buffer`, which leave when it is done."""
         ...
 
     def release(self, *outputs: Outputs) -> None:
-        """The sum over these outputs was launched, or is not wanted any more."""
+        """The sum over these outputs was launched, or is not wanted any more; what waits for it goes first."""
         ...
 
     def warm_up(self, width: int, wire: Wire, depth: int, answer: RowType) -> None:

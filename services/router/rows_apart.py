@@ -195,11 +195,17 @@ class RowsApart:
 
     def written(self, buffer: Buffer, *outputs: Outputs) -> None:
         assert buffer.rows is not None, "an answer without rows apart"
-        buffer.rows.fence = release_behind(self._seam, *_taken(outputs))
+        buffer.rows.fence = fence = self._seam.fence()
+        for o in outputs:
+            o.read = fence
 
     def release(self, *outputs: Outputs) -> None:
-        if held := _taken(outputs):
-            release_behind(self._seam, *held)
+        for o in outputs:
+            held, o.held = o.held, []
+            if held:
+                fence = o.read or self._seam.fence()
+                for item in held:
+                    fence.then(item.release)
 
     def warm_up(self, width: int, wire: Wire, depth: int, answer: RowType) -> None:
         # a row has `depth` pairs where one node has all experts; of slices there are too many numbers for all
@@ -236,14 +242,6 @@ class RowsApart:
             ops.combine(rows.to(partial), outputs.slots, None, out, rows[:1].to(wide))
         self.release(outputs)
         release_behind(self._seam, payload)
-
-
-def _taken(outputs: Sequence[Outputs]) -> list[DeviceBlock | Buffer]:
-    """What these hold, which the caller releases."""
-    held = [block for o in outputs for block in o.held]
-    for o in outputs:
-        o.held = []
-    return held
 
 
 def open_rows(pool: BufferPool, seam: Seam) -> Rows:

@@ -52,24 +52,6 @@ static int open_share(Share *share)
     return 0;
 }
 
-/* All pairs are of one node, as where there is no other. */
-static int share_whole(const int32_t *ids, const int32_t *weights, Py_ssize_t num_rows, Py_ssize_t top_k, Share *share)
-{
-    share->num_rows = num_rows;
-    share->num_pairs = num_rows * top_k;
-    if (open_share(share) < 0)
-        return -1;
-    int32_t *to = share->to_pairs;
-    for (int32_t row = 0; row < num_rows; row++) {
-        share->to_rows[row] = row;
-        for (Py_ssize_t i = 0; i < top_k; i++)
-            *to++ = row;
-    }
-    memcpy(share->to_pairs + share->section, ids, share->num_pairs * 4);
-    memcpy(share->to_pairs + 2 * share->section, weights, share->num_pairs * 4);
-    return 0;
-}
-
 /* Count what each node gets, then write it; `shares` has one for every node up to the greatest. */
 static int share_out(
     const int32_t *ids, const int32_t *weights, const int32_t *nodes, Py_ssize_t num_rows, Py_ssize_t top_k,
@@ -112,7 +94,7 @@ static int share_out(
 static PyObject *split(PyObject *Py_UNUSED(module), PyObject *args)
 {
     Py_buffer in[3];
-    Py_ssize_t top_k, num_nodes = 0, first = PY_SSIZE_T_MAX;
+    Py_ssize_t top_k, num_nodes = 0;
     if (!PyArg_ParseTuple(args, "y*y*y*n", &in[0], &in[1], &in[2], &top_k))
         return NULL;
     Py_ssize_t num = in[0].len / 4, num_experts = in[2].len / 4;
@@ -137,14 +119,11 @@ static PyObject *split(PyObject *Py_UNUSED(module), PyObject *args)
         }
         nodes[i] = ((const int32_t *)in[2].buf)[ids[i]];
         num_nodes = Py_MAX(num_nodes, nodes[i] + 1);
-        first = Py_MIN(first, nodes[i]);
     }
     shares = PyMem_Calloc(num_nodes + 1, sizeof *shares);
     if (shares == NULL)
         PyErr_NoMemory();
-    else if ((first >= 0 && first == num_nodes - 1 ? share_whole(ids, weights, num / top_k, top_k, shares + first)
-                                                   : share_out(ids, weights, nodes, num / top_k, top_k, shares, num_nodes))
-             == 0)
+    else if (share_out(ids, weights, nodes, num / top_k, top_k, shares, num_nodes) == 0)
         result = PyList_New(0);
     for (Py_ssize_t n = 0; result != NULL && n < num_nodes; n++) {
         if (shares[n].num_pairs == 0)
