@@ -82,6 +82,15 @@ def expert_ffn(
     return _library(rows, scales, *weights)
 
 
+def expert_ffn_placed(
+    rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
+    down_scales: Tensor, places: Tensor,
+) -> None:  # fmt: skip
+    """`expert_ffn` of at most `STREAM_ROWS` rows, each to where it is wanted: see `stage.stage`."""
+    assert rows.shape[0] <= STREAM_ROWS, "more rows than are placed"
+    stream_expert(rows, scales, gate_up, gate_up_scales, down, down_scales, places)
+
+
 def expert_ffn_grouped(
     rows: Tensor, scales: Tensor, groups: Tensor, gate_up: Tensor, gate_up_scales: Tensor,
     down: Tensor, down_scales: Tensor, *, max_rows: int,

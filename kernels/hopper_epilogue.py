@@ -74,7 +74,19 @@ def store_hidden(
 
 
 @gluon.jit
-def store_wide(value, out, stride, first, M, column, end):
+def row_places(out, stride, places, row, ok, PLACED: gl.constexpr):
+    """Where rows of out begin, in its elements, multiples of 8: by stride or, anywhere, as `stage.stage` noted it."""
+    if PLACED:
+        address = gl.load(places + 1 + row, mask=ok, other=0)
+        size: gl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
+        return gl.multiple_of((address - out.to(gl.int64)) // size, [8])
+    return row.to(gl.int64) * stride
+
+
+@gluon.jit
+def store_wide(
+    value, out, stride, first, M, column, end, places=None, PLACED: gl.constexpr = False
+):
     """Store value [64, N] from row `first` and `column` on, below M and `end`: 16 bytes a thread, whole cache lines."""
     EACH: gl.constexpr = 128 // value.dtype.primitive_bitwidth  # columns of a thread
     ACROSS: gl.constexpr = value.shape[1] // EACH  # threads
@@ -84,5 +96,6 @@ def store_wide(value, out, stride, first, M, column, end):
     )
     row = first + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
     c = column + gl.arange(0, value.shape[1], gl.SliceLayout(0, WIDE))
-    at = out + row.to(gl.int64)[:, None] * stride + c[None, :]
-    gl.store(at, gl.convert_layout(value, WIDE), mask=(row < M)[:, None] & (c < end)[None, :])
+    ok = row < M
+    at = out + row_places(out, stride, places, row, ok, PLACED)[:, None] + c[None, :]
+    gl.store(at, gl.convert_layout(value, WIDE), mask=ok[:, None] & (c < end)[None, :])

@@ -52,6 +52,7 @@ TRITON = {
     "combining": "combine",
     "sum_partials": "combine",
     "expert_ffn": "expert_ffn",
+    "expert_ffn_placed": "expert_ffn",
     "expert_ffn_grouped": "expert_ffn",
     "gate_v3": "gate",
     "gate_v2": "gate",
@@ -110,6 +111,7 @@ combining = _choose(_combine.combining)
 combine_fp8 = _choose(_combine.combine_fp8)
 sum_partials = _choose(_combine.sum_partials)
 expert_ffn = _choose(_expert_ffn.expert_ffn)
+expert_ffn_placed = _choose(_expert_ffn.expert_ffn_placed)
 expert_ffn_grouped = _choose(_expert_ffn.expert_ffn_grouped)
 gate_v3 = _choose(_gate.gate_v3)
 gate_v2 = _choose(_gate.gate_v2)

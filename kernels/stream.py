@@ -64,9 +64,12 @@ def blocks_of(matrix: Tensor, rows: int) -> object:
 
 def _multiply(
     x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, halves: int,
-    q: Tensor, q_scales: Tensor,
+    q: Tensor, q_scales: Tensor, places: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Products to out: [M, N]; of gate and up (`halves` 2) big items to q and q_scales, others to out [M, 2, rest]."""
+    """Products to out: [M, N]; of gate and up (`halves` 2) big items to q and q_scales, others to out [M, 2, rest].
+
+    With `places` rows [M, N] go where these say, and none to out.
+    """
     m = x_scales.shape[0]
     num_rows, k = w.shape
     # 64 rows of x and 2 x 32 of w are fewer than 128 and 2 x 16
@@ -90,17 +93,20 @@ def _multiply(
     stream_hopper.stream_units[(workers,)](
         blocks_of(x, x_rows), x_scales, blocks_of(w, 64), blocks_of(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
-        halves * half_tiles, limit, q, q_scales, half_rows, 3 - halves, x_rows, block, columns, s.n,
-        stages, of_multiplier, big, parts, SCALE_MIN, wide, num_warps=4, maxnreg=per_thread,
-        **PROGRAMMATIC,
+        halves * half_tiles, limit, q, q_scales, half_rows, places, 3 - halves, x_rows, block, columns, s.n,
+        stages, of_multiplier, big, parts, SCALE_MIN, wide, places is not None, num_warps=4,
+        maxnreg=per_thread, **PROGRAMMATIC,
     )  # fmt: skip
 
 
 def stream_expert(
     rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
-    down_scales: Tensor,
+    down_scales: Tensor, places: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As expert_ffn.expert_ffn, for at most `STREAM_ROWS` rows: three launches, chained as programmatic dependents."""
+    """As expert_ffn.expert_ffn, for at most `STREAM_ROWS` rows: three launches, chained as programmatic dependents.
+
+    With `places` rows go where these say, and what is returned is empty.
+    """
     m, (width, hidden) = rows.shape[0], down.shape
     make = functools.partial(torch.empty, device=rows.device)
     # with all rows of a block that is fetched (stream_hopper._fetch_x)
@@ -111,8 +117,8 @@ def stream_expert(
     _multiply(rows, scales, gate_up, gate_up_scales, both, 2, q, q_scales)
     if done < hidden:
         swiglu_dense_into(both, q, q_scales, done)
-    out = make(m, width, dtype=torch.bfloat16)
-    _multiply(whole, q_scales, down, down_scales, out, 1, q, q_scales)
+    out = make(m if places is None else 0, width, dtype=torch.bfloat16)
+    _multiply(whole, q_scales, down, down_scales, out, 1, q, q_scales, places)
     return out
 
 

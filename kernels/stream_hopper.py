@@ -28,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import hopper_scales as scaling
 from kernels.hopper import barrier, load_block, tell
-from kernels.hopper_epilogue import add_scaled, store_hidden, store_wide
+from kernels.hopper_epilogue import add_scaled, row_places, store_hidden, store_wide
 
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
 
@@ -227,9 +227,9 @@ def _small_product(
 @gluon.jit
 def _small_items(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-    limit, xs, ws, full, empty, worker, b, phase, step: gl.constexpr, WG: gl.constexpr, XR: gl.constexpr,
-    BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
-    PARTS: gl.constexpr, WIDE: gl.constexpr,
+    limit, xs, ws, full, empty, worker, b, phase, places, step: gl.constexpr, WG: gl.constexpr,
+    XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    BIG: gl.constexpr, PARTS: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     """Multiply a worker's small items, from stage b of the ring on, to out."""
     C: gl.constexpr = N * BM // 64
@@ -247,6 +247,9 @@ def _small_items(
         to_row = worker * 0
         limit2 = limit + out_sub
         column = gl.where(second, column - N + out_sub, column)
+    stored = M
+    if PLACED:
+        stored = gl.minimum(M, gl.load(places).to(gl.int32))
     zeros = gl.zeros([64, C], gl.float32, ACC)
     for group in range(worker, groups, WORKERS):
         a = zeros
@@ -285,18 +288,21 @@ def _small_items(
             if step == 1:
                 to, end = w_row + WG * out_sub, limit + WG * out_sub
             first = ROW + group % PARTS * BM
-            store_wide(a.to(out.dtype.element_ty), out, out_stride, first, M, to, end)
+            value = a.to(out.dtype.element_ty)
+            store_wide(value, out, out_stride, first, stored, to, end, places, PLACED)
         else:
-            to = row.to(gl.int64) * out_stride
-            _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, row < M, column)
+            ok = row < stored
+            to = row_places(out, out_stride, places, row, ok, PLACED)
+            _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, ok, column)
 
 
 @gluon.jit
 def _consume(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
-    tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, step: gl.constexpr,
+    tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places, step: gl.constexpr,
     WG: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
     STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
+    PLACED: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     b, phase = worker * 0, worker * 0
@@ -307,22 +313,25 @@ def _consume(
         )  # fmt: skip
     _small_items(
         x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-        limit, xs, ws, full, empty, worker, b, phase, step, WG, XR, BM // PARTS, KU, N, STAGES, BIG, PARTS, WIDE,
+        limit, xs, ws, full, empty, worker, b, phase, places, step, WG, XR, BM // PARTS, KU, N, STAGES, BIG, PARTS,
+        WIDE, PLACED,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "kb", "groups", "sub_tiles", "tiles"])
 def stream_units(
     x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
-    first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, STEP: gl.constexpr,
+    first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, places, STEP: gl.constexpr,
     XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
+    PLACED: gl.constexpr,
 ):  # fmt: skip
     """Products of x [M, K] with the rows of w; x_rows, big_rows, small_rows: descriptors of blocks of x and w.
 
     Groups are numbered along the first tile of the pair (STEP 1: gate, the second is sub_rows further) or along both
     (STEP 2). Small items start at first_row; their sums go to out, row r's at r * out_stride, the second tile's out_sub
     further. Big items, of gate and up alone, go to q and q_scales. WIDE: scales may be loaded 16 bytes at a time.
+    PLACED (STEP 2): the first places[0] rows go where `stage.stage` noted it in `places`, and others nowhere.
     """
     worker = gl.program_id(0)
     gdc_launch_dependents()
@@ -348,12 +357,12 @@ def stream_units(
         [
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
-                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 0, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
+                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places,
+                STEP, 0, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
-                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker,
-                STEP, 1, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE)),
+                sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places,
+                STEP, 1, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
             (_produce, (
                 x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
                 full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG, PARTS)),

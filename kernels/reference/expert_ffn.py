@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.reference.ffn import silu
 from kernels.reference.linear import linear
 from kernels.reference.quant import BLOCK, dequantise, quantise
+from kernels.reference.stage import deliver
 
 
 def dequantise_weight(weight: Tensor, scales: Tensor, *, halves: int = 1) -> Tensor:
@@ -37,6 +38,14 @@ def expert_ffn(
     both = linear(x, dequantise_weight(gate_up, gate_up_scales, halves=2), out=2 * hidden)
     h = dequantise(*quantise(silu(both[:, :hidden]) * both[:, hidden:]), torch.float32)
     return linear(h, dequantise_weight(down, down_scales), out=width).to(torch.bfloat16)
+
+
+def expert_ffn_placed(
+    rows: Tensor, scales: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor,
+    down_scales: Tensor, places: Tensor,
+) -> None:  # fmt: skip
+    """`expert_ffn`, each row to where it is wanted: see `kernels.stage.stage`."""
+    deliver(expert_ffn(rows, scales, gate_up, gate_up_scales, down, down_scales), places)
 
 
 def expert_ffn_grouped(

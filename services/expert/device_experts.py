@@ -66,7 +66,7 @@ class _Staged:
     def __init__(self, most: int, width: int, device: torch.device) -> None:
         self.rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
         self.scales = torch.ones(most, -(-width // BLOCK), device=device)
-        self._places = torch.zeros(1 + most, dtype=torch.int64, device=device)
+        self.places = torch.zeros(1 + most, dtype=torch.int64, device=device)  # where outputs go
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
         pinned = partial(torch.zeros, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._calls, self._told = pinned(self._TURNS, 1 + 5 * most), pinned(1)
@@ -103,12 +103,11 @@ class _Staged:
     def stage(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """A graph's first step, for up to so many rows: what was brought, e4m3 with scales."""
         rows, scales = self.rows[:num_rows], self.scales[:num_rows]
-        ops.stage(rows, scales, self._places, self._calls, self._count, 2 * rows.shape[1])
+        ops.stage(rows, scales, self.places, self._calls, self._count, 2 * rows.shape[1])
         return rows.view(torch.float8_e4m3fn), scales
 
-    def deliver(self, outputs: Tensor) -> None:
-        """Its last step: outputs bf16 [num_rows, width] to where they are wanted."""
-        ops.deliver(outputs, self._places)
+    def tell(self) -> None:
+        """Its last step: outputs bf16 are where they are wanted."""
         ops.tell(self._count, self._told)
 
     def run(self, graphs: Replays, key: Hashable, step: Callable[[], None]) -> None:
@@ -157,7 +156,8 @@ class GraphedExperts:
 
     def _compute(self, expert: DeviceExpert, bucket: int) -> None:
         """The step of a graph."""
-        self._staged.deliver(expert(*self._staged.stage(bucket)))
+        ops.expert_ffn_placed(*self._staged.stage(bucket), *expert.parts, self._staged.places)
+        self._staged.tell()
 
     def forget(self, expert: DeviceExpert) -> None:
         """Its weights are given up: a graph would read them."""
@@ -249,7 +249,8 @@ class GroupedExperts:
         out = ops.expert_ffn_grouped(
             rows, scales, self._table[:count], *self._stacked, max_rows=tall
         )
-        self._staged.deliver(out)
+        ops.deliver(out, self._staged.places)
+        self._staged.tell()
 
 
 def _bucket(sizes: tuple[int, ...], wanted: int) -> int:

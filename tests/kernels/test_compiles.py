@@ -127,9 +127,11 @@ def e4m3(*shape):
 
 for m in (64, 128):
     for rows, halves in ((4096, 2), (36864, 2), (7168, 1)):
-        q, out = e4m3(m, rows // halves), torch.empty(m, rows)
-        stream._multiply(e4m3(m, 512), torch.ones(m, 4), e4m3(rows, 512), torch.ones(rows // 128, 4), out, halves,
-                         q, torch.ones(m, rows // halves // 128))
+        for placed in (False, True)[: 3 - halves]:  # of down alone
+            q, out = e4m3(m, rows // halves), torch.empty(m, rows)
+            places = torch.zeros(1 + m, dtype=torch.int64) if placed else None
+            stream._multiply(e4m3(m, 512), torch.ones(m, 4), e4m3(rows, 512), torch.ones(rows // 128, 4), out, halves,
+                             q, torch.ones(m, rows // halves // 128), places)
 """
 )
 
@@ -208,7 +210,7 @@ def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tm
 
 def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scaled(tmp_path):
     lines = run_apart(STREAM, tmp_path)
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
         name, products, waits, spills, shared = line.split()
         assert name == "stream_units"

@@ -300,6 +300,28 @@ def test_within_a_regime_a_row_depends_on_no_other_row(most, sizes):
 
 
 @on_gpu
+@pytest.mark.parametrize(("width", "hidden"), [(7168, 2048), (7168, 18432), (512, 192), (272, 64)])
+def test_rows_of_an_expert_go_where_each_is_wanted(width, hidden):
+    weights, (q, scales) = (
+        expert(width, hidden, device="cuda"),
+        rows(128, width, device="cuda"),
+    )
+    for most, n in ((8, 0), (8, 1), (16, 16), (32, 17), (64, 33), (64, 64), (128, 127), (128, 128)):
+        wanted = ops.expert_ffn(q[:most], scales[:most], *weights)
+        outs = torch.full((2, n + 1, width), float("nan")).bfloat16().cuda()
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+        which = order % 2  # of the two memories
+        places = torch.zeros(1 + most, dtype=torch.int64)
+        places[0] = n
+        places[1 : 1 + n] = outs.data_ptr() + (which * (n + 1) + order) * 2 * width
+        ops.expert_ffn_placed(q[:most], scales[:most], *weights, places.cuda())
+        torch.cuda.synchronize()
+        assert torch.equal(outs[which, order], wanted[:n])
+        assert outs[1 - which, order].isnan().all(), "a row that nobody wants there"
+        assert outs[:, n].isnan().all(), "written behind the rows"
+
+
+@on_gpu
 def test_grouped_experts_have_the_bits_of_single_ones():
     experts = [expert(1024, 256, device="cuda", seed=s) for s in range(4)]
     q, scales = rows(200, 1024, device="cuda")
