@@ -24,6 +24,12 @@ def where(facts: dict[str, Any]) -> str:
     )
 
 
+def spread(row: dict[str, Any], key: str) -> str:
+    """A median, and the least and the most of several rounds."""
+    low, high = row.get("range", {}).get(key, (row[key], row[key]))
+    return f"{row[key]}" if low == high else f"{row[key]} ({low} - {high})"
+
+
 def gpu() -> str:
     """Hop, round trip beside NCCL, EP256's messages, the reference width, uneven gates, and kills."""
     return "\n\n".join([hop(), round_trip(), ep256(), serving(), skewed_serving(), kills()])
@@ -36,7 +42,8 @@ def hop() -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['bytes']} | {r['one_way_us']} | {r['gb_per_s_1']} | {r['gb_per_s_8']} | {r['gb_per_s_32']} |"
+        f"| {r['bytes']} | {spread(r, 'one_way_us')} | {r['gb_per_s_1']} | {spread(r, 'gb_per_s_8')} "
+        f"| {r['gb_per_s_32']} |"
         for r in facts["rows"]
     ]
     return "\n".join(
@@ -49,6 +56,7 @@ def round_trip() -> str:
     nccl, bare, *ours = (
         read(name) for name in ("nccl", "bare_loop", "round_trip", "routers", "small", "small_routers")
     )  # fmt: skip
+    rounds = ours[0].get("rounds", 1)
     layers = {r["tokens"]: r["layer_us"] for r in nccl["rows"]}
     floor = {(r["tokens"], r["in_flight"]): r for r in bare["rows"]}
     lines = [
@@ -64,9 +72,10 @@ def round_trip() -> str:
     for (hidden, tokens, in_flight, routers), r in sorted(rows, key=lambda row: row[0]):
         least = floor.get((tokens, in_flight))
         beside = "" if least is None else f"{least['latency_us']}, {least['per_block_us']}"
+        ours_us = [spread(r, key) for key in ("latency_us", "without_expert_us", "per_block_us")]
         lines.append(
-            f"| {-hidden} | {tokens} | {in_flight} | {routers} | {r['latency_us']} | {r['without_expert_us']} "
-            f"| {r['per_block_us']} | {beside} | {layers.get(tokens, '')} |"
+            f"| {-hidden} | {tokens} | {in_flight} | {routers} | {' | '.join(ours_us)} | {beside} "
+            f"| {layers.get(tokens, '')} |"
         )
     return "\n".join(
         [
@@ -75,7 +84,8 @@ def round_trip() -> str:
             f"{ours[0]['experts']} experts, every token to all of them; experts of hidden width {ours[-1]['hidden']} "
             "do next to nothing, as those of the bare loop; `python -m tests.bench.gpu.bare_loop`: the same way, "
             "experts that only convert their rows, none of our protocol; `python -m tests.bench.gpu.nccl`; all in one "
-            f"call. {where(ours[0])}.",
+            f"call, {'once' if rounds == 1 else f'the median of {rounds} rounds in turn (the least and the most)'}. "
+            f"{where(ours[0])}.",
         ]
     )  # fmt: skip
 
