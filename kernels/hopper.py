@@ -143,6 +143,18 @@ def load_to_both(row, column, to, ready, PTX: gl.constexpr):
 
 
 @gluon.jit
+def copy_to_other(at, ready, NBYTES: gl.constexpr):
+    """From a warpgroup, copy NBYTES at byte `at` to the other program, with its barrier at byte `ready`."""
+    _ptx(
+        """{ .reg .pred p; .reg .b32 t, s, a, b; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0;
+        mov.u32 s, global_smem; mov.u32 t, %cluster_ctarank; xor.b32 t, t, 1; mapa.shared::cluster.u32 t, s, t;
+        add.u32 a, t, $1; add.u32 b, t, $2; add.u32 s, s, $1;
+        @p cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [a], [s], $3, [b];
+        mov.u32 $0, 0; }""", "=r,r,r,r", [at, ready, NBYTES],
+    )  # fmt: skip
+
+
+@gluon.jit
 def load_row(source, to, ready, NBYTES: gl.constexpr):
     """From one warp, fetch NBYTES (a multiple of 16) from a pointer to byte `to`, with the barrier at byte `ready`."""
     _ptx(

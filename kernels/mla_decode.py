@@ -143,13 +143,12 @@ def _blocks(rows: Tensor, columns: int, dtype: gl.dtype = gl.bfloat16) -> object
 def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, ...]:
     """Queries and cache as mla_hopper.decode_blocks takes them."""
     rows = queries.view(-1, queries.shape[2])
-    asked = _blocks(rows, 256), _blocks(rows, rope)
     halves = cache.view(torch.bfloat16).flatten(0, 1)
+    others = _blocks(halves, rope), _blocks(rows, 256), _blocks(rows, rope)
     if cache.dtype is torch.uint8:
         words = cache.view(torch.int32).flatten(0, 1)
-        scales = cache.view(torch.float32)
-        return (*asked, _blocks(words, 64, gl.int32), _blocks(halves, rope), scales)
-    return (*asked, _blocks(halves, 256), _blocks(halves, rope), None)
+        return (_blocks(words, 32, gl.int32), *others, cache.view(torch.float32))
+    return (_blocks(halves, 256), *others, None)
 
 
 def mla_decode_paged(
@@ -176,23 +175,14 @@ def mla_decode_paged(
     given = (page_table, context, out, partial, lse, scale * _LOG2_E, heads)
     sizes = (page_table.shape[1], splits)
     page = cache.shape[1]
-    grid = (triton.cdiv(heads, _HEADS), splits, requests)
-    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
+    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % (2 * _HEADS)):
         inputs = _hopper_inputs(queries, cache, rope)
-        mla_hopper.decode_blocks[grid](
-            *inputs,
-            *given,
-            *sizes,
-            rope,
-            page,
-            SPLIT_TOKENS,
-            fp8,
-            num_warps=4,
-            maxnreg=168,
+        mla_hopper.decode_blocks[heads // (2 * _HEADS), splits, requests](
+            *inputs, *given, *sizes, rope, page, SPLIT_TOKENS, fp8, num_warps=4, maxnreg=168
         )
     else:
         shape = (latent, rope, page, SPLIT_TOKENS)
-        _decode[grid](
+        _decode[triton.cdiv(heads, _HEADS), splits, requests](
             queries, cache, *given, *sizes, *shape, fp8, _HEADS, 32, 3, num_warps=8, num_stages=3
         )
     if splits > 1:

@@ -1,17 +1,29 @@
 """How mla_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
 
-An FP8 cache's latents are fetched into the second half of their place, and scaled from there into the whole of it.
+The programs of a pair need the same keys: each brings half of them to both, where a place is free in both. An FP8
+cache's latents come into the second half of their place, and are scaled from there into the whole of it.
 """
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from kernels.hopper import barrier, load_block, tell, view
+from kernels import hopper
+from kernels.hopper import barrier, load_block, view
 
-# Barriers, and who waits for them: for what has come; for what is free again; the other warpgroup; for raw FP8.
-READY, FREE, MET, RAW = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
+# Barriers, the first of each kind: for what has come; for what is free again; the other warpgroup; for raw FP8.
+READY, FREE, MET, RAW = gl.constexpr(0), gl.constexpr(8), gl.constexpr(16), gl.constexpr(24)
+# Bytes of shared memory: four halves of blocks; weights and rotated keys; barriers.
+WEIGHTS_AT = gl.constexpr(4 * 64 * 256 * 2)
+BARS_AT = gl.constexpr(WEIGHTS_AT + 3 * 64 * 64 * 2)
+_ENTRIES = hopper.first_descriptor("decode_blocks")
 BYTES = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # of four e4m3 in an int32
+
+
+@gluon.jit
+def place(HALF: gl.constexpr, phase, FP8: gl.constexpr):
+    """Where half a block lies: half 3 is needed first, half 2's place is free first: they change places (not FP8)."""
+    return HALF if HALF < 2 or FP8 else HALF ^ phase
 
 
 @gluon.jit
@@ -22,54 +34,57 @@ def _entry(table, token, end, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_half(entries, keys, bars, entry, step, HALF: gl.constexpr):
-    mbarrier.wait(bars[FREE].index(HALF), (step + 1) & 1)  # at once in the first step
-    mbarrier.expect(bars[READY].index(HALF), 64 * 256 * 2)
-    load_block(entries, [entry, HALF % 2 * 256], bars[READY].index(HALF), keys.index(HALF))
+def _fetch_half(bars, entry, step, HALF: gl.constexpr):
+    """Fetch 128 of the 256 latents of half a block for both programs."""
+    at = place(HALF, step & 1, False)
+    first = gl.program_id(0) % 2 * 128
+    mbarrier.wait(bars.index(FREE + at), (step + 1) & 1)  # at once in the first step
+    mbarrier.expect(bars.index(READY + at), 64 * 256 * 2)
+    for c in gl.static_range(0, 128, 64):
+        to, column = at * (64 * 256 * 2) + (first + c) * (64 * 2), HALF % 2 * 256 + first + c
+        hopper.load_to_both(entry, column, to, BARS_AT + at * 8, _ENTRIES)
 
 
 @gluon.jit
 def _fetch_rope(
-    entries, ropes, bars, entry, step, B: gl.constexpr, ROPE: gl.constexpr,
-    COLUMN: gl.constexpr,
-):  # fmt: skip
-    mbarrier.wait(bars[FREE].index(4 + B), (step + 1) & 1)
-    mbarrier.expect(bars[READY].index(4 + B), 64 * ROPE * 2)
-    load_block(
-        entries, [entry, COLUMN], bars[READY].index(4 + B), ropes.index((2 - B) * 64 // ROPE)
-    )
+    entries, ropes, bars, entry, step, B: gl.constexpr, ROPE: gl.constexpr, COLUMN: gl.constexpr
+):
+    ready = bars.index(READY + 4 + B)
+    mbarrier.wait(bars.index(FREE + 4 + B), (step + 1) & 1)
+    mbarrier.expect(ready, 64 * ROPE * 2)
+    load_block(entries, [entry, COLUMN], ready, ropes.index((2 - B) * 64 // ROPE))
 
 
 @gluon.jit
 def _fetch_bf16(
-    entries, rotated, keys, ropes, bars, table, start, end, PAGE: gl.constexpr,
-    ROPE: gl.constexpr,
-):  # fmt: skip
-    """Fetch all keys of a split, in the order in which their places become free."""
-    entry0 = _entry(table, start, end, PAGE)
-    entry1 = _entry(table, start + 64, end, PAGE)
+    rotated, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr, B: gl.constexpr
+):
+    """Fetch every second block of a split, in the order in which its halves are needed."""
+    entry = _entry(table, start + 64 * B, end, PAGE)
     for step in range(gl.cdiv(end - start, 128)):
-        # asked for before they are needed
-        next0 = _entry(table, start + step * 128 + 128, end, PAGE)
-        next1 = _entry(table, start + step * 128 + 192, end, PAGE)
-        _fetch_half(entries, keys, bars, entry0, step, 0)
-        _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, 512)
-        _fetch_half(entries, keys, bars, entry0, step, 1)
-        _fetch_half(entries, keys, bars, entry1, step, 3)
-        _fetch_half(entries, keys, bars, entry1, step, 2)
-        _fetch_rope(rotated, ropes, bars, entry1, step, 1, ROPE, 512)
-        entry0, entry1 = next0, next1
+        later = _entry(table, start + step * 128 + 128 + 64 * B, end, PAGE)  # before it is needed
+        _fetch_half(bars, entry, step, 3 * B)
+        if B == 0:
+            _fetch_rope(rotated, ropes, bars, entry, step, 0, ROPE, 512)
+        _fetch_half(bars, entry, step, 1 + B)
+        if B == 1:
+            _fetch_rope(rotated, ropes, bars, entry, step, 1, ROPE, 512)
+        entry = later
 
 
 @gluon.jit
-def _ask(entries, scales, places, bars, entry, left, step, HALF: gl.constexpr, WIDTH: gl.constexpr):
-    """Fetch half a block in e4m3 into the second half of its place; return its scales, two of [64]."""
-    mbarrier.wait(bars[FREE].index(HALF), (step + 1) & 1)
-    mbarrier.expect(bars[RAW].index(HALF), 64 * 256)
-    load_block(entries, [entry, HALF % 2 * 64], bars[RAW].index(HALF), places.index(2 * HALF + 1))
+def _ask(
+    entries, scales, quarters, bars, entry, left, step, HALF: gl.constexpr, WIDTH: gl.constexpr
+):
+    """Fetch 128 latents of half a block in e4m3 into the second half of their place; return their scales [64]."""
+    cta = gl.program_id(0) % 2
+    mbarrier.wait(bars.index(FREE + HALF), (step + 1) & 1)
+    mbarrier.expect(bars.index(RAW + HALF), 64 * 128)
+    to = quarters.index(4 * HALF + 2 * cta + 1)
+    load_block(entries, [entry, HALF % 2 * 64 + cta * 32], bars.index(RAW + HALF), to)
     row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
-    at = scales + (entry + row).to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2
-    return gl.load(at, mask=row < left, other=0.0), gl.load(at + 1, mask=row < left, other=0.0)
+    at = scales + (entry + row).to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2 + cta
+    return gl.load(at, mask=row < left, other=0.0)
 
 
 @gluon.jit
@@ -95,23 +110,24 @@ def _scaled(values, scale, left):
 
 
 @gluon.jit
-def _scale_half(places, quarters, scale0, scale1, left, bars, step, HALF: gl.constexpr):
-    """Scale half a block where it lies: what has come stands in its place's third and fourth quarter."""
-    mbarrier.wait(bars[RAW].index(HALF), step & 1)
-    places.index(2 * HALF).store(_scaled(quarters.index(4 * HALF + 2).load(BYTES), scale0, left))
-    values = quarters.index(4 * HALF + 3).load(BYTES)
+def _scale_half(places, quarters, scale, left, bars, step, HALF: gl.constexpr):
+    """Scale this program's part of half a block where it lies, and copy it to the other program."""
+    cta = gl.program_id(0) % 2
+    mbarrier.wait(bars.index(RAW + HALF), step & 1)
+    values = quarters.index(4 * HALF + 2 * cta + 1).load(BYTES)
     barrier()  # all has been read
-    places.index(2 * HALF + 1).store(_scaled(values, scale1, left))
+    places.index(2 * HALF + cta).store(_scaled(values, scale, left))
     fence_async_shared()
-    tell(bars[READY].index(HALF))
+    barrier()
+    hopper.copy_to_other(HALF * 32768 + cta * 16384, BARS_AT + HALF * 8, 16384)
+    mbarrier.expect(bars.index(READY + HALF), 16384)  # of the other's part
 
 
 @gluon.jit
 def _fetch_fp8(
-    entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE: gl.constexpr,
-    ROPE: gl.constexpr,
+    entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """As `_fetch_bf16`, from an FP8 cache."""
+    """Fetch a split of an FP8 cache, in the order in which places become free."""
     WIDTH: gl.constexpr = 512 + 16 + 2 * ROPE
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
     places = view(keys, gl.int32, [8, 64, 64], WORDS)
@@ -122,27 +138,33 @@ def _fetch_fp8(
         left = end - start - step * 128
         next0 = _entry(table, start + step * 128 + 128, end, PAGE)
         next1 = _entry(table, start + step * 128 + 192, end, PAGE)
-        a0, a1 = _ask(entries, scales, places, bars, entry0, left, step, 0, WIDTH)
-        b0, b1 = _ask(entries, scales, places, bars, entry0, left, step, 1, WIDTH)
-        d0, d1 = _ask(entries, scales, places, bars, entry1, left - 64, step, 3, WIDTH)
-        _scale_half(places, quarters, a0, a1, left, bars, step, 0)
+        a = _ask(entries, scales, quarters, bars, entry0, left, step, 0, WIDTH)
+        b = _ask(entries, scales, quarters, bars, entry0, left, step, 1, WIDTH)
+        _scale_half(places, quarters, a, left, bars, step, 0)
+        c = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 2, WIDTH)
+        d = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 3, WIDTH)
         _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, WIDTH // 2 - ROPE)
-        c0, c1 = _ask(entries, scales, places, bars, entry1, left - 64, step, 2, WIDTH)
-        _scale_half(places, quarters, b0, b1, left, bars, step, 1)
-        _scale_half(places, quarters, d0, d1, left - 64, bars, step, 3)
-        _scale_half(places, quarters, c0, c1, left - 64, bars, step, 2)
+        _scale_half(places, quarters, b, left, bars, step, 1)
+        _scale_half(places, quarters, d, left - 64, bars, step, 3)
+        _scale_half(places, quarters, c, left - 64, bars, step, 2)
         _fetch_rope(rotated, ropes, bars, entry1, step, 1, ROPE, WIDTH // 2 - ROPE)
         entry0, entry1 = next0, next1
 
 
 @gluon.jit
 def fetch(
-    entries, rotated, scales, keys, ropes, ready, free, met, raw, table, start, end, PAGE: gl.constexpr,
-    FP8: gl.constexpr, ROPE: gl.constexpr,
+    source, held, bars, start, end, PAGE: gl.constexpr, FP8: gl.constexpr, ROPE: gl.constexpr, B: gl.constexpr,
 ):  # fmt: skip
-    """Fetch all keys of a split: entries, rotated and scales as mla_hopper.decode_blocks has them."""
-    bars = (ready, free, met, raw)
+    """Fetch keys of a split, of bf16 those of every second block: arguments as mla_hopper.decode_blocks has them."""
+    hopper.meet()
+    entries, rotated, scales, table = source
+    _, _, keys, ropes, _, _ = held
     if FP8:
         _fetch_fp8(entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE, ROPE)
     else:
-        _fetch_bf16(entries, rotated, keys, ropes, bars, table, start, end, PAGE, ROPE)
+        _fetch_bf16(rotated, ropes, bars, table, start, end, PAGE, ROPE, B)
+    last = gl.cdiv(end - start, 128) - 1
+    # The other program arrives here, when all that it was sent is there: this one stays.
+    mbarrier.wait(bars.index(FREE + 0), last & 1)
+    mbarrier.wait(bars.index(FREE + 1), last & 1)
+    mbarrier.wait(bars.index(FREE + place(3, last & 1, FP8)), last & 1)

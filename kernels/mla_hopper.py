@@ -1,10 +1,11 @@
 """The inner loop of MLA decode for Hopper in Gluon: two warpgroups, out of step, take blocks of 64 keys in turns.
 
-As `_decode` of mla_decode, for latents of 512, pages of a multiple of 64 tokens and heads in blocks of 64. One program
-holds 64 queries and a pair of blocks in shared memory. The even warpgroup scores a pair's first block and sums the left
-half of the latents, the odd one scores the second and sums the right half; each leaves its weights to the other, so
-that one's softmax hides behind the other's products. The running maximum goes from even to odd and back: a warpgroup
-shrinks its sums to the other's maximum before it adds the other's block. The schedule is FlashMLA's ("seesaw").
+As `_decode` of mla_decode, for latents of 512, pages of a multiple of 64 tokens and heads in blocks of 128, each a
+cluster of two programs that fetch keys together. A program holds 64 queries and a pair of blocks in shared memory. The
+even warpgroup scores a pair's first block and sums the left half of the latents, the odd one scores the second and sums
+the right half; each leaves its weights to the other, so that one's softmax hides behind the other's products. The
+running maximum goes from even to odd and back: a warpgroup shrinks its sums to the other's maximum before it adds the
+other's block. The schedule is FlashMLA's ("seesaw").
 
 Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache is scaled by four more warps.
 """
@@ -18,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hopper import barrier, load_block, tell, view
-from kernels.mla_fetch import FREE, MET, READY, fetch
+from kernels import hopper
+from kernels.hopper import arrive, barrier, load_block, tell, view
+from kernels.mla_fetch import BARS_AT, FREE, MET, RAW, READY, WEIGHTS_AT, fetch, place
 
 HEADS = 64  # of a program
 LATENTS = 512
@@ -51,15 +53,23 @@ def _clear_rows(shared, first, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _score_half(q, keys, bars, scores, zero, phase, HALF: gl.constexpr, ADD: gl.constexpr):
-    mbarrier.wait(bars[READY].index(HALF), phase)
-    k = keys.index(zero + HALF).permute((1, 0))
+def _freed(both, HALF: gl.constexpr, phase, FP8: gl.constexpr):
+    arrive(both, BARS_AT + (FREE + place(HALF, phase, FP8)) * 8)
+
+
+@gluon.jit
+def _score_half(
+    q, keys, bars, scores, zero, phase, HALF: gl.constexpr, ADD: gl.constexpr, FP8: gl.constexpr
+):
+    at = place(HALF, phase, FP8)
+    mbarrier.wait(bars.index(READY + at), phase)
+    k = keys.index(zero + at).permute((1, 0))
     return warpgroup_mma(q.index(zero + HALF % 2), k, scores, use_acc=ADD, is_async=True)
 
 
 @gluon.jit
 def _score_rope(qr, ropes, bars, scores, zero, phase, B: gl.constexpr, ROPE: gl.constexpr):
-    mbarrier.wait(bars[READY].index(4 + B), phase)
+    mbarrier.wait(bars.index(READY + 4 + B), phase)
     k = ropes.index(zero + (2 - B) * 64 // ROPE).permute((1, 0))
     return warpgroup_mma(qr.index(zero), k, scores, is_async=True)
 
@@ -72,9 +82,10 @@ def _clear_block(
     if left < 64:
         if not FP8:
             for half in gl.static_range(2):
-                mbarrier.wait(bars[READY].index(2 * B + half), phase)
-                _clear_rows(keys.index(2 * B + half), left, 256)
-        mbarrier.wait(bars[READY].index(4 + B), phase)
+                at = place(2 * B + half, phase, FP8)
+                mbarrier.wait(bars.index(READY + at), phase)
+                _clear_rows(keys.index(at), left, 256)
+        mbarrier.wait(bars.index(READY + 4 + B), phase)
         _clear_rows(ropes.index((2 - B) * 64 // ROPE), left, ROPE)
         fence_async_shared()
         barrier()
@@ -87,7 +98,7 @@ def _times(acc, factor):
 
 @gluon.jit
 def _step(
-    held, bars, scores, maximum, total, acc, scale2, left, step, LAST: gl.constexpr,
+    held, bars, both, scores, maximum, total, acc, scale2, left, step, LAST: gl.constexpr,
     ODD: gl.constexpr, ROPE: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """Add a pair of blocks to one half of the latents, then score this warpgroup's block of the next pair."""
@@ -99,100 +110,102 @@ def _step(
         scores = gl.where((column < left)[None, :], scores, float("-inf"))
     highest = gl.max(scores, 1) * scale2
     if ODD:
-        mbarrier.wait(bars[MET].index(MAXIMUM), phase)
+        mbarrier.wait(bars.index(MET + MAXIMUM), phase)
         new = gl.maximum(maxima.index(0).load(ROWS), highest)
     else:
         new = gl.maximum(maximum, highest)
     maxima.index(ODD).store(new)
-    tell(bars[MET].index(MAXIMUM + ODD))
+    tell(bars.index(MET + MAXIMUM + ODD))
     shrink = gl.exp2(maximum - new)
     weight = gl.exp2(scores * scale2 - new[:, None])
     total = total * shrink + gl.sum(weight, 1)
     if ODD:
         weights.index(1).store(weight.to(gl.bfloat16))  # over the rotated keys, which are scored
         fence_async_shared()
-        tell(bars[MET].index(WEIGHTS + 1))
+        tell(bars.index(MET + WEIGHTS + 1))
     p = gl.convert_layout(weight.to(gl.bfloat16), gl.DotOperandLayout(0, SUMS, 2))
     acc = _times(acc, shrink)
     if ODD:
-        mbarrier.wait(bars[MET].index(WEIGHTS), phase)
+        mbarrier.wait(bars.index(MET + WEIGHTS), phase)
         acc = warpgroup_mma(weights.index(zero), keys.index(zero + 1), acc, is_async=True)
-        acc = warpgroup_mma(p, keys.index(zero + 3), acc, is_async=True)
+        acc = warpgroup_mma(p, keys.index(zero + place(3, phase, FP8)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
-        tell(bars[FREE].index(1))
+        _freed(both, 1, phase, FP8)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-        tell(bars[FREE].index(3))
+        _freed(both, 3, phase, FP8)
         maximum = new
     else:
         acc = warpgroup_mma(p, keys.index(zero), acc, is_async=True)
-        mbarrier.wait(bars[MET].index(MAXIMUM + 1), phase)
+        mbarrier.wait(bars.index(MET + MAXIMUM + 1), phase)
         maximum = maxima.index(1).load(ROWS)
         shrink = gl.exp2(new - maximum)
         total *= shrink
         weights.index(0).store((weight * shrink[:, None]).to(gl.bfloat16))
         fence_async_shared()
-        tell(bars[MET].index(WEIGHTS))
+        tell(bars.index(MET + WEIGHTS))
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-        tell(bars[FREE].index(0))
+        _freed(both, 0, phase, FP8)
     if not LAST:
         _clear_block(keys, ropes, bars, left - 128, phase ^ 1, ODD, ROPE, FP8)
     if not ODD:
         acc = _times(acc, shrink)
-        mbarrier.wait(bars[MET].index(WEIGHTS + 1), phase)
-        acc = warpgroup_mma(weights.index(zero + 1), keys.index(zero + 2), acc, is_async=True)
+        mbarrier.wait(bars.index(MET + WEIGHTS + 1), phase)
+        k = keys.index(zero + place(2, phase, FP8))
+        acc = warpgroup_mma(weights.index(zero + 1), k, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if not LAST:  # at once: before the next keys have come
+            _freed(both, 2, phase, FP8)
+            tell(bars.index(FREE + 5))
     if not LAST:
         scores = gl.zeros([64, 64], gl.float32, SCORES)
-        scores = _score_half(q, keys, bars, scores, zero, phase ^ 1, 3 * ODD, False)
+        scores = _score_half(q, keys, bars, scores, zero, phase ^ 1, 3 * ODD, False, FP8)
         if ODD:
-            scores = _score_half(q, keys, bars, scores, zero, phase ^ 1, 2, True)
+            scores = _score_half(q, keys, bars, scores, zero, phase ^ 1, 2, True, FP8)
             scores = _score_rope(qr, ropes, bars, scores, zero, phase ^ 1, 1, ROPE)
         else:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            tell(bars[FREE].index(2))
-            mbarrier.arrive(bars[FREE].index(5), count=1)
             scores = _score_rope(qr, ropes, bars, scores, zero, phase ^ 1, 0, ROPE)
-            scores = _score_half(q, keys, bars, scores, zero, phase ^ 1, 1, True)
+            scores = _score_half(q, keys, bars, scores, zero, phase ^ 1, 1, True, FP8)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         if not ODD:
-            tell(bars[FREE].index(4))
-    elif not ODD:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+            tell(bars.index(FREE + 4))
     return scores, maximum, total, acc
 
 
 @gluon.jit
 def _attend(
-    q, qr, keys, ropes, weights, maxima, ready, free, met, out, partial, lse, scale2, start, end, row,
-    part, whole, ODD: gl.constexpr, FP8: gl.constexpr, ROPE: gl.constexpr,
-):  # fmt: skip
+    held, bars, to, scale2, start, end, ODD: gl.constexpr, FP8: gl.constexpr, ROPE: gl.constexpr
+):
     """The running softmax (base 2) of 64 heads over a split, to out at `row`, or partial and lse at `part`."""
-    held, bars = (q, qr, keys, ropes, weights, maxima), (ready, free, met)
+    hopper.meet()
+    both = hopper.of_both()
+    q, qr, keys, ropes, _, maxima = held
+    out, partial, lse, row, part, whole = to
     left = end - start - 64 * ODD
     zero = _zero()
-    mbarrier.wait(bars[READY].index(QUERIES), 0)
+    mbarrier.wait(bars.index(READY + QUERIES), 0)
     _clear_block(keys, ropes, bars, left, 0, ODD, ROPE, FP8)
     scores = gl.zeros([64, 64], gl.float32, SCORES)
-    scores = _score_half(q, keys, bars, scores, zero, 0, 3 * ODD, False)
-    scores = _score_half(q, keys, bars, scores, zero, 0, 1 + ODD, True)
+    scores = _score_half(q, keys, bars, scores, zero, 0, 3 * ODD, False, FP8)
+    scores = _score_half(q, keys, bars, scores, zero, 0, 1 + ODD, True, FP8)
     scores = _score_rope(qr, ropes, bars, scores, zero, 0, ODD, ROPE)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     if not ODD:
-        tell(bars[FREE].index(4))
+        tell(bars.index(FREE + 4))
     maximum = gl.full([64], -1e30, gl.float32, ROWS)
     total = gl.zeros([64], gl.float32, ROWS)
     acc = gl.zeros([64, 256], gl.float32, SUMS)
     last = gl.cdiv(end - start, 128) - 1
     for step in range(last):
         scores, maximum, total, acc = _step(
-            held, bars, scores, maximum, total, acc, scale2, left, step, False, ODD, ROPE, FP8
+            held, bars, both, scores, maximum, total, acc, scale2, left, step, False, ODD, ROPE, FP8
         )
         left -= 128
     scores, maximum, total, acc = _step(
-        held, bars, scores, maximum, total, acc, scale2, left, last, True, ODD, ROPE, FP8
+        held, bars, both, scores, maximum, total, acc, scale2, left, last, True, ODD, ROPE, FP8
     )
     maxima.index(ODD).store(total)  # the last maximum there has been read
-    tell(bars[MET].index(TOTALS + ODD))
-    mbarrier.wait(bars[MET].index(TOTALS + 1 - ODD), 0)
+    tell(bars.index(MET + TOTALS + ODD))
+    mbarrier.wait(bars.index(MET + TOTALS + 1 - ODD), 0)
     total = maxima.index(0).load(ROWS) + maxima.index(1).load(ROWS)
     acc = _times(acc, 1.0 / total)
     head = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
@@ -206,27 +219,19 @@ def _attend(
             gl.store(lse + part + gl.arange(0, 64, ROWS), maximum + gl.log2(total))
 
 
-@gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=1)
-    return bars
-
-
-@gluon.jit
+@hopper.paired()
 def decode_blocks(
-    queries, query_ropes, entries, rotated, scales, table, contexts, out, partial, lse, scale2, heads,
-    table_width, max_splits, ROPE: gl.constexpr, PAGE: gl.constexpr, SPLIT: gl.constexpr,
-    FP8: gl.constexpr,
+    entries, rotated, queries, query_ropes, scales, table, contexts, out, partial, lse, scale2, heads,
+    table_width, max_splits, ROPE: gl.constexpr, PAGE: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
-    """As `_decode`; queries, query_ropes, entries, rotated are descriptors of blocks of 64 x 256, ROPE, 256, ROPE.
+    """As `_decode`; entries, rotated, queries, query_ropes are descriptors of blocks of 64 x 256, ROPE, 256, ROPE.
 
-    Entries of an FP8 cache are blocks of 64 x 64 int32, its scales the same memory in fp32.
+    Entries of an FP8 cache are blocks of 64 x 32 int32, its scales the same memory in fp32.
     """
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     ROPES: gl.constexpr = gl.NVMMASharedLayout(2 * ROPE, 16, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     request, split, block = gl.program_id(2), gl.program_id(1), gl.program_id(0)
     context = gl.load(contexts + request)
     start = split * SPLIT
@@ -234,31 +239,38 @@ def decode_blocks(
         end = gl.minimum(start + SPLIT, context)
         q = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], TILE)
         qr = gl.allocate_shared_memory(gl.bfloat16, [1, 64, ROPE], query_ropes.layout)
-        keys = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 256], TILE)
+        shared = gl.allocate_shared_memory(gl.int32, [BARS_AT // 512 + 1, 1, 128], WORDS)
+        hopper.check_base(shared, BARS_AT)
+        keys = view(hopper.part(shared, 0, WEIGHTS_AT // 512), gl.bfloat16, [4, 64, 256], TILE)
         # Even weights; rotated keys of the odd block, then its weights; rotated keys of the even block.
-        weights = gl.allocate_shared_memory(gl.bfloat16, [3, 64, 64], TILE)
+        weights = view(hopper.part(shared, WEIGHTS_AT // 512, 48), gl.bfloat16, [3, 64, 64], TILE)
         ropes = view(weights, gl.bfloat16, [3 * 64 // ROPE, 64, ROPE], ROPES)
         maxima = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
-        ready, free, met, raw = _barriers(7), _barriers(6), _barriers(6), _barriers(4)
+        bars = view(shared.index(BARS_AT // 512), gl.int64, [64, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(RAW + 4):  # places of keys are freed by the warps of both programs
+            mbarrier.init(bars.index(i), count=8 if i >= FREE and i < FREE + 4 else 1)
         fence_async_shared()
         barrier()
         row = request * heads + block * 64
-        mbarrier.expect(ready.index(QUERIES), 64 * (512 + ROPE) * 2)
-        load_block(queries, [row, 0], ready.index(QUERIES), q.index(0))
-        load_block(queries, [row, 256], ready.index(QUERIES), q.index(1))
-        load_block(query_ropes, [row, 512], ready.index(QUERIES), qr.index(0))
+        mbarrier.expect(bars.index(READY + QUERIES), 64 * (512 + ROPE) * 2)
+        load_block(queries, [row, 0], bars.index(READY + QUERIES), q.index(0))
+        load_block(queries, [row, 256], bars.index(READY + QUERIES), q.index(1))
+        load_block(query_ropes, [row, 512], bars.index(READY + QUERIES), qr.index(0))
         table += request * table_width
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
-        row, whole = row.to(gl.int64), context <= SPLIT
-        gl.warp_specialize(
-            [
-                (_attend, (q, qr, keys, ropes, weights, maxima, ready, free, met, out, partial, lse, scale2,
-                           start, end, row, part, whole, 0, FP8, ROPE)),
-                (_attend, (q, qr, keys, ropes, weights, maxima, ready, free, met, out, partial, lse, scale2,
-                           start, end, row, part, whole, 1, FP8, ROPE)),
-                (fetch, (entries, rotated, scales, keys, ropes, ready, free, met, raw, table,
-                          start, end, PAGE, FP8, ROPE)),
-            ],
-            [4, 4 if FP8 else 1],
-            [216 if FP8 else 240, 72 if FP8 else 24],
-        )  # fmt: skip
+        to = out, partial, lse, row.to(gl.int64), part, context <= SPLIT
+        held, source = (q, qr, keys, ropes, weights, maxima), (entries, rotated, scales, table)
+        if FP8:
+            gl.warp_specialize(
+                [(_attend, (held, bars, to, scale2, start, end, 0, FP8, ROPE)),
+                 (_attend, (held, bars, to, scale2, start, end, 1, FP8, ROPE)),
+                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0))], [4, 4], [224, 56],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [(_attend, (held, bars, to, scale2, start, end, 0, FP8, ROPE)),
+                 (_attend, (held, bars, to, scale2, start, end, 1, FP8, ROPE)),
+                 (hopper.meet, ()),  # all warps must
+                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0)),
+                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 1))], [4, 2, 1, 1], [240, 24, 24, 24],
+            )  # fmt: skip

@@ -110,7 +110,7 @@ from kernels.mla_decode import mla_decode_paged
 
 for rope, kind, width in ((64, torch.bfloat16, 576), (64, torch.uint8, 656), (16, torch.bfloat16, 528)):
     mla_decode_paged(
-        torch.empty(2, 64, 512 + rope, dtype=torch.bfloat16), torch.empty(4, 64, width, dtype=kind),
+        torch.empty(2, 128, 512 + rope, dtype=torch.bfloat16), torch.empty(4, 64, width, dtype=kind),
         torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), scale=1.0, latent=512,
         max_context=128,
     )
