@@ -175,9 +175,9 @@ def mla_decode_paged(
     given = (page_table, context, out, partial, lse, scale * _LOG2_E, heads)
     sizes = (page_table.shape[1], splits)
     page = cache.shape[1]
-    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % (2 * _HEADS)):
+    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
         inputs = _hopper_inputs(queries, cache, rope)
-        mla_hopper.decode_blocks[heads // (2 * _HEADS), splits, requests](
+        mla_hopper.decode_blocks[triton.cdiv(heads, 2 * _HEADS), splits, requests](
             *inputs, *given, *sizes, rope, page, SPLIT_TOKENS, fp8, num_warps=4, maxnreg=168
         )
     else:

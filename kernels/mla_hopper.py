@@ -1,11 +1,11 @@
 """The inner loop of MLA decode for Hopper in Gluon: two warpgroups, out of step, take blocks of 64 keys in turns.
 
-As `_decode` of mla_decode, for latents of 512, pages of a multiple of 64 tokens and heads in blocks of 128, each a
-cluster of two programs that fetch keys together. A program holds 64 queries and a pair of blocks in shared memory. The
-even warpgroup scores a pair's first block and sums the left half of the latents, the odd one scores the second and sums
-the right half; each leaves its weights to the other, so that one's softmax hides behind the other's products. The
-running maximum goes from even to odd and back: a warpgroup shrinks its sums to the other's maximum before it adds the
-other's block. The schedule is FlashMLA's ("seesaw").
+As `_decode` of mla_decode, for latents of 512, pages of a multiple of 64 tokens and heads in blocks of 64, two of which
+are a cluster of two programs that fetch keys together. A program holds 64 queries and a pair of blocks in shared
+memory. The even warpgroup scores a pair's first block and sums the left half of the latents, the odd one scores the
+second and sums the right half; each leaves its weights to the other, so that one's softmax hides behind the other's
+products. The running maximum goes from even to odd and back: a warpgroup shrinks its sums to the other's maximum before
+it adds the other's block. The schedule is FlashMLA's ("seesaw").
 
 Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache is scaled by four more warps.
 """
@@ -179,7 +179,7 @@ def _attend(
     hopper.meet()
     both = hopper.of_both()
     q, qr, keys, ropes, _, maxima = held
-    out, partial, lse, row, part, whole = to
+    out, partial, lse, row, part, whole, has_heads = to
     left = end - start - 64 * ODD
     zero = _zero()
     mbarrier.wait(bars.index(READY + QUERIES), 0)
@@ -211,12 +211,13 @@ def _attend(
     head = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
     column = ODD * 256 + gl.arange(0, 256, gl.SliceLayout(0, SUMS))
     at = head[:, None] * 512 + column[None, :]
-    if whole:
-        gl.store(out + row * 512 + at, acc.to(gl.bfloat16))
-    else:
-        gl.store(partial + part * 512 + at, acc)
-        if not ODD:
-            gl.store(lse + part + gl.arange(0, 64, ROWS), maximum + gl.log2(total))
+    if has_heads:
+        if whole:
+            gl.store(out + row * 512 + at, acc.to(gl.bfloat16))
+        else:
+            gl.store(partial + part * 512 + at, acc)
+            if not ODD:
+                gl.store(lse + part + gl.arange(0, 64, ROWS), maximum + gl.log2(total))
 
 
 @hopper.paired()
@@ -258,7 +259,8 @@ def decode_blocks(
         load_block(query_ropes, [row, 512], bars.index(READY + QUERIES), qr.index(0))
         table += request * table_width
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
-        to = out, partial, lse, row.to(gl.int64), part, context <= SPLIT
+        # of an odd number of blocks the last one's neighbour fetches, and computes what nobody asked for
+        to = out, partial, lse, row.to(gl.int64), part, context <= SPLIT, block * 64 < heads
         held, source = (q, qr, keys, ropes, weights, maxima), (entries, rotated, scales, table)
         if FP8:
             gl.warp_specialize(

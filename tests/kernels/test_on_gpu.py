@@ -405,7 +405,9 @@ def test_a_graph_tells_in_host_memory_what_it_has_written_before_it_ends(n):
 
 @on_gpu
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("heads", "rope", "page"), [(128, 64, 64), (128, 16, 64), (16, 64, 16)])
+@pytest.mark.parametrize(
+    ("heads", "rope", "page"), [(128, 64, 64), (128, 16, 64), (64, 64, 128), (192, 16, 64), (16, 64, 16)]
+)  # fmt: skip
 def test_decode_over_poisoned_pages(heads, rope, page, fp8):
     latent, contexts = 512, [1, 63, 64, 65, 1000, 4096, 4097, 5000]
     pages = [-(-c // page) for c in contexts]
