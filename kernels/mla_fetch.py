@@ -141,9 +141,10 @@ def _fetch_fp8(
         a = _ask(entries, scales, quarters, bars, entry0, left, step, 0, WIDTH)
         b = _ask(entries, scales, quarters, bars, entry0, left, step, 1, WIDTH)
         _scale_half(places, quarters, a, left, bars, step, 0)
+        # before places of the odd block: where this one is the last, the even warpgroup frees them behind clearing it
+        _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, WIDTH // 2 - ROPE)
         c = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 2, WIDTH)
         d = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 3, WIDTH)
-        _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, WIDTH // 2 - ROPE)
         _scale_half(places, quarters, b, left, bars, step, 1)
         _scale_half(places, quarters, d, left - 64, bars, step, 3)
         _scale_half(places, quarters, c, left - 64, bars, step, 2)
