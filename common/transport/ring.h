@@ -122,7 +122,7 @@ static void ring_drop(Ring *ring, uint64_t size)
 /* The oldest record, which `ring_has_record` said is there; NULL when no correct writer wrote it. */
 static Record *ring_first(Ring *ring)
 {
-    for (;;) {
+    for (int i = 0; i < 2; i++) { /* behind one of nothing there is another */
         uint64_t published = __atomic_load_n(&ring->written, __ATOMIC_ACQUIRE) - ring->read;
         Record *record = record_at(ring, ring->read);
         if (published < sizeof *record || published > RING_NBYTES || record_nbytes(record->nbytes) > published)
@@ -131,6 +131,7 @@ static Record *ring_first(Ring *ring)
             return record->slot <= NO_SLOT ? record : NULL;
         ring_drop(ring, record_nbytes(record->nbytes));
     }
+    return NULL;
 }
 
 static uint32_t slot_state(const Slot *slot)

@@ -58,9 +58,8 @@ class Dataflow:
     epochs: Epochs = field(init=False)
     load: ExpertLoad = field(init=False)
     _sources: dict[int, SourceWork] = field(default_factory=dict)  # by the block that was asked for
-    _works: dict[int, NodeWork] = field(
-        default_factory=dict
-    )  # by the RELAY, our own share, or a DISPATCH
+    # by the RELAY, our share of a DISPATCH, or one that is all ours
+    _works: dict[int, NodeWork] = field(default_factory=dict)
     _rows: Rows = field(init=False)
     _answers: Answers = field(init=False)
 
