@@ -95,11 +95,11 @@ def stage(
     """Copy the rows of calls, one call behind the other, to a graph's, and note where the output of each is wanted.
 
     to_rows [most, width] of bytes and to_scales fp32 [most, blocks]; `places` int64 [1 + most] gets the number of rows
-    and the address of each one's output (`out_nbytes` long), for `deliver`. `calls` int64 [turns, 1 + 5 * most], which
-    may be pinned, says in row count % turns how many there are (one at least), and of each: its end among the rows to
-    stage; the addresses of its rows, a multiple of 16, and of its scales, contiguous, which may be memory of another
-    process; that of its outputs, a multiple of 16; that of numbers int32, which of the rows are meant in which order,
-    or 0. `count` int64 [1], see `tell`.
+    and the address of each one's output (`out_nbytes` long), for `deliver` and `expert_ffn_placed`. `calls` int64
+    [turns, 1 + 5 * most], which may be pinned, says in row count % turns how many there are (one at least), and of
+    each: its end among the rows to stage; the addresses of its rows, a multiple of 16, and of its scales, contiguous,
+    which may be memory of another process; that of its outputs, a multiple of 16; that of numbers int32, which of the
+    rows are meant in which order, or 0. `count` int64 [1], see `tell`.
     """
     most, row_nbytes = to_rows.shape[0], to_rows.shape[1] * to_rows.element_size()
     scale_nbytes, turns = 4 * to_scales.shape[1], calls.shape[0]

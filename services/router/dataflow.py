@@ -28,7 +28,7 @@ from services.router.counters import Counters
 from services.router.epochs import Epochs
 from services.router.failover import calls_to_move, shares_to_move
 from services.router.load import ExpertLoad
-from services.router.plan import NodeShare, Pairs, check_experts, fan_out, split_by_node
+from services.router.plan import BlockPairs, NodeShare, check_experts, fan_out, split_by_node
 from services.router.routes import Routes
 from services.router.rows import Rows, rows_again
 from services.router.rows_apart import open_rows
@@ -139,7 +139,7 @@ class Dataflow:
         if self.rail == 0:  # counted while others are at work
             self.load.add(header.layer, pairs.experts, self.clock_ns())
 
-    def _start_source(self, source: SourceWork, pairs: Pairs, payload: Buffer) -> None:
+    def _start_source(self, source: SourceWork, pairs: BlockPairs, payload: Buffer) -> None:
         """A block that several nodes or rails may have shares of."""
         header, routes = source.request, source.routes
         if routes.has_replicas(header.layer):
@@ -188,7 +188,7 @@ class Dataflow:
         self._start_work(header.block, link, header, routes, share, payload, rows)
 
     def _start_work(
-        self, key: int, link: Link, request: Header, routes: Routes, pairs: NodeShare | Pairs,
+        self, key: int, link: Link, request: Header, routes: Routes, pairs: NodeShare | BlockPairs,
         payload: Buffer, segment: RowSegment,
     ) -> None:  # fmt: skip
         """Fan a node's share, or all pairs of a block, out to its workers; rows index the segment."""

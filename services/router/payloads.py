@@ -18,7 +18,7 @@ from common.wire.blocks import (
     wider_segment,
 )
 from common.wire.header import HEADER_NBYTES, Header
-from services.router.plan import NodeShare, Pairs, check_experts, check_pairs
+from services.router.plan import BlockPairs, NodeShare, check_experts, check_pairs
 
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 
 def read_dispatch(
     header: Header, payload: Buffer, num_experts: int, slices: int
-) -> tuple[RowSegment, Pairs]:
+) -> tuple[RowSegment, BlockPairs]:
     """Where the rows lie, and their pairs, [num_rows, top_k * slices].
 
     Of slices, `num_experts` in all, expert e of the model is e * slices and the next ones. Else whoever divides the
@@ -47,7 +47,7 @@ def read_dispatch(
         check_experts(experts, num_experts // slices)
         every = experts[:, None] * np.int32(slices) + np.arange(slices, dtype=np.int32)
         experts, weights, top_k = every.ravel(), weights.repeat(slices), top_k * slices
-    return rows, Pairs(experts.reshape(-1, top_k), weights.reshape(-1, top_k))
+    return rows, BlockPairs(experts.reshape(-1, top_k), weights.reshape(-1, top_k))
 
 
 def read_relay(

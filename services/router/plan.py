@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
-class Pairs:
+class BlockPairs:
     """All of a block, as they came: `experts` of its rows, in any order, and `weights`, [num_rows, top_k] each."""
 
     experts: Int32s
@@ -49,7 +49,7 @@ class NodeShare:
     def of(
         cls, node: int, rows: Ints | Int32s, pair_rows: Int32s, experts: Int32s, weights: Floats
     ) -> Self:
-        """Pairs [num_pairs] of `pair_rows`, which index `rows`; see the properties."""
+        """BlockPairs [num_pairs] of `pair_rows`, which index `rows`; see the properties."""
         sections = (part.tobytes() for part in (pair_rows, experts, weights))
         tail = b"".join(part + bytes(-len(part) % SECTION) for part in sections)
         return cls(node, rows.astype(np.int32), len(pair_rows), tail)
@@ -172,7 +172,7 @@ def split_pairs(
 ) -> list[NodeShare]:
     """Divide sorted pairs by node, ascending; `pair_rows` index `rows`, each of which has a pair.
 
-    Pairs of node NOT_OURS (-1) are left out.
+    BlockPairs of node NOT_OURS (-1) are left out.
     """
     first = int(nodes.min())
     if first >= 0 and first == int(nodes.max()):  # all for one node, and every row has pairs
@@ -206,7 +206,7 @@ def check_pairs(pair_rows: Int32s, experts: Int32s, *, num_rows: int, num_expert
 
 
 def fan_out(
-    pairs: NodeShare | Pairs, workers: Int32s, width: int, row_type: RowType, of_block: int = 0
+    pairs: NodeShare | BlockPairs, workers: Int32s, width: int, row_type: RowType, of_block: int = 0
 ) -> FanOut:
     """Divide a node's pairs by expert worker; every row has at least one pair.
 
@@ -215,7 +215,7 @@ def fan_out(
     """
     if _compiled is not None:
         return _fan_out_compiled(pairs, workers, width, row_type, of_block)
-    if isinstance(pairs, Pairs):
+    if isinstance(pairs, BlockPairs):
         (share,) = split_by_node(pairs.experts, pairs.weights, np.zeros(len(workers), np.int32))
     else:
         share = pairs
@@ -243,12 +243,12 @@ def fan_out(
 
 
 def _fan_out_compiled(
-    pairs: NodeShare | Pairs, workers: Int32s, width: int, row_type: RowType, of_block: int
+    pairs: NodeShare | BlockPairs, workers: Int32s, width: int, row_type: RowType, of_block: int
 ) -> FanOut:
     assert _compiled is not None, "no compiler"
     sizes = *_row_sizes(width, row_type), of_block
     try:
-        if isinstance(pairs, Pairs):
+        if isinstance(pairs, BlockPairs):
             num_rows, top_k = pairs.experts.shape
             num_pairs = num_rows * top_k
             divided = _compiled.fan_out_block(pairs.experts, pairs.weights, top_k, workers, *sizes)

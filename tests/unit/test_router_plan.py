@@ -9,8 +9,8 @@ from common.errors import WireError
 from common.wire.blocks import RowType, expert_pick_layout
 from services.router import plan
 from services.router.plan import (
+    BlockPairs,
     NodeShare,
-    Pairs,
     WorkerShare,
     check_experts,
     check_pairs,
@@ -224,7 +224,7 @@ def test_an_unknown_expert_is_refused(expert):
     with pytest.raises(WireError, match=r"expert id outside 0\.\.3"):
         split_by_node(experts, weights, np.zeros(4, np.int32))
     with pytest.raises(WireError, match=r"expert id outside 0\.\.3"):
-        fan_out(Pairs(experts, weights), np.zeros(4, np.int32), 40, RowType.BF16)
+        fan_out(BlockPairs(experts, weights), np.zeros(4, np.int32), 40, RowType.BF16)
 
 
 @given(blocks(), st.data())
@@ -285,7 +285,7 @@ def test_pairs_that_nobody_computes():
     share = NodeShare.of(0, np.arange(2), rows, experts, np.ones(2, np.float32))
     with pytest.raises(WireError, match="experts that this node does not hold"):
         fan_out(share, workers, 40, RowType.BF16)
-    block = Pairs(experts[:, None], np.ones((2, 1), np.float32))
+    block = BlockPairs(experts[:, None], np.ones((2, 1), np.float32))
     with pytest.raises(WireError, match="experts that this node does not hold"):
         fan_out(block, workers, 40, RowType.BF16)
 
@@ -298,7 +298,7 @@ def test_both_forms_make_the_same_tables(block, row_type, width, of_block, data)
     experts, weights, worker_of, node_of_worker = block
     nodes = node_of_worker[worker_of]
     shares = split_by_node(experts, weights, nodes)
-    pairs = data.draw(st.sampled_from([*shares, Pairs(experts, weights)]))
+    pairs = data.draw(st.sampled_from([*shares, BlockPairs(experts, weights)]))
     mine, theirs = fan_out(pairs, worker_of, width, row_type, of_block), None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "_compiled", None if plan._compiled else _C)
@@ -310,7 +310,7 @@ def test_both_forms_make_the_same_tables(block, row_type, width, of_block, data)
 def test_a_block_of_one_node_needs_no_split(block, row_type, width, of_block):
     experts, weights, worker_of, _ = block
     (share,) = split_by_node(experts, weights, np.zeros(len(worker_of), np.int32))
-    at_once = fan_out(Pairs(experts, weights), worker_of, width, row_type, of_block)
+    at_once = fan_out(BlockPairs(experts, weights), worker_of, width, row_type, of_block)
     _assert_alike(at_once, fan_out(share, worker_of, width, row_type, of_block))
 
 
