@@ -393,6 +393,34 @@ def test_rows_in_reach_are_read_where_they_are_and_kept_until_then(tmp_path, clo
     run(net, main)
 
 
+def test_a_slot_that_names_other_memory_is_named_anew(tmp_path):
+    """The first free slot is used again, and what it says already is not written again: only that."""
+    net, slots, key_at = ReachingUcxNet(tmp_path), set(), 16 + struct.calcsize("QQI")
+
+    async def main():
+        here, there = RowsPeer(), HoldingPeer()
+        link, dialler, _ = await linked(net, here, there)
+        keys = []
+        for turn in range(3):
+            post(link, Header(Kind.EXPERT_IN), dialler.pool, b"r" * 100_000, b"t")
+            await there.until(lambda: bool(there.got))
+            ((_, payload),), there.got = there.got, []
+            slot = payload.rows.block.offer - 1
+            slots.add(slot)
+            nbytes = ctypes.c_uint32.from_address(slot + key_at - 4).value
+            keys.append(ctypes.string_at(slot + key_at, nbytes))
+            if turn == 1:  # as that of another block would be
+                ctypes.memset(slot + key_at, 0xA5, nbytes)
+            payload.release()
+            await poll_until(lambda: not dialler.pool.rows_outstanding)
+        assert len(slots) == 1
+        assert len(set(keys)) == 1
+        assert len(keys[0]) > 8
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
 @pytest.mark.parametrize("shortly", [False, True])
 @pytest.mark.parametrize("kind", [RowsPeer, LandedPeer])
 def test_rows_of_an_answer_are_written_where_they_are_wanted(tmp_path, kind, shortly):
