@@ -1,7 +1,7 @@
 """README's figures are the committed results', word for word."""
 
 from tests.bench.gpu.record import merged
-from tests.bench.gpu.report import spread
+from tests.bench.gpu.report import hop_table, spread
 from tests.bench.report import ROOT, render
 
 
@@ -22,3 +22,27 @@ def test_rounds_of_a_record_are_merged_into_medians_with_their_range():
     ]
     assert spread(whole["rows"][0], "latency_us") == "6.0 (5.0 - 9.0)"
     assert spread(rounds[0]["rows"][0], "latency_us") == "5.0"
+
+
+def test_rows_that_land_have_columns_of_the_hop_where_they_were_measured():
+    rates = {"gb_per_s_1": 2.0, "gb_per_s_8": 3.0, "gb_per_s_32": 4.0}
+    old = {"bytes": 64, "one_way_us": 1.0} | rates
+    new = old | {"landed_us": 5.0} | {f"landed_{key}": 2 * rate for key, rate in rates.items()}
+    new |= {"bytes": 128, "range": {"landed_us": [4.0, 6.0], "landed_gb_per_s_8": [5.0, 7.0]}}
+    facts = {"cards": ["H"], "driver": "", "torch": "", "ucxx": "", "commit": "", "date": ""}
+
+    def table(*rows):
+        return [line for line in hop_table(facts | {"rows": rows}).split("\n") if line[:1] == "|"]
+
+    heads, rule, row = table(old)
+    assert (heads.count("|"), rule, row) == (
+        6,
+        "|---|---|---|---|---|",
+        "| 64 | 1.0 | 2.0 | 3.0 | 4.0 |",
+    )
+    heads, rule, *rows = table(old, new)
+    assert (heads.count("|"), rule.count("|"), heads.count("landed: ")) == (10, 10, 4)
+    assert rows == [
+        "| 64 | 1.0 | 2.0 | 3.0 | 4.0 | - | - | - | - |",
+        "| 128 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 (4.0 - 6.0) | 4.0 | 6.0 (5.0 - 7.0) | 8.0 |",
+    ]

@@ -1,11 +1,17 @@
-"""One hop of a block, GPU to GPU, through the transport: a message with its rows in device memory, and its echo.
+"""One hop of a block, GPU to GPU, through the transport, in both ways in which rows travel.
 
     python -m tests.bench.gpu.hop [--bytes 3801088] [--out FILE]
 
-Two processes, one card each (or one card for both). A message has arrived when its rows are in memory of the receiver:
-those of a neighbour are copied there. Latency is half a round trip of the same size both ways; the rate is that of
-messages one way with some in flight, each with rows of its own: every half of these is answered by an empty one, as
-credits come back. Both sides go on within their handlers, as services do.
+Two processes, one card each (or one card for both). Both sides go on within their handlers, as services do.
+
+A message offers rows where they lie. It has arrived when they are in memory of the receiver: those of a neighbour are
+copied there. Latency is half a round trip of the same size both ways; the rate is that of messages one way with some in
+flight, each with rows of its own: every half of these is answered by an empty one, as credits come back.
+
+An answer's rows are written where the asker wants them, and a header follows (`landed_`, see `hop_landed`). Latency is
+from just before the copy is launched until the asker knows, the median of 400 of which the first 50 are left out. The
+rate is that of rows with some questions in flight, each with a place of its own, and the way of the questions counts.
+Where rows do not land, as on a CPU, there are no such figures.
 """
 
 import argparse
@@ -34,6 +40,7 @@ from common.transport.buffers import Buffer
 from common.transport.device import (
     DeviceBlock,
     DevicePool,
+    DeviceRows,
     open_copy,
     open_seam,
     release_behind,
@@ -41,9 +48,10 @@ from common.transport.device import (
 from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
-from common.wire.header import Header, Kind, Wire
+from common.wire.header import Header, Kind, Landed, Wire
 from tests.bench.gpu.cluster import DEVICE, NUM_CARDS, as_client_of_mps
 from tests.bench.gpu.environment import gpu_facts
+from tests.bench.gpu.hop_landed import FLIGHTS, LAND, Answering, Asking, landed_figures
 
 SECRET = b"of a benchmark between two processes"
 ECHO, COUNT = 1, 2  # layer of a header: what the other side does
@@ -60,19 +68,37 @@ class Side:
         self.closed = asyncio.Event()
         self.taken: Callable[[], None] | None = None  # of the near side; the far one answers
         self.num_taken = 0  # and counts
-        self.copy = open_copy(torch.device(DEVICE))
+        pool = transport.pool
+        assert isinstance(pool, DevicePool)
+        self.copy = open_copy(pool.device)
+        self.answering = Answering(pool, transport.seam)  # of the far side
+        self.asking: Asking | None = None  # of the near one
 
     def on_open(self, link: Link) -> None:
         self.link = link
         self.opened.set()
 
     def on_close(self, link: Link, error: LinkClosed) -> None:
+        self.answering.close()
         self.closed.set()
 
     def on_control(self, link: Link, message: dict[str, Any]) -> None:
         pass
 
+    def on_landed(self, link: Link, answer: Landed, landing: DeviceRows) -> None:
+        assert self.asking is not None, "an answer to nothing"
+        self.asking.on_answer(answer)
+
     def on_message(self, link: Link, header: Header, payload: Buffer | None) -> None:
+        if header.layer == LAND:
+            assert payload is not None, "a question or an answer without rows"
+            if header.kind is Kind.EXPERT_IN:
+                self.answering.add(link, header, payload)
+            else:
+                payload.release()
+                assert self.asking is not None, "an answer to nothing"
+                self.asking.on_answer(header)
+            return
         if payload is None or payload.rows is None:
             self.take(link, header, None)
             if payload is not None:
@@ -166,6 +192,28 @@ async def exchange(
     return moments
 
 
+async def offered(side: Side, link: Link, nbytes: int) -> dict[str, float]:
+    """Figures of messages whose rows the receiver copies."""
+    moments = await exchange(side, link, nbytes, ECHO, ROUNDS, 1)
+    times = [(later - earlier) / 2e-6 for earlier, later in pairwise(moments)]
+    found = {"one_way_us": round(median(times[50:]), 1)}
+    for flight in FLIGHTS:
+        first, *_, last = await exchange(side, link, nbytes, COUNT, MESSAGES, flight)
+        found[f"us_per_message_{flight}"] = round((last - first) / MESSAGES * 1e6, 1)
+        found[f"gb_per_s_{flight}"] = round(nbytes * MESSAGES / (last - first) / 1e9, 1)
+    return found
+
+
+async def landed(side: Side, link: Link, nbytes: int) -> dict[str, float]:
+    """Figures of answers whose rows the sender writes."""
+    pool = side.transport.pool
+    assert isinstance(pool, DevicePool)
+    side.asking = Asking(link, pool, nbytes)
+    found = await landed_figures(side.asking, nbytes, ROUNDS, MESSAGES)
+    side.asking.close()
+    return found
+
+
 async def near(address: str, sizes: list[int]) -> list[dict[str, Any]]:
     t = transport()
     side = Side(t)
@@ -175,13 +223,9 @@ async def near(address: str, sizes: list[int]) -> list[dict[str, Any]]:
     assert link is not None
     rows = []
     for nbytes in sizes:
-        moments = await exchange(side, link, nbytes, ECHO, ROUNDS, 1)
-        times = [(later - earlier) / 2e-6 for earlier, later in pairwise(moments)]
-        row: dict[str, Any] = {"bytes": nbytes, "one_way_us": round(median(times[50:]), 1)}
-        for flight in (1, 8, 32):
-            first, *_, last = await exchange(side, link, nbytes, COUNT, MESSAGES, flight)
-            row[f"us_per_message_{flight}"] = round((last - first) / MESSAGES * 1e6, 1)
-            row[f"gb_per_s_{flight}"] = round(nbytes * MESSAGES / (last - first) / 1e9, 1)
+        row: dict[str, Any] = {"bytes": nbytes}
+        row |= await offered(side, link, nbytes)
+        row |= await landed(side, link, nbytes)
         rows.append(row)
         print(json.dumps(row), flush=True)
     await t.close()

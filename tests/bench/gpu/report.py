@@ -36,19 +36,33 @@ def gpu() -> str:
 
 
 def hop() -> str:
-    facts = read("hop")
-    lines = [
-        "| bytes of a block | one way, us | 1 in flight, GB/s | 8 in flight, GB/s | 32 in flight, GB/s |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['bytes']} | {spread(r, 'one_way_us')} | {r['gb_per_s_1']} | {spread(r, 'gb_per_s_8')} "
-        f"| {r['gb_per_s_32']} |"
-        for r in facts["rows"]
-    ]
-    return "\n".join(
-        [*lines, "", f"`python -m tests.bench.gpu.hop`: GPU to GPU over NVLink, {where(facts)}."]
-    )
+    return hop_table(read("hop"))
+
+
+def hop_table(facts: dict[str, Any]) -> str:
+    """Rows that the receiver copies, and beside them those that the sender writes, where the file has these."""
+    rates = ("1 in flight, GB/s", "8 in flight, GB/s", "32 in flight, GB/s")
+    heads, keys, said = ["bytes of a block", "one way, us", *rates], [""], ""
+    if any("landed_us" in r for r in facts["rows"]):  # older files have none
+        heads += ["landed: one way, us", *(f"landed: {rate}" for rate in rates)]
+        keys.append("landed_")
+        said = (
+            " Landed: rows of an answer, which the answering side writes into the asker's memory; one way is from "
+            "before that copy is launched until the asker knows, rates are with the questions."
+        )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for r in facts["rows"]:
+        cells = [str(r["bytes"])]
+        for before in keys:
+            us = "landed_us" if before else "one_way_us"
+            if us in r:
+                cells += [spread(r, us), f"{r[f'{before}gb_per_s_1']}"]
+                cells += [spread(r, f"{before}gb_per_s_8"), f"{r[f'{before}gb_per_s_32']}"]
+            else:
+                cells += ["-"] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    source = f"`python -m tests.bench.gpu.hop`: GPU to GPU over NVLink, {where(facts)}."
+    return "\n".join([*lines, "", source + said])
 
 
 def round_trip() -> str:
