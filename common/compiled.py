@@ -25,26 +25,32 @@ _COMPILE_S = 60.0
 
 
 @functools.cache
-def compiled(source: Path, *, needs: tuple[str, ...] = ()) -> Any | None:  # noqa: ANN401  -- a module of another language
+def compiled(
+    source: Path, *, needs: tuple[str, ...] = (), headers: tuple[Path, ...] = ()
+) -> Any | None:  # noqa: ANN401  -- a module of another language
     """The module in a C file, compiled if need be; None where it cannot be had, with the reason in the log.
 
-    `needs`: packages whose `include` folder has headers that the source includes.
+    `needs`: packages whose `include` folder has headers that the source includes. `headers`: of those, what lies in
+    other folders of ours.
     """
     if os.environ.get("ATOLL_COMPILED") == "0":
         return None
     try:
-        return _load(source.stem, _built(source, needs, _cache()))
+        return _load(source.stem, _built(source, needs, headers, _cache()))
     except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as exc:
         log.warning("%s is not compiled, its slower form in Python goes on: %s", source.name, exc)
         return None
 
 
-def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
+def _built(
+    source: Path, needs: tuple[str, ...], headers: tuple[Path, ...], directory: Path
+) -> Path:
     """The library's file. Raises OSError, RuntimeError or SubprocessError."""
-    headers = [sysconfig.get_paths()["include"], *map(_headers_of, needs)]
+    include = [sysconfig.get_paths()["include"], *map(_headers_of, needs)]
     flags = shlex.split(os.environ.get("CFLAGS", "-O2"))
-    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    key = hashlib.sha256(repr((texts, sys.version, headers, flags)).encode())
+    beside = sorted(source.parent.glob("*.h"))
+    texts = [path.read_bytes() for path in (source, *beside, *headers)]
+    key = hashlib.sha256(repr((texts, sys.version, include, flags)).encode())
     target = directory / f"{source.stem}-{key.hexdigest()[:16]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat()
@@ -57,7 +63,7 @@ def _built(source: Path, needs: tuple[str, ...], directory: Path) -> Path:
         raise RuntimeError("there is no C compiler (cc, gcc or clang)")
     with tempfile.TemporaryDirectory(dir=directory) as scratch:  # others may compile it too
         output = Path(scratch) / target.name
-        command = [compiler, *flags, "-shared", "-fPIC", *(f"-I{path}" for path in headers)]
+        command = [compiler, *flags, "-shared", "-fPIC", *(f"-I{path}" for path in include)]
         done = subprocess.run(
             [*command, str(source), "-o", str(output)],
             capture_output=True, text=True, timeout=_COMPILE_S, check=False,

@@ -3,10 +3,15 @@
 On CPU a step runs as it is, so that the same code is tested everywhere.
 """
 
+import ctypes
+import logging
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
+_Launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class Replays:
@@ -23,6 +28,7 @@ class Replays:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._side: torch.cuda.Stream | None = None
+        self._steps: dict[int, Callable[[], None]] = {}  # without graphs: by what stands for one
 
     def __repr__(self) -> str:
         return f"<Replays [{len(self._graphs)} captured | {self.num_replays} replays]>"
@@ -42,10 +48,39 @@ class Replays:
     def forget(self, key: Hashable) -> None:
         """What the step of this key reads is gone."""
         self._graphs.pop(key, None)
+        self._steps.pop(_number(key), None)
         if not self._graphs:
             self._pool = (
                 None  # memory that the last graph took along: torch refuses to capture into it
             )
+
+    def handle(self, key: Hashable, step: Callable[[], None]) -> int:
+        """The CUgraphExec of that key, for whoever launches it from C; 0 while there is none.
+
+        Without graphs it stands for the step.
+        """
+        if not self._captures:
+            self._steps[_number(key)] = step
+            return _number(key)
+        graph: Any = self._graphs.get(key)
+        if graph is None or not hasattr(graph, "raw_cuda_graph_exec"):  # of an older torch
+            return 0
+        return int(graph.raw_cuda_graph_exec())
+
+    def launcher(self) -> Any:  # noqa: ANN401  -- ctypes'
+        """int launch(handle, stream), 0 if well: the driver's, or what runs the step. To be kept while it is used."""
+        if self._captures:
+            return ctypes.CDLL("libcuda.so.1").cuGraphLaunch
+        return _Launch(self._run_step)
+
+    def _run_step(self, handle: int, stream: int) -> int:
+        del stream
+        try:
+            self._steps[handle]()
+        except Exception:
+            log.exception("a step failed")
+            return 1
+        return 0
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Run the step, which compiles its kernels and may not be repeatable, then capture without running it."""
@@ -64,3 +99,8 @@ class Replays:
                 graph.capture_end()
         self._pool = graph.pool()
         return graph
+
+
+def _number(key: Hashable) -> int:
+    """Like an address, and not 0."""
+    return hash(key) & (1 << 47) - 1 | 1

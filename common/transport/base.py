@@ -166,6 +166,13 @@ class Transport(Protocol):
         """Open a link. Raises LinkClosed (unreachable), AuthError (refused), DeadlineExceeded."""
         ...
 
+    def answer_with(self, answerer: object) -> None:
+        """Give neighbours' questions to an answerer in a capsule (`answerer.h`) first, where the port can; before links.
+
+        What it takes and answers no handler hears of.
+        """
+        ...
+
     def carriers(self) -> dict[str, list[str]]:
         """What the library below really uses for each open data link, by peer: {"router-0": ["tcp/eth0"]}."""
         ...

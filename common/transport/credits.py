@@ -11,10 +11,16 @@ Invariant, per direction: available + in flight + held by the receiver + owed + 
 from common.errors import WireError
 
 
-class Credits:
-    """Both directions of one link, in messages."""
+class CreditRules:
+    """Both directions of one link, in messages. Where the counts are kept is for whoever derives from it."""
 
-    __slots__ = ("_return_at", "_unreturned", "available", "owed", "receive_window", "send_window")
+    __slots__ = ()
+    send_window: int
+    receive_window: int
+    available: int
+    owed: int
+    _unreturned: int
+    _return_at: int
 
     def __init__(self, send_window: int, receive_window: int) -> None:
         """`send_window` is what the peer grants, `receive_window` what this side grants; both at least 1."""
@@ -61,3 +67,9 @@ class Credits:
         count, self.owed = self.owed, 0
         self._unreturned -= count
         return count
+
+
+class Credits(CreditRules):
+    """Counts that nobody else reads."""
+
+    __slots__ = ("_return_at", "_unreturned", "available", "owed", "receive_window", "send_window")

@@ -259,6 +259,9 @@ class InprocTransport:
         """Nothing computes on a device here."""
         return _NO_DEVICE
 
+    def answer_with(self, answerer: object) -> None:
+        """There are no neighbours here."""
+
     def carriers(self) -> dict[str, list[str]]:
         """See `Transport.carriers`."""
         return {str(link.peer.process): ["inproc"] for link in self.links if link.has_data}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import AtollError, Fatal, LinkClosed, Overloaded, WireError
 from common.transport.base import Handler, Hello, Link, Ticket
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.credits import Credits
+from common.transport.credits import CreditRules, Credits
 from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, Kind, read_landed
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class BaseLink(Link, ABC):
         self._pool = pool
         self._limits = limits
         self._max_message_nbytes = HEADER_NBYTES + limits.max_payload_nbytes
-        self._credits = Credits(limits.window, limits.window)
+        self._credits: CreditRules = Credits(limits.window, limits.window)
         self._queue: deque[tuple[bytearray, Buffer | None, DeviceRows | None]] = deque()
         self._landings: dict[int, DeviceRows] = {}  # answer number -> where its rows go
         self._num_landings = 0

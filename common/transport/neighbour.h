@@ -27,6 +27,7 @@ struct Neighbour {
     int is_gone;
     int num_keys;
     Key *keys; /* to its memory, the last used first */
+    Counts *counts; /* of its link; NULL before that is open */
 };
 
 static void forget_keys(Neighbour *neighbour)
@@ -43,6 +44,7 @@ static void free_neighbour(Neighbour *neighbour)
 {
     ring_unmap(neighbour->in);
     ring_unmap(neighbour->out);
+    Py_XDECREF((PyObject *)neighbour->counts);
     for (Key *key; (key = neighbour->keys) != NULL;) { /* the worker is gone, and took what they name along */
         neighbour->keys = key->next;
         PyMem_Free(key);
@@ -303,7 +305,7 @@ static void part_from(Port *self, Neighbour *neighbour)
 /* False when there is something to read: do not sleep. Writers are told to wake us otherwise. */
 static int may_sleep(Port *self)
 {
-    if (self->num_agreed != 0) /* slots wake nobody */
+    if (self->num_agreed != 0 || self->num_asked != 0) /* slots wake nobody, nor does a device */
         return 0;
     for (Neighbour *each = self->neighbours; each != NULL; each = each->next)
         __atomic_store_n(&each->in->is_asleep, 1, __ATOMIC_SEQ_CST);

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from common.transport.device import DeviceBlock, DeviceRows, NeighbourBlock, tensor_at
-from common.transport.port import Foreign, RowsPort
+from common.transport.port import Foreign, LinkCounts, RowsPort
 
 _PROOF_NBYTES = 16
 _MAX_KNOWN = 256
@@ -43,8 +43,10 @@ class Neighbour:
         """For the peer's `meet`."""
         return {"pid": os.getpid(), "file": self._file, "proof": self._proof.hex()}
 
-    def meet(self, to: Foreign, offer: object) -> Foreign:
+    def meet(self, to: Foreign, offer: object, counts: LinkCounts) -> Foreign:
         """What the port shall send to instead of the endpoint `to`: that again where the peer's memory is out of reach.
+
+        `counts` are the link's.
 
         Raises ValueError and the like for an offer that no peer makes.
         """
@@ -53,7 +55,7 @@ class Neighbour:
             proof = bytes.fromhex(offer["proof"])
             file = _open(int(offer["pid"]), int(offer["file"]), proof, self._port.inbox_nbytes)
         try:  # a peer that reaches our memory may send, whether we reach its or not
-            return self._port.meet(self._number, to, -1 if file is None else file)
+            return self._port.meet(self._number, to, -1 if file is None else file, counts)
         finally:
             if file is not None:
                 os.close(file)

@@ -3,7 +3,10 @@
 #include <Python.h>
 #include <ucp/api/ucp.h>
 
+#include "answerer.h"
 #include "ring.h"
+
+#define MAX_ASKED 8 /* questions that an answerer has at a time */
 
 /* UCX's functions, looked up in the library that the process has loaded already. */
 static struct {
@@ -31,8 +34,17 @@ static struct {
 typedef struct Operation Operation;
 typedef struct Announced Announced;
 typedef struct Neighbour Neighbour;
+typedef struct Counts Counts;
+typedef struct Port Port;
 
+/* A question that an answerer has taken. Its neighbour stays, gone or not, until it is answered. */
 typedef struct {
+    Port *port;
+    Neighbour *neighbour; /* NULL: not in use */
+    Slot *slot;
+} Asked;
+
+struct Port {
     PyObject_HEAD
     ucp_context_h context; /* NULL when the worker is gone */
     ucp_worker_h worker;
@@ -43,8 +55,11 @@ typedef struct {
     Announced *announced, **last_announced; /* rows that `poll` has not told of */
     Neighbour *neighbours;
     int is_telling; /* of records, which must stay where they are */
-    Py_ssize_t num_open, num_agreed, max_head;
-} Port;
+    Py_ssize_t num_open, num_agreed, num_asked, max_head;
+    Answerer *answerer; /* or NULL; Python's name of it keeps it */
+    PyObject *answerer_s;
+    Asked asked[MAX_ASKED];
+};
 
 /* Memory that neighbours may reach. Kept by whoever owns the memory. */
 typedef struct {

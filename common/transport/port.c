@@ -156,12 +156,6 @@ static PyObject *port_reach_rows(Port *self, PyObject *number)
         (unsigned long long)(landing == NULL ? 0 : slot->landing.nbytes));
 }
 
-static void give_rows_back(Slot *slot)
-{
-    slot->status = UCS_OK;
-    slot_pass(slot, SLOT_TAKEN);
-}
-
 /* return_rows(data) */
 static PyObject *port_return_rows(Port *self, PyObject *number)
 {
@@ -169,12 +163,8 @@ static PyObject *port_return_rows(Port *self, PyObject *number)
     if (PyErr_Occurred())
         return NULL;
     Neighbour *neighbour = slot == NULL ? NULL : who_offers(self, slot);
-    if (neighbour != NULL) {
-        give_rows_back(slot);
-        neighbour->num_flying--;
-        if (neighbour->is_gone)
-            sweep_neighbours(self);
-    }
+    if (neighbour != NULL)
+        return_slot(self, neighbour, slot);
     Py_RETURN_NONE;
 }
 
@@ -236,11 +226,15 @@ static PyObject *port_open_inbox(Port *self, PyObject *const *args, Py_ssize_t n
     return PyLong_FromVoidPtr(neighbour);
 }
 
-/* meet(neighbour, endpoint, fd or -1) -> what `send` wants */
+static PyTypeObject *counts_type;
+
+/* meet(neighbour, endpoint, fd or -1, counts) -> what `send` wants */
 static PyObject *port_meet(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
-    if (!check_arguments(num_args, 3))
+    if (!check_arguments(num_args, 4))
         return NULL;
+    if (!PyObject_TypeCheck(args[3], counts_type))
+        return PyErr_Format(PyExc_TypeError, "counts of a link are wanted");
     Neighbour *neighbour = PyLong_AsVoidPtr(args[0]);
     ucp_ep_h endpoint = PyLong_AsVoidPtr(args[1]);
     int file = PyLong_AsLong(args[2]);
@@ -248,6 +242,8 @@ static PyObject *port_meet(Port *self, PyObject *const *args, Py_ssize_t num_arg
         return NULL;
     neighbour->endpoint = endpoint;
     neighbour->out = file < 0 ? NULL : ring_map(file);
+    if (neighbour->out != NULL)
+        neighbour->counts = (Counts *)Py_NewRef(args[3]);
     return PyLong_FromVoidPtr(neighbour->out == NULL ? (void *)endpoint : (char *)neighbour + 1);
 }
 
@@ -261,10 +257,26 @@ static PyObject *port_part(Port *self, PyObject *number)
     Py_RETURN_NONE;
 }
 
+/* answer_with(capsule or None) */
+static PyObject *port_answer_with(Port *self, PyObject *capsule)
+{
+    Answerer *answerer = capsule == Py_None ? NULL : PyCapsule_GetPointer(capsule, ANSWERER);
+    if (PyErr_Occurred())
+        return NULL;
+    forget_answerer(self);
+    if (answerer != NULL) {
+        answerer->answer = answer;
+        self->answerer = answerer;
+        self->answerer_s = Py_NewRef(capsule);
+    }
+    Py_RETURN_NONE;
+}
+
 /* settle(): the worker is gone. An operation that UCX never ended is not used again, should UCX end it all the same. */
 static PyObject *port_settle(Port *self, PyObject *Py_UNUSED(ignored))
 {
     forget_announced(self);
+    forget_answerer(self);
     self->context = NULL;
     if (call_ended(self) < 0)
         return NULL;
@@ -315,6 +327,7 @@ static void port_dealloc(Port *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     forget_announced(self);
+    forget_answerer(self);
     for (Operation *op = self->idle; op != NULL;) {
         Operation *next = op->next;
         PyMem_Free(op);
@@ -364,6 +377,26 @@ static PyObject *port_share(Port *self, PyObject *const *args, Py_ssize_t num_ar
     Py_RETURN_NONE;
 }
 
+static void counts_dealloc(Counts *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef counts_members[] = {
+    {"tag", T_ULONGLONG, offsetof(Counts, tag), 0, NULL},
+    {"next", T_UINT, offsetof(Counts, next), 0, NULL},
+    {"sent", T_UINT, offsetof(Counts, sent), 0, NULL},
+    {"available", T_UINT, offsetof(Counts, available), 0, NULL},
+    {"send_window", T_UINT, offsetof(Counts, send_window), 0, NULL},
+    {"by_ring", T_BOOL, offsetof(Counts, by_ring), 0, NULL},
+    {NULL},
+};
+static PyType_Slot counts_slots[] = {{Py_tp_dealloc, counts_dealloc}, {Py_tp_members, counts_members}, {0, NULL}};
+static PyType_Spec counts_spec = {
+    "port.Counts", sizeof(Counts), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots};
+
 static PyMethodDef port_methods[] = {
     {"send", (PyCFunction)(void (*)(void))port_send, METH_FASTCALL, NULL},
     {"receive", (PyCFunction)(void (*)(void))port_receive, METH_FASTCALL, NULL},
@@ -378,6 +411,7 @@ static PyMethodDef port_methods[] = {
     {"open_inbox", (PyCFunction)(void (*)(void))port_open_inbox, METH_FASTCALL, NULL},
     {"meet", (PyCFunction)(void (*)(void))port_meet, METH_FASTCALL, NULL},
     {"part", (PyCFunction)port_part, METH_O, NULL},
+    {"answer_with", (PyCFunction)port_answer_with, METH_O, NULL},
     {"arm", (PyCFunction)port_arm, METH_NOARGS, NULL},
     {"settle", (PyCFunction)port_settle, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -437,7 +471,8 @@ PyMODINIT_FUNC PyInit_port(void)
     if (type == NULL || PyModule_AddObjectRef(module, "Port", type) < 0)
         Py_CLEAR(module);
     shared_type = (PyTypeObject *)PyType_FromSpec(&shared_spec);
-    if (shared_type == NULL)
+    counts_type = (PyTypeObject *)PyType_FromSpec(&counts_spec);
+    if (shared_type == NULL || counts_type == NULL || PyModule_AddObjectRef(module, "Counts", (PyObject *)counts_type) < 0)
         Py_CLEAR(module);
     Py_XDECREF(type);
     return module;

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from common.compiled import compiled
 from common.transport.carriers import loaded_library
+from common.transport.credits import CreditRules
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +129,49 @@ class RowsPort(Port, Protocol):
         """A neighbour whose messages come through that file; raises OSError when it cannot be mapped."""
         ...
 
-    def meet(self, neighbour: int, to: Foreign, file: int, /) -> int:
-        """The neighbour at the endpoint `to`, with its own inbox (-1: out of reach): what to send to from now on."""
+    def meet(self, neighbour: int, to: Foreign, file: int, counts: "LinkCounts", /) -> int:
+        """The neighbour at the endpoint `to`, with its own inbox (-1: out of reach): what to send to from now on.
+
+        From now on an answerer may take its messages, and writes to the link's counts.
+        """
         ...
 
     def part(self, neighbour: int, /) -> None:
         """Its endpoint is closed: what was agreed with it ends as canceled."""
         ...
+
+
+    def answer_with(self, answerer: object, /) -> None:
+        """Let the answerer in that capsule (`answerer.h`) have what neighbours ask, before `poll` tells of it."""
+        ...
+
+
+class _Counts:
+    """What the compiled port has in C."""
+
+    __slots__ = ("available", "by_ring", "next", "send_window", "sent", "tag")
+
+
+_InPort: Any = _Counts if _compiled is None else _compiled.Counts
+
+
+class LinkCounts(CreditRules, _InPort):  # type: ignore[misc]  -- either of two
+    """Of one link, written to by the port too: credits, and the numbers of messages.
+
+    `tag`: what those of this side begin with. `next`: the message to deliver next; `sent`: the one to be sent next.
+    `by_ring`: none has come in another way than through the inbox of a neighbour.
+    """
+
+    __slots__ = ("_return_at", "_unreturned", "owed", "receive_window")
+    tag: int
+    next: int
+    sent: int
+    by_ring: bool
+
+    def __init__(self, send_window: int, receive_window: int) -> None:
+        super().__init__(send_window, receive_window)
+        self.tag = self.next = self.sent = 0
+        self.by_ring = True
 
 
 def is_compiled() -> bool:

@@ -1,5 +1,5 @@
 /* What `poll` tells Python of: what has ended, and what came by UCX or from neighbours. A call per message. */
-#include "neighbour.h"
+#include "asked.h"
 
 #define MAX_ARRIVALS 256 /* per poll, so that a flood cannot keep completions and timers waiting */
 
@@ -126,8 +126,8 @@ static int tell_of_rows(Port *self, PyObject *announced)
     return num;
 }
 
-/* A record of a neighbour. What no port writes is told of as a message of kind 0, which closes its link. */
-static int tell_of_record(Neighbour *from, PyObject *arrived, PyObject *announced)
+/* A record of a neighbour, unless it is taken. What no port writes is told of as a message of kind 0, which closes its link. */
+static int tell_of_record(Port *self, Neighbour *from, PyObject *arrived, PyObject *announced)
 {
     Record *record = ring_first(from->in);
     Slot *slot = record == NULL || record->slot == NO_SLOT ? NULL : from->in->slots + record->slot;
@@ -136,6 +136,8 @@ static int tell_of_record(Neighbour *from, PyObject *arrived, PyObject *announce
     if (record == NULL || (slot != NULL && slot_state(slot) != SLOT_OFFERED)) {
         PyObject *args[3] = {PyLong_FromUnsignedLongLong(from->sender), PyLong_FromLong(0), PyLong_FromLong(0)};
         status = tell(arrived, args, 3);
+    } else if (slot != NULL && is_taken(self, from, record, slot)) {
+        status = 0;
     } else if (slot != NULL) {
         PyObject *args[4] = {
             PyLong_FromUnsignedLongLong(record->tag),
@@ -155,13 +157,13 @@ static int tell_of_record(Neighbour *from, PyObject *arrived, PyObject *announce
 /* -1 when a call raised; the rest is for the next time. */
 static int tell_of_records(Port *self, PyObject *arrived, PyObject *announced)
 {
-    int num = 0;
+    int num = look_at_answers(self);
     self->is_telling = 1;
     for (Neighbour *each = self->neighbours; num >= 0 && each != NULL; each = each->next) {
         if (__atomic_load_n(&each->in->is_asleep, __ATOMIC_RELAXED))
             __atomic_store_n(&each->in->is_asleep, 0, __ATOMIC_RELAXED);
         while (num >= 0 && num < MAX_ARRIVALS && !each->is_gone && ring_has_record(each->in))
-            num = tell_of_record(each, arrived, announced) < 0 ? -1 : num + 1;
+            num = tell_of_record(self, each, arrived, announced) < 0 || look_at_answers(self) < 0 ? -1 : num + 1;
     }
     self->is_telling = 0;
     sweep_neighbours(self);

@@ -47,6 +47,7 @@ class UcxTransport:
         self._spin_us = spin_us
         self._expected_class = expected_class
         self._plane: DataPlane | None = None
+        self._answerer: object = None
         self._listeners: list[Listener] = []
         self._is_closed = False
 
@@ -77,7 +78,14 @@ class UcxTransport:
                 spin_us=self._spin_us,
                 report=self._report,
             )
+            if self._answerer is not None:
+                self._plane.port.answer_with(self._answerer)
         return self._plane
+
+    def answer_with(self, answerer: object) -> None:
+        """See `Transport.answer_with`."""
+        if self._pool.apart:  # which needs the compiled port
+            self._answerer = answerer
 
     async def listen(self, address: str, hello: Hello, handler: Handler) -> str:
         """See `Transport.listen`. Raises ConfigError when the address is wrong or in use."""

@@ -26,7 +26,7 @@ from common.errors import LinkClosed, WireError
 from common.transport.base import Handler, Hello
 from common.transport.buffers import Buffer
 from common.transport.link import BaseLink, LinkState
-from common.transport.port import CANCELED, IN_PROGRESS, Foreign
+from common.transport.port import CANCELED, IN_PROGRESS, Foreign, LinkCounts
 from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
 from common.wire.header import HEADER_NBYTES, Header
 
@@ -67,9 +67,15 @@ class UcxArrivals(BaseLink):
         self._endpoint: Endpoint | None = None
         self._neighbour: Neighbour | None = None  # the peer, on this host
         self._reaches_here = False  # the peer, into our device memory, without our having a say
-        self._next = 0  # the message to deliver next
+        self._credits: LinkCounts = LinkCounts(self._limits.window, self._limits.window)
         self._arrivals: dict[int, _Arrival] = {}  # by sequence
         self._announced: dict[int, _Announced] = {}  # rows whose receive is not posted
+
+    def _set_windows(self, send_window: int) -> None:
+        by_ring = self._credits.by_ring  # what overtook the control socket is not delivered yet
+        super()._set_windows(send_window)
+        self._credits = LinkCounts(send_window, self._limits.window)
+        self._credits.by_ring = by_ring
 
     def arrive(self, tag: int, nbytes: int, message: Foreign | bytes) -> None:
         """A message of this link was probed: receive it, or close the link when it must not be received.
@@ -80,7 +86,7 @@ class UcxArrivals(BaseLink):
         is_short = nbytes == HEADER_NBYTES and type(message) is bytes
         if (
             is_short
-            and number == self._next
+            and number == self._credits.next
             and tag >> KIND_SHIFT == KIND_MESSAGE
             and self._taken(message)
         ):
@@ -92,6 +98,7 @@ class UcxArrivals(BaseLink):
             buffer.view[:nbytes] = message
             self._take(number, buffer)
             return
+        self._credits.by_ring = False
         arrival = self._arrivals[number] = _Arrival(buffer)
         ended = partial(self._message_in, number, arrival)
         status = self._port.receive(message, buffer.address, nbytes, ended)
@@ -112,12 +119,13 @@ class UcxArrivals(BaseLink):
             self._port.discard_rows(data)
             return
         self._announced[number] = data, nbytes
+        self._credits.by_ring &= bool(data & 1)
         buffer.view[: len(head)] = head
         self._take(number, buffer)
 
     def _take(self, number: int, buffer: Buffer) -> None:
         """A message is in, maybe without its rows. Most are the next one and go on at once."""
-        if number != self._next or self.state is not LinkState.OPEN:
+        if number != self._credits.next or self.state is not LinkState.OPEN:
             arrival = self._arrivals[number] = _Arrival(buffer, status=0)
             if self.state is LinkState.OPEN:  # else it overtook the control socket
                 self._open_arrival(number, arrival)
@@ -133,7 +141,7 @@ class UcxArrivals(BaseLink):
             self._await_rows(number, arrival)
             self._deliver_whole()
             return
-        self._next = (number + 1) & SEQUENCE_MASK
+        self._credits.next = (number + 1) & SEQUENCE_MASK
         self._deliver(header, buffer)
         if self._arrivals:
             self._deliver_whole()
@@ -149,13 +157,13 @@ class UcxArrivals(BaseLink):
         self._fail(
             WireError(
                 f"message {number} of kind {tag >> KIND_SHIFT} and {nbytes} bytes from {self._peer.process}, "
-                f"expected number {self._next} and at most {self._max_message_nbytes} bytes"
+                f"expected number {self._credits.next} and at most {self._max_message_nbytes} bytes"
             )
         )
         return None
 
     def _is_expected(self, number: int, known: Container[int]) -> bool:
-        return (number - self._next) & SEQUENCE_MASK < _MAX_AHEAD and number not in known
+        return (number - self._credits.next) & SEQUENCE_MASK < _MAX_AHEAD and number not in known
 
     def _message_in(self, number: int, arrival: _Arrival, status: int) -> None:
         arrival.status = status
@@ -227,11 +235,11 @@ class UcxArrivals(BaseLink):
     def _deliver_whole(self) -> None:
         """Deliver what is complete, in order."""
         while self.state is LinkState.OPEN:
-            arrival = self._arrivals.get(self._next)
+            arrival = self._arrivals.get(self._credits.next)
             if arrival is None or arrival.header is None or arrival.rows_status != 0:
                 return
-            del self._arrivals[self._next]
-            self._next = (self._next + 1) & SEQUENCE_MASK
+            del self._arrivals[self._credits.next]
+            self._credits.next = (self._credits.next + 1) & SEQUENCE_MASK
             self._deliver(arrival.header, arrival.buffer)
 
     def _taken(self, message: bytes) -> bool:
@@ -242,7 +250,7 @@ class UcxArrivals(BaseLink):
             return True
         if not self._deliver_landed(message):
             return False
-        self._next = (self._next + 1) & SEQUENCE_MASK
+        self._credits.next = (self._credits.next + 1) & SEQUENCE_MASK
         if self._arrivals:
             self._deliver_whole()
         return True

@@ -86,7 +86,7 @@ class UcxLink(UcxMessages):
                 sender, worker = init["sender"], base64.b64decode(init["worker"], validate=True)
                 if type(sender) is not int or not 0 < sender <= SENDER_MASK or not worker:
                     raise ValueError("sender or worker")
-                self._tag_base = sender << SENDER_SHIFT
+                self._credits.tag = sender << SENDER_SHIFT
                 self._endpoint, self._to = self._reactor.endpoint(worker, self._endpoint_failed)
                 self._meet(init.get("neighbour"))
             if not isinstance(facts, dict):
@@ -101,7 +101,7 @@ class UcxLink(UcxMessages):
         if self._neighbour is not None:
             if self._pool.polled and not self._reaches_here:
                 offer = None
-            endpoint, self._to = self._to, self._neighbour.meet(self._to, offer)
+            endpoint, self._to = self._to, self._neighbour.meet(self._to, offer, self._credits)
             self._is_met = self._to != endpoint
 
     def on_lost(self, channel: Channel, error: AtollError) -> None:

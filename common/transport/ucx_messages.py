@@ -33,14 +33,10 @@ class UcxMessages(UcxArrivals):
         super().__init__(plane, mine, peer, handler, sender)
         self._to: Foreign = None  # the port's name of the endpoint
         self._is_met = False
-        self._tag_base = 0  # without the kind
-        self._num_sent = 0
         self._new_header()
 
     def _transmit(self, buffer: Buffer, landing: "DeviceRows | None") -> None:
-        rows, number = buffer.rows, self._num_sent
-        self._num_sent = (number + 1) & SEQUENCE_MASK
-        tag = self._tag_base | number
+        rows, tag = buffer.rows, self._next_tag()
         if rows is None:
             self._send_message(buffer, tag)
             return
@@ -56,6 +52,13 @@ class UcxMessages(UcxArrivals):
             send()
         else:
             rows.fence.then(send)
+
+    def _next_tag(self) -> int:
+        """Of the next message, without the kind."""
+        counts = self._credits
+        number = counts.sent
+        counts.sent = (number + 1) & SEQUENCE_MASK
+        return counts.tag | number
 
     def _send_message(self, buffer: Buffer, tag: int) -> None:
         """Nothing is raised: a closed link says what is lost by itself."""
@@ -82,8 +85,7 @@ class UcxMessages(UcxArrivals):
         header.pack_into(self._header.data)
         credits.collect()
         credits.available -= 1
-        tag = KIND_MESSAGE << KIND_SHIFT | self._tag_base | self._num_sent
-        self._num_sent = (self._num_sent + 1) & SEQUENCE_MASK
+        tag = KIND_MESSAGE << KIND_SHIFT | self._next_tag()
         ended = partial(self._header_sent, self._header)
         status = self._port.send(self._to, self._header_at, HEADER_NBYTES, tag, ended)
         if status == IN_PROGRESS:  # UCX has yet to read it
@@ -143,11 +145,9 @@ class UcxMessages(UcxArrivals):
         ):  # fmt: skip
             return None
         credits.available -= 1
-        sequence = self._num_sent
-        self._num_sent = (sequence + 1) & SEQUENCE_MASK
         answer = self._answer_number() if wanted else 0
         block.retain()
-        tag = KIND_WITH_ROWS << KIND_SHIFT | self._tag_base | sequence
+        tag = KIND_WITH_ROWS << KIND_SHIFT | self._next_tag()
         fields = (
             self._to, tag, number, target, num_rows, num_pairs, credits.collect(), answer, place, nbytes, where, wanted,
             tail,

@@ -4,22 +4,6 @@
 #define ROWS_ID 16     /* of active messages; UCXX takes the first few numbers */
 #define MAX_HEAD 65536 /* bytes of a message that travel with rows; UCX may have less room */
 
-/* A header as `common.wire.header` packs it. */
-typedef struct {
-    uint8_t fixed[16]; /* what all messages of a volley have in common, and below */
-    uint64_t block, trace;
-    uint32_t num_rows, num_pairs;
-    uint16_t target, attempt, microbatch;
-    uint8_t landed, unused;
-    uint64_t payload_nbytes;
-    uint32_t credits;
-    uint8_t none[28];
-    uint64_t rows_nbytes;
-    uint32_t answer;
-    uint8_t rest[28];
-} MessageHeader;
-_Static_assert(sizeof(MessageHeader) == 128, "a header has 128 bytes");
-
 /* Rows, and where those of the answer are wanted; with Shared or None, or the number of rows that are handed on. */
 typedef struct {
     void *rows;

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -17,6 +17,9 @@ from common.plan_file import first_residents
 from kernels.reference.ffn import Network, network
 from kernels.reference.linear import resident
 from kernels.reference.stage import Picks, picked
+
+if TYPE_CHECKING:
+    from services.expert.desk import Desk
 
 MAX_BATCH_ROWS = 4096
 
@@ -121,6 +124,11 @@ class Bank:
     def together(self, layer: int, calls: Sequence[Call]) -> list[torch.Tensor] | None:
         """Calls at once, each output maybe where it is wanted; None: not in this way, as always on CPU."""
         del layer, calls
+        return None
+
+    def open_desk(self, answered: Callable[..., None]) -> "Desk | None":
+        """What answers small questions without Python, and tells of them; None, as always on CPU: nothing."""
+        del answered
         return None
 
     def written(self) -> Callable[[], bool] | None:

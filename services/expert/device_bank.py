@@ -23,6 +23,7 @@ from common.wire.header import Wire
 from kernels import ops
 from kernels.reference.quant import BLOCK
 from services.expert.bank import MAX_BATCH_ROWS, Bank, Call, read_expert
+from services.expert.desk import Answered, Desk
 from services.expert.device_experts import DeviceExpert, GraphedExperts, Group, GroupedExperts
 
 Tensor = torch.Tensor
@@ -36,6 +37,7 @@ class DeviceBank(Bank):
     graphed: GraphedExperts | None = None
     grouped: GroupedExperts | None = None  # where a layer has several experts here
     by_graph: bool = False  # the last `together`, of one expert
+    desk: Desk | None = None
 
     def __contains__(self, place: object) -> bool:
         return place in self.experts
@@ -48,8 +50,16 @@ class DeviceBank(Bank):
         self.hashes[place] = digest
         self.rows.setdefault(place, 0)
 
+    def open_desk(self, answered: Answered) -> Desk | None:
+        """Let small questions be answered without Python, where that can be; `answered` is told of them."""
+        if self.graphed is not None:
+            self.desk = self.graphed.open_desk(answered)
+        return self.desk
+
     def drop(self, place: Place) -> None:
         """Hold an expert no longer; others may stand for the same weights."""
+        if self.desk is not None:
+            self.desk.forget(place)
         network = self.experts.pop(place, None)
         shared = any(other is network for other in self.experts.values())
         if network is not None and not shared:
@@ -101,6 +111,9 @@ class DeviceBank(Bank):
         if self.graphed is not None and is_one and one.is_fp8 and self._fits(num_rows):
             outputs = self.graphed(one, calls)
             self.by_graph = outputs is not None
+            if self.desk is not None:
+                place = layer, calls[0].segments[0][0]
+                self.graphed.teach(self.desk, place, one, num_rows)
         elif self.grouped is not None:
             outputs = self.grouped(groups, calls)
         if outputs is not None:

@@ -1,7 +1,7 @@
 """Experts on a GPU: one as it is, one on few rows as a CUDA graph, several of a layer in one launch each way."""
 
 import bisect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
+from common.placement.plan import Place
 from common.transport.device import open_copy
 from kernels import ops
 from kernels.graphs import Replays
-from kernels.reference.quant import BLOCK
+from services.expert import desk
 from services.expert.bank import Call, joined, own_rows
+from services.expert.desk import Answered, Desk
+from services.expert.staged import Staged
 
 Tensor = torch.Tensor
 Group = tuple["DeviceExpert", int, int]  # and its rows: the first, the one behind the last
@@ -54,76 +57,6 @@ class DeviceExpert:
         return linear((torch.nn.functional.silu(gate) * up).to(dtype), self.down)
 
 
-class _Staged:
-    """The buffers of graphs: rows of calls, one call behind the other, and where each row's output is wanted.
-
-    A graph's first kernel reads in pinned memory what to bring, its last tells there that all is written: launching the
-    graph is the only call of the driver. A turn's place there is used again when it is over.
-    """
-
-    _TURNS = 8
-
-    def __init__(self, most: int, width: int, device: torch.device) -> None:
-        self.rows = torch.zeros(most, width, dtype=torch.uint8, device=device)
-        self.scales = torch.ones(most, -(-width // BLOCK), device=device)
-        self.places = torch.zeros(1 + most, dtype=torch.int64, device=device)  # where outputs go
-        self._count = torch.zeros(1, dtype=torch.int64, device=device)
-        pinned = partial(torch.zeros, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._calls, self._told = pinned(self._TURNS, 1 + 5 * most), pinned(1)
-        self._fields = [turn.numpy().data for turn in self._calls]
-        self._seen = self._told.numpy().data
-        self._turn = 0
-
-    @property
-    def has_room(self) -> bool:
-        """Whether there may be another turn: the device still reads those that are not over."""
-        return self._turn - self._seen[0] < self._TURNS
-
-    def bring(self, calls: Sequence[Call]) -> list[Tensor]:
-        """What the next graph brings: rows e4m3 [n, width] with scales, contiguous. Returns their outputs, bf16."""
-        assert self.has_room, "a turn that is not over"
-        fields, outputs, end = self._fields[self._turn % self._TURNS], [], 0
-        fields[0], at = len(calls), 1
-        for call in calls:
-            (rows, scales), out, picks = call.quantised, call.out, call.picks
-            num_rows, width = call.num_rows, rows.shape[1]
-            if out is None or out.dtype is not torch.bfloat16:
-                out = rows.new_empty((num_rows, width), dtype=torch.bfloat16)
-            end += num_rows
-            source, to = rows.data_ptr(), out.data_ptr()
-            assert (source | to) & 15 == 0, "rows that are not aligned"
-            fields[at], fields[at + 1], fields[at + 2] = end, source, scales.data_ptr()
-            fields[at + 3] = to
-            fields[at + 4] = 0 if picks is None else picks[0].data_ptr() + picks[1]
-            outputs.append(out)
-            at += 5
-        self._turn += 1  # not for calls that cannot be brought
-        return outputs
-
-    def stage(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """A graph's first step, for up to so many rows: what was brought, e4m3 with scales."""
-        rows, scales = self.rows[:num_rows], self.scales[:num_rows]
-        ops.stage(rows, scales, self.places, self._calls, self._count, 2 * rows.shape[1])
-        return rows.view(torch.float8_e4m3fn), scales
-
-    def tell(self) -> None:
-        """Its last step: outputs bf16 are where they are wanted."""
-        ops.tell(self._count, self._told)
-
-    def run(self, graphs: Replays, key: Hashable, step: Callable[[], None]) -> None:
-        """Launch the graph of a turn that was brought; of one that cannot be launched nothing is left."""
-        try:
-            graphs.run(key, step)
-        except BaseException:
-            self._turn = int(self._count)
-            raise
-
-    def written(self) -> Callable[[], bool]:
-        """Asks whether the outputs of the last turn are: a look into memory."""
-        wanted, seen = self._turn, self._seen
-        return lambda: seen[0] >= wanted
-
-
 class GraphedExperts:
     """FP8 experts on few rows as CUDA graphs: a call cost 133 us of Python, with copies by torch; its kernels launched
     one by one cost 271 (128 rows, hidden 2048, two H100 hosts, 2026-11-25).
@@ -132,11 +65,11 @@ class GraphedExperts:
     there before, and nobody reads theirs.
     """
 
-    BUCKETS = (8, 16, 32, 64, 128)
+    BUCKETS = (8, 16, 32, 64, 128)  # as `desk.c` has them: each twice the one before
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._graphs = Replays(device)
-        self._staged = _Staged(self.BUCKETS[-1], width, device)
+        self._staged = Staged(self.BUCKETS[-1], width, device)
 
     def __call__(self, expert: DeviceExpert, calls: Sequence[Call]) -> list[Tensor] | None:
         """Outputs of an expert, bf16; no more rows together than the largest bucket.
@@ -153,6 +86,20 @@ class GraphedExperts:
     def written(self) -> Callable[[], bool]:
         """Asks whether the last outputs are."""
         return self._staged.written()
+
+    def open_desk(self, answered: Answered) -> Desk | None:
+        """For questions that need no Python; None where there is no compiler."""
+        if not desk.is_possible():
+            return None
+        return Desk(self._staged, self._graphs, len(self.BUCKETS), answered)
+
+    def teach(self, to: Desk, place: Place, expert: DeviceExpert, num_rows: int) -> None:
+        """Tell the desk of the graph for so many rows of the expert at `place`, if it does not know."""
+        number = bisect.bisect_left(self.BUCKETS, num_rows)
+        if not to.knows(place, number):
+            bucket = self.BUCKETS[number]
+            step = partial(self._compute, expert, bucket)
+            to.learn(place, number, self._graphs.handle((expert, bucket), step))
 
     def _compute(self, expert: DeviceExpert, bucket: int) -> None:
         """The step of a graph."""
@@ -183,7 +130,7 @@ class GroupedExperts:
         self._free = list(range(size))[::-1]
         self._graphs = Replays(device)
         self._copy = open_copy(device)
-        self._staged = _Staged(self.ROWS[-1], width, device)
+        self._staged = Staged(self.ROWS[-1], width, device)
         self._table = torch.zeros(self.GROUPS[-1], 3, dtype=torch.int32, device=device)
         self._stagings = torch.zeros(
             self._STAGINGS, self.GROUPS[-1], 3, dtype=torch.int32, pin_memory=device.type == "cuda"

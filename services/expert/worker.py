@@ -67,6 +67,10 @@ class ExpertWorker:
         self.bank = load_bank(self.config, self.spec.id.index)
         self.batcher.max_rows = self.bank.max_batch_rows
         self.loop = asyncio.get_running_loop()
+        self.desk = self.bank.open_desk(self._answered)
+        if self.desk is not None:
+            self.transport.answer_with(self.desk.answerer)
+            log.info("small questions of neighbours are answered without Python")
         routers = self.config.routers_of(self.spec.node)
         self.holdings = Holdings(self.bank, partial(read_one, self.config), len(routers))
         tasks.create_task(self.holdings.run(), name="holdings")
@@ -80,7 +84,14 @@ class ExpertWorker:
     async def drain(self) -> None:
         """Answer what waits."""
         self.state = State.DRAINING
-        await poll_until(lambda: not len(self.batcher) and not self._in_flight)
+        desk = self.desk
+        await poll_until(
+            lambda: (
+                not len(self.batcher)
+                and not self._in_flight
+                and (desk is None or not desk.num_waiting)
+            )
+        )
 
     async def stop(self) -> None:
         """Close the links."""
@@ -204,6 +215,22 @@ class ExpertWorker:
             self._answer(link, header, payload, rows, queue_us, compute_us)
         self.counters["batches"] += 1
         self.counters["compute_us"] += compute_us
+
+    def _answered(
+        self, layer: int, expert: int, num_rows: int, trace: int, microbatch: int, since_ns: int, ended_ns: int,
+    ) -> None:  # fmt: skip
+        """The desk has answered a question, which it computed at once."""
+        self._ended_ns = ended_ns
+        if (layer, expert) in self.bank:  # else it was given up meanwhile
+            self.bank.rows[layer, expert] += num_rows
+        self.counters["calls"] += 1
+        self.counters["rows"] += num_rows
+        self.counters["batches"] += 1
+        self.counters["compute_us"] += (ended_ns - since_ns) // 1000
+        if self.trace is not None:
+            place = trace, layer, microbatch
+            self.trace.span("queue", *place, since_ns, since_ns, 1)
+            self.trace.span("compute", *place, since_ns, ended_ns, 1)
 
     def _answer(
         self, link: Link, request: Header, asked: Buffer, rows: torch.Tensor, queue_us: int, compute_us: int

@@ -346,7 +346,7 @@ def test_rows_that_no_correct_peer_announces_close_the_link(tmp_path, kind, numb
         link, dialler, _ = await linked(net, here, there)
         rows = dialler.pool.acquire_rows(100_000)
         head = dialler.pool.acquire(0)
-        tag = kind << 56 | link._tag_base | number
+        tag = kind << 56 | link._credits.tag | number
         link._send_rows(rows, tag, head.address, 128, None)
         await there.until(lambda: bool(there.closed))
         assert sentence in str(there.closed[0][1])
@@ -518,12 +518,12 @@ def test_an_answer_that_landed_waits_for_what_it_overtook(tmp_path):
     async def main():
         here = LandedPeer()
         _, there, ((header, answer),) = await asked(net, here)
-        there._num_sent += 1
+        there._credits.sent += 1
         there.post(header, answer)
         answer.release()
         await asyncio.sleep(0.05)
         assert here.got == []
-        there._num_sent -= 2
+        there._credits.sent -= 2
         there.post(Header(Kind.DISPATCH))
         await here.until(lambda: len(here.got) == 2)
         assert here.got[0][0].kind is Kind.DISPATCH
@@ -632,7 +632,7 @@ def test_what_cannot_leave_as_a_header_alone_changes_nothing(tmp_path):
     async def main():
         here = LandedPeer()
         _, there, ((header, answer),) = await asked(net, here)
-        credits, sent = there._credits, there._num_sent
+        credits, sent = there._credits, there._credits.sent
         before = credits.available, credits.owed
         own = there._pool.acquire_rows(4096)
         assert not there.post_landed(header, own), "rows that the peer did not want there"
@@ -647,7 +647,7 @@ def test_what_cannot_leave_as_a_header_alone_changes_nothing(tmp_path):
         there._queue.append(None)
         assert not there.post_landed(header, answer.rows), "others wait"
         there._queue.clear()
-        assert (credits.available, credits.owed, there._num_sent) == (*before, sent)
+        assert (credits.available, credits.owed, there._credits.sent) == (*before, sent)
         assert there.post_landed(header, answer.rows)
         await here.until(lambda: here.num_landed == 1)
         there.close("enough")

@@ -1,0 +1,464 @@
+"""Questions that an expert answers without Python: the same answers as with it, to right questions and to wrong ones.
+
+The device is the CPU. UCX does not let a process reach its own host memory as a neighbour's: a library in front of it
+says where that is, which for one process is where its owner has it. A step of a graph runs when it is launched, or when
+the test says so.
+"""
+
+import asyncio
+import ctypes
+import random
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common.ids import ProcessId, Role
+from common.transport import port
+from common.transport.carriers import loaded_library
+from common.transport.neighbour import Neighbour
+from common.transport.seam import Seam
+from common.waiting import poll_until
+from common.wire.blocks import RowType, align, row_segment
+from common.wire.header import Header, Kind, Wire
+from kernels import graphs, ops
+from services.expert.batcher import Batcher
+from services.expert.device_bank import DeviceBank
+from services.expert.device_experts import DeviceExpert, GraphedExperts
+from services.expert.worker import ExpertWorker
+from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, hello, run
+from tests.contract.test_rows_apart import LandedPeer, check_no_block_leaked, post
+
+WIDTH, HIDDEN, LAYER = 256, 128, 3
+REACH = """
+#include <stdint.h>
+int ucp_rkey_ptr(void *key, uint64_t address, void **here) { *here = (void *)(uintptr_t)address; return 0; }
+"""
+
+
+@pytest.fixture(scope="module")
+def reaching(tmp_path_factory):
+    """UCX, but memory of this process is in reach."""
+    from ucxx._lib import libucxx  # which loads it
+
+    del libucxx
+    real = loaded_library("libucp")
+    assert port.is_compiled()
+    assert shutil.which("cc") is not None
+    assert real is not None
+    folder = tmp_path_factory.mktemp("reach")
+    source, library = folder / "reach.c", folder / "libreach.so"
+    source.write_text(REACH)
+    command = ["cc", "-shared", "-fPIC", "-Wl,--no-as-needed", str(source), str(real)]
+    subprocess.run([*command, f"-Wl,-rpath,{real.parent}", "-o", str(library)], check=True)
+    ctypes.CDLL(str(library))
+    yield library
+    port._compiled.use_library(str(real))
+
+
+@pytest.fixture
+def net(reaching, tmp_path, monkeypatch):
+    monkeypatch.setattr(port, "loaded_library", lambda _: reaching)
+    real = Neighbour._block
+
+    def block(*args):
+        found = real(*args)
+        found.on_host = False  # as a device's is
+        return found
+
+    monkeypatch.setattr(Neighbour, "_block", block)
+    return DeviceUcxNet(tmp_path)
+
+
+class Later:
+    """A stream: steps of graphs run, one behind the other, when the test says so. By whom they were launched."""
+
+    def __init__(self, monkeypatch):
+        self.steps, self.by_desk, self.num_done, self.status = [], 0, 0, 0
+        monkeypatch.setattr(graphs.Replays, "_run_step", self._launch)
+        monkeypatch.setattr(graphs.Replays, "run", lambda _, key, step: self.steps.append(step))
+        self.graphs = None
+
+    def _launch(self, handle, stream):
+        self.by_desk += 1
+        if self.status == 0:
+            self.steps.append(self.graphs._steps[handle])
+        return self.status
+
+    def seam(self):
+        """Of a worker whose events are in this stream."""
+        return Seam(lambda: Moment(self))
+
+    def go(self):
+        while self.num_done < len(self.steps):
+            self.steps[self.num_done]()
+            self.num_done += 1
+
+
+class Moment:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def record(self):
+        self.number = len(self.stream.steps)
+
+    def query(self):
+        return self.stream.num_done >= self.number
+
+
+def expert(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape):
+        return (torch.randn(*shape, generator=generator) * 20).to(torch.float8_e4m3fn)
+
+    gate_up, down = weight(2 * HIDDEN, WIDTH), weight(WIDTH, HIDDEN)
+    return DeviceExpert(gate_up, down, torch.full((2, 2), 0.01), torch.full((2, 1), 0.01))
+
+
+class Worker(ExpertWorker):
+    """An expert worker without a cluster: experts 5 and 6 of a layer, of which each question asks one."""
+
+    def __init__(self, transport, *, has_desk=True):
+        self.spec = SimpleNamespace(id=ProcessId(Role.EXPERT, 0))
+        self.transport, self.trace, self.links, self.heard = transport, None, [], 0
+        counted = ("calls", "rows", "batches", "queue_us", "compute_us", "failed")
+        self.counters = dict.fromkeys(counted, 0)
+        self.batcher = Batcher(GraphedExperts.BUCKETS[-1])
+        self._scheduled, self._in_flight, self._ended_ns = False, 0, 0
+        self.loop = asyncio.get_running_loop()
+        places = {(LAYER, 5): expert(1), (LAYER, 6): expert(2)}
+        graphed = GraphedExperts(WIDTH, torch.device("cpu"))
+        counts = dict.fromkeys(places, 0)
+        self.bank = DeviceBank(WIDTH, "m", {}, dict.fromkeys(places, "h"), counts, places, graphed)
+        self.desk = self.bank.open_desk(self._answered) if has_desk else None
+        if has_desk:
+            transport.answer_with(self.desk.answerer)
+
+    def on_open(self, link):
+        self.links.append(link)
+
+    def on_message(self, link, header, payload):
+        self.heard += 1
+        super().on_message(link, header, payload)
+
+
+def block_of(num_rows, seed=0):
+    """Rows as they travel, and the same for a bank."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, scales = ops.quantise(torch.randn(num_rows, WIDTH, generator=generator))
+    segment = row_segment(num_rows, WIDTH, RowType.FP8)
+    packed = bytearray(segment.end)
+    packed[: num_rows * WIDTH] = rows.view(torch.uint8).numpy().tobytes()
+    flat = scales.numpy().tobytes()
+    packed[segment.scales_offset : segment.scales_offset + len(flat)] = flat
+    return bytes(packed), rows, scales
+
+
+def table(*parts):
+    return b"".join(p + bytes(-len(p) % 16) for p in (np.array(n, np.int32).tobytes() for n in parts))
+
+
+def question(expert, num_rows, *, picks=None, block=1, wider=0):
+    """(header, rows, tail) of an EXPERT_IN, or an EXPERT_PICK of `picks`; `wider`: bytes before the scales."""
+    packed, rows, scales = block_of(num_rows, block)
+    kind, asked, tail = Kind.EXPERT_IN, num_rows, table([expert, num_rows])
+    if picks is not None:
+        kind, asked = Kind.EXPERT_PICK, len(picks)
+        tail = table([expert, asked], [num_rows, *picks])
+        at = row_segment(num_rows, WIDTH, RowType.FP8).scales_offset
+        packed = packed[:at] + bytes(wider) + packed[at:]
+        rows, scales = rows.view(torch.uint8)[picks].view(rows.dtype), scales[picks]
+    header = Header(kind, Wire.FP8, LAYER, 1, WIDTH, block, block, asked, 1)
+    return header, packed, tail, rows, scales
+
+
+class Asker:
+    """A dialler with a link to a worker."""
+
+    async def open(self, net, *, has_desk=True, later=None):
+        """`later`: the stream of the worker."""
+        options = {} if later is None else {"seam": later.seam()}
+        self.here, self.going = LandedPeer(), None
+        self.dialler, self.listener = net.transport(), net.transport(**options)
+        self.worker = Worker(self.listener, has_desk=has_desk)
+        if later is not None:
+            later.graphs = self.worker.bank.graphed._graphs
+            self.going = later.go
+        address = await self.listener.listen(net.address(), hello(), self.worker)
+        self.link = await self.dialler.connect(address, ROUTER, self.here, timeout_s=5)
+        await poll_until(lambda: bool(self.worker.links))
+        return self
+
+    def post(self, header, rows, tail, wanted=None):
+        """The place of its answer."""
+        pool = self.dialler.pool
+        nbytes = align(2 * header.num_rows * WIDTH) if wanted is None else wanted
+        place = pool.acquire_rows(max(1, nbytes)) if nbytes else None
+        if place is not None:
+            place.tensor.fill_(0xEE)
+        post(self.link, header, pool, rows, tail, landing=place)
+        return place
+
+    async def ask(self, *asked, wanted=None):
+        """(header of the answer, its rows, whether it was taken in short)."""
+        before = self.here.num_landed
+        place = self.post(*asked, wanted=wanted)
+        while not (self.here.got or self.here.closed):
+            await asyncio.sleep(0.001)
+            if self.going is not None:
+                self.going()
+        (answer,), self.here.got = self.here.got or [None], []
+        if place is not None:
+            place.release()
+        return answer, self.here.num_landed > before
+
+
+def rows_in(answer):
+    return torch.frombuffer(bytearray(answer[1]), dtype=torch.bfloat16).view(-1, WIDTH)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 100, 128])
+@pytest.mark.parametrize("kind", ["in", "picked", "wider"])
+def test_a_question_that_a_graph_is_there_for_needs_no_python(net, num_rows, kind):
+    async def main():
+        asker = await Asker().open(net)
+        worker, order = asker.worker, random.Random(num_rows)
+        for turn in range(20):  # more than there are turns
+            picks = None if kind == "in" else order.sample(range(200), num_rows)
+            of = num_rows if picks is None else 200
+            wider = 4096 if kind == "wider" else 0
+            number = 5 + turn % 2
+            *asked, rows, scales = question(number, of, picks=picks, block=turn, wider=wider)
+            answer, in_short = await asker.ask(*asked)
+            assert in_short
+            assert (answer[0].kind, answer[0].block) == (Kind.EXPERT_OUT, turn)
+            assert torch.equal(rows_in(answer), worker.bank.experts[LAYER, number](rows, scales))
+        assert worker.heard == 2  # the first of each
+        assert worker.counters["calls"] == worker.counters["batches"] == 20
+        assert worker.counters["rows"] == 20 * num_rows == sum(worker.bank.rows.values())
+        assert worker.counters["compute_us"] > 0
+        here, there = asker.link._credits, worker.links[0]._credits
+        assert here.next == there.sent
+        assert there.next == here.sent
+        assert here.available + there.owed == LIMITS.window
+        assert there.available + here.owed == LIMITS.window
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def spoiled(order):
+    """A question with something wrong about it, or unusual, or nothing; and how many bytes of an answer it wants."""
+    n, of = order.choice([1, 5, 8, 60, 128]), 150
+    picks = order.choice([None, order.sample(range(of), n)])
+    header, packed, tail, *_ = question(order.choice([5, 6]), n if picks is None else of, picks=picks)
+    tail, wanted = bytearray(tail), align(2 * n * WIDTH)
+
+    def put(at, number):
+        tail[at : at + 4] = int(number).to_bytes(4, "little", signed=number < 0)
+
+    what = order.randrange(16)
+    if what == 0:
+        put(0, order.choice([7, -1, 1 << 20]))  # an expert that is not here
+    elif what == 1:
+        put(4, n + order.choice([-1, 1]))
+    elif what == 2 and picks is not None:
+        put(20 + 4 * order.randrange(n), order.choice([of, -1, 1 << 30]))
+    elif what == 3 and picks is not None:
+        put(16, order.choice([0, -1, of - 1, of + 100, 1 << 30]))
+    elif what == 4:
+        header.width = order.choice([0, WIDTH - 128, WIDTH * 2])
+    elif what == 5:
+        header.layer = 4
+    elif what == 6:
+        header.num_rows = order.choice([0, n + 1, 1 << 31])
+    elif what == 7:
+        header.num_pairs = order.choice([0, 2])
+    elif what == 8:
+        tail = tail[:-16]
+    elif what == 9:
+        tail += bytes(16)
+    elif what == 10:
+        packed = packed[:-16]
+    elif what == 11:
+        packed += bytes(16)
+    elif what == 12:
+        wanted = order.choice([0, 16, 4 * n * WIDTH])
+    elif what == 13:
+        header.kind = order.choice([Kind.DISPATCH, Kind.RELAY])
+    elif what == 14:
+        header.wire = Wire.BF16
+    return (header, packed, bytes(tail)), wanted
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_wrong_and_unusual_questions_are_answered_as_without_a_desk(net, seed):
+    async def main():
+        order, seen = random.Random(seed), set()
+        with_desk, without = await Asker().open(net), await Asker().open(net, has_desk=False)
+        both = with_desk, without
+        for _ in range(60):
+            asked, wanted = spoiled(order)
+            state, answers = order.getstate(), []
+            for asker in both:
+                order.setstate(state)
+                header = Header(**{name: getattr(asked[0], name) for name in Header.__slots__})
+                answers.append(await asker.ask(header, *asked[1:], wanted=wanted))
+            (one, _), (other, _) = answers
+            if one is None or other is None:
+                assert one is other is None  # both closed their link
+                for asker in both:
+                    assert asker.here.closed
+                with_desk, without = await Asker().open(net), await Asker().open(net, has_desk=False)
+                both = with_desk, without
+                continue
+            assert (one[0].kind, one[1:]) == (other[0].kind, other[1:])
+            seen.add(one[0].kind)
+        assert seen >= {Kind.EXPERT_OUT, Kind.FAILED}
+
+    run(net, main)
+
+
+def test_what_comes_while_it_computes_and_behind_it_keeps_its_order(net, monkeypatch):
+    """Some for the desk, some for Python: every answer comes once, and is right."""
+    later = Later(monkeypatch)
+
+    async def main():
+        asker = await Asker().open(net, later=later)
+        worker = asker.worker
+        *asked, _, _ = question(5, 4)
+        await asker.ask(*asked)
+        order, wanted, places = random.Random(1), {}, []
+        for turn in range(40):
+            # of one expert: what is joined for several is freed before a step that runs later
+            *asked, rows, scales = question(5, order.choice([3, 4, 4, 4, 50]), block=100 + turn)
+            wanted[100 + turn] = worker.bank.experts[LAYER, 5](rows, scales)
+            places.append(asker.post(*asked))
+            if order.random() < 0.6:
+                await asyncio.sleep(0.002)
+                later.go()
+        while len(asker.here.got) < 40:
+            await asyncio.sleep(0.002)
+            later.go()
+        assert 0 < later.by_desk < 40
+        assert worker.heard == 41 - later.by_desk
+        for answer in asker.here.got:
+            assert torch.equal(rows_in(answer), wanted.pop(answer[0].block))
+        for place in places:
+            place.release()
+        assert not worker.desk.num_waiting
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+async def taken(net, later):
+    """An asker whose second question the desk has, and where it wants the answer."""
+    asker = await Asker().open(net, later=later)
+    *asked, _, _ = question(5, 4)
+    await asker.ask(*asked)
+    place = asker.post(*asked)
+    await poll_until(lambda: later.by_desk == 1)
+    assert asker.worker.heard == 1
+    assert asker.worker.desk.num_waiting == 1
+    return asker, place
+
+
+def test_an_answer_waits_for_credit_and_goes_then(net, monkeypatch):
+    later = Later(monkeypatch)
+
+    async def main():
+        asker, place = await taken(net, later)
+        credits = asker.worker.links[0]._credits
+        available, credits.available = credits.available, 0
+        later.go()
+        await asyncio.sleep(0.02)
+        assert asker.worker.desk.num_waiting == 1
+        assert asker.here.got == []
+        credits.available = available
+        await asker.here.until(lambda: bool(asker.here.got))
+        assert asker.worker.desk.num_waiting == 0
+        place.release()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+@pytest.mark.parametrize("who", ["link", "worker", "asker"])
+def test_whoever_goes_away_meanwhile_leaves_nothing_behind(net, monkeypatch, who):
+    later = Later(monkeypatch)
+
+    async def main():
+        asker, place = await taken(net, later)
+        worker = asker.worker
+        if who == "link":
+            worker.links[0].close("enough")
+            await asker.here.until(lambda: bool(asker.here.closed))
+        elif who == "worker":
+            await asker.listener.close()
+        else:
+            await asker.dialler.close()
+        later.go()
+        if who == "worker":
+            assert worker.desk.num_waiting == 0
+        else:
+            await poll_until(lambda: not worker.desk.num_waiting)
+        place.release()
+        assert worker.counters["failed"] == 0
+
+    run(net, main)
+
+
+def test_a_graph_that_cannot_be_launched_is_left_to_python(net, monkeypatch):
+    later = Later(monkeypatch)
+    later.status = 700
+
+    async def main():
+        asker = await Asker().open(net, later=later)
+        for _ in range(3):
+            *asked, rows, scales = question(5, 4)
+            answer, _ = await asker.ask(*asked)
+            assert torch.equal(rows_in(answer), asker.worker.bank.experts[LAYER, 5](rows, scales))
+        assert asker.worker.heard == 3
+        assert later.by_desk == 2
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_an_expert_that_is_given_up_is_not_computed(net):
+    async def main():
+        asker = await Asker().open(net)
+        *asked, _, _ = question(5, 4)
+        for _ in range(2):
+            await asker.ask(*asked)
+        assert asker.worker.heard == 1
+        asker.worker.bank.drop((LAYER, 5))
+        answer, _ = await asker.ask(*asked)
+        assert answer[0].kind is Kind.FAILED
+        asker.worker.bank.add((LAYER, 5), expert(9), "h")
+        *asked, rows, scales = question(5, 4)
+        for _ in range(2):
+            answer, _ = await asker.ask(*asked)
+            assert torch.equal(rows_in(answer), asker.worker.bank.experts[LAYER, 5](rows, scales))
+        assert asker.worker.heard == 3
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_whoever_raises_when_told_of_an_answer_harms_nobody(net, monkeypatch):
+    async def main():
+        monkeypatch.setattr(Worker, "_answered", lambda *_: 1 / 0)
+        asker = await Asker().open(net)
+        *asked, _, _ = question(5, 4)
+        for _ in range(3):
+            answer, _ = await asker.ask(*asked)
+            assert answer[0].kind == Kind.EXPERT_OUT
+        assert asker.worker.heard == 1
+
+    run(net, main)
