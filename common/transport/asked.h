@@ -1,7 +1,8 @@
 /* What a port's answerer has taken and not yet answered, and the counts of a link that both write. */
 #include "neighbour.h"
 
-#define KIND_SHIFT 56 /* of a tag, `common.transport.reactor` */
+#define KIND_SHIFT 56 /* of a tag, `common.transport.ucx_arrivals` */
+#define SENDER_SHIFT 32
 #define KIND_MESSAGE 1
 #define KIND_WITH_ROWS 2
 #define MAX_TAIL 1024 /* bytes behind the header of a message that an answerer may have */
@@ -11,8 +12,9 @@ struct Counts {
     PyObject_HEAD
     unsigned long long tag; /* what those of its messages begin with */
     unsigned int next, sent; /* numbers: of the message to deliver next, of the one to be sent next */
-    unsigned int available, send_window; /* credits */
+    int available, send_window, owed, unreturned, receive_window; /* credits, as in `credits` */
     char by_ring; /* all that came so far */
+    char takes_landed; /* whoever handles its messages takes some in short */
 };
 
 static void give_rows_back(Slot *slot)
@@ -58,7 +60,7 @@ static int is_in_turn(const Counts *counts, ucp_tag_t tag, const MessageHeader *
 {
     return counts->by_ring && tag >> KIND_SHIFT == KIND_WITH_ROWS && (uint32_t)tag == counts->next
            && counts->available > 0 /* else messages may wait for the credits that this one brings */
-           && header->credits <= counts->send_window - counts->available && header->answer != 0;
+           && (int64_t)header->credits <= counts->send_window - counts->available && header->answer != 0;
 }
 
 /* Let the answerer have a question; true when it was taken. */

@@ -167,9 +167,9 @@ class Transport(Protocol):
         ...
 
     def answer_with(self, answerer: object) -> None:
-        """Give neighbours' questions to an answerer in a capsule (`answerer.h`) first, where the port can; before links.
+        """Give neighbours' questions to an answerer in a capsule (`answerer.h`) first, where the port can.
 
-        What it takes and answers no handler hears of.
+        What it takes and answers no handler hears of. Before there are links.
         """
         ...
 

@@ -14,7 +14,6 @@ from common.errors import WireError
 class CreditRules:
     """Both directions of one link, in messages. Where the counts are kept is for whoever derives from it."""
 
-    __slots__ = ()
     send_window: int
     receive_window: int
     available: int
@@ -60,6 +59,11 @@ class CreditRules:
     def freed(self) -> bool:
         """One received message is done with; True when its credit should not wait for a header going the other way."""
         self.owed += 1
+        return self.is_due
+
+    @property
+    def is_due(self) -> bool:
+        """Whether what is owed should not wait any longer."""
         return self.owed >= self._return_at
 
     def collect(self) -> int:
@@ -71,5 +75,3 @@ class CreditRules:
 
 class Credits(CreditRules):
     """Counts that nobody else reads."""
-
-    __slots__ = ("_return_at", "_unreturned", "available", "owed", "receive_window", "send_window")

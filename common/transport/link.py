@@ -23,7 +23,7 @@ from common.errors import AtollError, Fatal, LinkClosed, Overloaded, WireError
 from common.transport.base import Handler, Hello, Link, Ticket
 from common.transport.buffers import Buffer, BufferPool
 from common.transport.credits import CreditRules, Credits
-from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, Kind, read_landed
+from common.wire.header import ANSWERS, CREDITS_OFFSET, HEADER_NBYTES, Header, Kind, Landed
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceRows
@@ -70,7 +70,7 @@ class BaseLink(Link, ABC):
         self._num_landings = 0
         self._error: LinkClosed | None = None
         # of a handler that has it: see `LandedHandler`
-        self._on_landed: Callable[..., None] | None = getattr(handler, "on_landed", None)
+        self._on_landed: Any = getattr(handler, "on_landed", None)
         self._on_free: Callable[[], None] = self._freed  # one bound method for every message
         self.has_data = mine.data and peer.data
 
@@ -235,7 +235,11 @@ class BaseLink(Link, ABC):
 
     def _freed(self) -> None:
         """A received message is done with."""
-        if self._credits.freed() and self.state is LinkState.OPEN:
+        if self._credits.freed():
+            self._return_credits()
+
+    def _return_credits(self) -> None:
+        if self.state is LinkState.OPEN:
             buffer = self._pool.acquire(0)
             Header(Kind.CREDIT).pack_into(buffer.view)
             self._send(buffer)
@@ -267,7 +271,7 @@ class BaseLink(Link, ABC):
             if header.answer and header.kind in ANSWERS:
                 landing = self._landings.pop(header.answer, None)
                 if landing is None:
-                    raise WireError(f"answer {header.answer}, which nobody waits for")
+                    raise WireError(_wrong_place(header.answer, 0, None))
                 buffer.rows = landing
             if header.landed and landing is None:
                 raise WireError("rows that landed, though nobody waits for them")
@@ -275,9 +279,7 @@ class BaseLink(Link, ABC):
                 self._place(buffer, number, header.rows_nbytes)
             elif landing is not None and landing.nbytes != header.rows_nbytes:
                 if header.kind is not Kind.FAILED or header.rows_nbytes:
-                    raise WireError(
-                        f"answer of {header.rows_nbytes} bytes of rows, {landing.nbytes} are wanted"
-                    )
+                    raise WireError(_wrong_place(0, header.rows_nbytes, landing))
                 buffer.rows = None
                 landing.release()
         except WireError as exc:
@@ -315,29 +317,22 @@ class BaseLink(Link, ABC):
         except Exception as exc:
             self._handler_raised(exc)
 
-    def _deliver_landed(self, message: bytes) -> bool:
-        """A header alone, whose rows have landed, for a handler that takes it in short. False: take it as any other."""
-        if self._on_landed is None or (answer := read_landed(message)) is None:
-            return False
+    def deliver_landed(self, answer: Landed) -> None:
+        """A header alone, whose rows have landed, for a handler that takes it in short; it is counted already."""
         landing = self._landings.get(answer.answer)
         if landing is None or landing.nbytes != answer.payload_nbytes:
-            return False
-        try:
-            self._credits.arrived()
-            self._credits.granted(answer.credits)
-        except WireError as exc:
-            self._fail(WireError(f"{self._peer.process}: {exc}"))
-            return True
+            wrong = _wrong_place(answer.answer, answer.payload_nbytes, landing)
+            self._fail(WireError(f"{self._peer.process}: {wrong}"))
+            return
         del self._landings[answer.answer]
-        if self._queue:
-            self._flush()
+        self._flush()
         try:
             self._on_landed(self, answer, landing)
         except Exception as exc:
             self._handler_raised(exc)
         landing.release()
-        self._freed()
-        return True
+        if self._credits.is_due:
+            self._return_credits()
 
     def _take_control(self, frame: dict[str, Any]) -> None:
         if "bye" in frame:
@@ -397,3 +392,9 @@ class BaseLink(Link, ABC):
     def _handler_raised(self, exc: Exception) -> None:
         log.error("handler of the link to %s raised", self._peer.process, exc_info=exc)
         self.close(f"{self._mine.process} failed: {type(exc).__name__}")
+
+
+def _wrong_place(answer: int, nbytes: int, wanted: "DeviceRows | None") -> str:
+    if wanted is None:
+        return f"answer {answer}, which nobody waits for"
+    return f"answer of {nbytes} bytes of rows, {wanted.nbytes} are wanted"

@@ -182,17 +182,18 @@ static PyObject *port_discard_rows(Port *self, PyObject *number)
     Py_RETURN_NONE;
 }
 
-/* poll(arrived, announced) -> bool */
+/* poll(arrived, announced, landed) -> bool */
 static PyObject *port_poll(Port *self, PyObject *const *args, Py_ssize_t num_args)
 {
-    if (!check_arguments(num_args, 2))
+    if (!check_arguments(num_args, 3))
         return NULL;
+    Calls calls = {args[0], args[1], args[2]};
     for (int i = 0; i < MAX_PROGRESS && ucp.progress(self->worker); i++)
         ;
     look_at_slots(self);
-    int messages = tell_of_messages(self, args[0]);
-    int rows = messages < 0 ? -1 : tell_of_rows(self, args[1]);
-    int records = rows < 0 ? -1 : tell_of_records(self, args[0], args[1]);
+    int messages = tell_of_messages(self, calls.arrived);
+    int rows = messages < 0 ? -1 : tell_of_rows(self, calls.announced);
+    int records = rows < 0 ? -1 : tell_of_records(self, &calls);
     int ended = records < 0 ? -1 : call_ended(self);
     return ended < 0 ? NULL : PyBool_FromLong(messages + rows + records + ended);
 }
@@ -388,9 +389,13 @@ static PyMemberDef counts_members[] = {
     {"tag", T_ULONGLONG, offsetof(Counts, tag), 0, NULL},
     {"next", T_UINT, offsetof(Counts, next), 0, NULL},
     {"sent", T_UINT, offsetof(Counts, sent), 0, NULL},
-    {"available", T_UINT, offsetof(Counts, available), 0, NULL},
-    {"send_window", T_UINT, offsetof(Counts, send_window), 0, NULL},
+    {"available", T_INT, offsetof(Counts, available), 0, NULL},
+    {"send_window", T_INT, offsetof(Counts, send_window), 0, NULL},
+    {"owed", T_INT, offsetof(Counts, owed), 0, NULL},
+    {"_unreturned", T_INT, offsetof(Counts, unreturned), 0, NULL},
+    {"receive_window", T_INT, offsetof(Counts, receive_window), 0, NULL},
     {"by_ring", T_BOOL, offsetof(Counts, by_ring), 0, NULL},
+    {"takes_landed", T_BOOL, offsetof(Counts, takes_landed), 0, NULL},
     {NULL},
 };
 static PyType_Slot counts_slots[] = {{Py_tp_dealloc, counts_dealloc}, {Py_tp_members, counts_members}, {0, NULL}};

@@ -31,6 +31,7 @@ Foreign = Any  # an object of UCXX, or a number that the compiled port understan
 
 Ended = Callable[[int], object]  # is told the status
 Arrived = Callable[[int, int, Foreign], object]  # tag, bytes, the message for `receive`
+AllLanded = Callable[[list[tuple[int, tuple[int, ...]]]], object]  # (sender, fields of Landed) each
 Announced = Callable[[int, bytes, int, int], object]  # tag, head, bytes of rows, for `receive_rows`
 
 
@@ -50,10 +51,11 @@ class Port(Protocol):
         """Receive a message that `poll` told of, all its `nbytes`, into host memory; returns a status."""
         ...
 
-    def poll(self, arrived: Arrived, announced: Announced, /) -> bool:
+    def poll(self, arrived: Arrived, announced: Announced, landed: AllLanded, /) -> bool:
         """Progress, tell of what arrived and call what ended; True when there was anything.
 
-        Messages of neighbours are told of whole, as bytes; others are to be received.
+        Messages of neighbours are told of whole, as bytes; others are to be received. Answers of neighbours whose rows
+        have landed are told of together, and are counted already.
         """
         ...
 
@@ -140,7 +142,6 @@ class RowsPort(Port, Protocol):
         """Its endpoint is closed: what was agreed with it ends as canceled."""
         ...
 
-
     def answer_with(self, answerer: object, /) -> None:
         """Let the answerer in that capsule (`answerer.h`) have what neighbours ask, before `poll` tells of it."""
         ...
@@ -149,29 +150,28 @@ class RowsPort(Port, Protocol):
 class _Counts:
     """What the compiled port has in C."""
 
-    __slots__ = ("available", "by_ring", "next", "send_window", "sent", "tag")
-
 
 _InPort: Any = _Counts if _compiled is None else _compiled.Counts
 
 
-class LinkCounts(CreditRules, _InPort):  # type: ignore[misc]  -- either of two
+class LinkCounts(CreditRules, _InPort):  # type: ignore[misc]
     """Of one link, written to by the port too: credits, and the numbers of messages.
 
     `tag`: what those of this side begin with. `next`: the message to deliver next; `sent`: the one to be sent next.
-    `by_ring`: none has come in another way than through the inbox of a neighbour.
+    `by_ring`: none has come in another way than through the inbox of a neighbour. `takes_landed`: `poll` may tell of
+    answers in short.
     """
 
-    __slots__ = ("_return_at", "_unreturned", "owed", "receive_window")
     tag: int
     next: int
     sent: int
     by_ring: bool
+    takes_landed: bool
 
-    def __init__(self, send_window: int, receive_window: int) -> None:
+    def __init__(self, send_window: int, receive_window: int, *, takes_landed: bool) -> None:
         super().__init__(send_window, receive_window)
         self.tag = self.next = self.sent = 0
-        self.by_ring = True
+        self.by_ring, self.takes_landed = True, takes_landed
 
 
 def is_compiled() -> bool:
@@ -233,8 +233,8 @@ class UcxxPort:
     def _view(self, address: int, nbytes: int) -> Foreign:
         return self._array((ctypes.c_char * nbytes).from_address(address))
 
-    def poll(self, arrived: Arrived, announced: Announced, /) -> bool:
-        del announced
+    def poll(self, arrived: Arrived, announced: Announced, landed: AllLanded, /) -> bool:
+        del announced, landed
         self._worker.progress()
         num = 0
         while num < _MAX_ARRIVALS and (probed := self._probe()).matched:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from common.errors import LinkClosed
 from common.transport.carriers import carriers_of
-from common.transport.port import Announced, Arrived, open_port, peer_of
+from common.transport.port import AllLanded, Announced, Arrived, open_port, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,11 @@ class Reactor:
     """A UCX worker that lives on the running loop. `sweep` returns True while it finds work."""
 
     def __init__(
-        self, arrived: Arrived, announced: Announced, sweep: Callable[[], bool],
+        self, arrived: Arrived, announced: Announced, landed: AllLanded, sweep: Callable[[], bool],
         is_busy: Callable[[], bool], *, spin_us: int = 0,
     ) -> None:  # fmt: skip
-        """`arrived` takes messages, `announced` rows. `is_busy`: something is under way that wakes nobody, so poll.
+        """`arrived` takes messages, `announced` rows, `landed` answers whose rows are there. `is_busy`: something is
+        under way that wakes nobody, so poll.
 
         `spin_us`: how long to poll after the last event before sleeping; only for a process with its own core.
         """
@@ -46,7 +47,7 @@ class Reactor:
         from ucxx._lib import libucxx
 
         self._lib = libucxx
-        self._arrived, self._announced = arrived, announced
+        self._told = arrived, announced, landed
         self._sweep = sweep
         self._is_busy = is_busy
         self._spin_ns = spin_us * 1000
@@ -114,13 +115,13 @@ class Reactor:
             return
         self._pumping = True
         poll, sweep = self.port.poll, self._sweep
-        arrived, announced = self._arrived, self._announced
+        arrived, announced, landed = self._told
         has_worked = False
         try:
             for _ in range(_MAX_ROUNDS):
                 if self._worker is None:  # closed by somebody who was called
                     return
-                worked = poll(arrived, announced)
+                worked = poll(arrived, announced, landed)
                 if sweep() or worked:
                     has_worked = True
                     continue
@@ -150,7 +151,7 @@ class Reactor:
         self._loop.remove_reader(self._fd)
         deadline = time.monotonic() + timeout_s
         while self.port.num_open and time.monotonic() < deadline:
-            self.port.poll(self._arrived, self._announced)
+            self.port.poll(*self._told)
         done = not self.port.num_open
         self._worker = None
         self.port.settle()

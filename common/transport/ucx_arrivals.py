@@ -67,15 +67,19 @@ class UcxArrivals(BaseLink):
         self._endpoint: Endpoint | None = None
         self._neighbour: Neighbour | None = None  # the peer, on this host
         self._reaches_here = False  # the peer, into our device memory, without our having a say
-        self._credits: LinkCounts = LinkCounts(self._limits.window, self._limits.window)
+        self._credits: LinkCounts = self._counts(self._limits.window)
         self._arrivals: dict[int, _Arrival] = {}  # by sequence
         self._announced: dict[int, _Announced] = {}  # rows whose receive is not posted
 
     def _set_windows(self, send_window: int) -> None:
         by_ring = self._credits.by_ring  # what overtook the control socket is not delivered yet
         super()._set_windows(send_window)
-        self._credits = LinkCounts(send_window, self._limits.window)
+        self._credits = self._counts(send_window)
         self._credits.by_ring = by_ring
+
+    def _counts(self, send_window: int) -> LinkCounts:
+        in_short = self._on_landed is not None
+        return LinkCounts(send_window, self._limits.window, takes_landed=in_short)
 
     def arrive(self, tag: int, nbytes: int, message: Foreign | bytes) -> None:
         """A message of this link was probed: receive it, or close the link when it must not be received.
@@ -83,14 +87,6 @@ class UcxArrivals(BaseLink):
         A neighbour's is here already.
         """
         number = tag & SEQUENCE_MASK
-        is_short = nbytes == HEADER_NBYTES and type(message) is bytes
-        if (
-            is_short
-            and number == self._credits.next
-            and tag >> KIND_SHIFT == KIND_MESSAGE
-            and self._taken(message)
-        ):
-            return
         buffer = self._room(number, tag, KIND_MESSAGE, nbytes)
         if buffer is None:
             return
@@ -241,19 +237,6 @@ class UcxArrivals(BaseLink):
             del self._arrivals[self._credits.next]
             self._credits.next = (self._credits.next + 1) & SEQUENCE_MASK
             self._deliver(arrival.header, arrival.buffer)
-
-    def _taken(self, message: bytes) -> bool:
-        """Whether this, the next message, was handed over in short, or belongs to a link that has just closed."""
-        if self.state is not LinkState.OPEN:
-            return False
-        if not self._open_behind_written():
-            return True
-        if not self._deliver_landed(message):
-            return False
-        self._credits.next = (self._credits.next + 1) & SEQUENCE_MASK
-        if self._arrivals:
-            self._deliver_whole()
-        return True
 
     def _deliver(self, header: Header, buffer: Buffer) -> None:
         if self._open_behind_written():

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 from common.errors import ConfigError, LinkClosed
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.link import LinkLimits
+from common.transport.link import LinkLimits, LinkState
 from common.transport.port import IN_PROGRESS, RowsPort, is_compiled
 from common.transport.reactor import Reactor
 from common.transport.seam import Seam
 from common.transport.ucx_arrivals import SENDER_MASK, SENDER_SHIFT
 from common.transport.ucx_link import UcxLink
-from common.wire.header import HEADER_NBYTES
+from common.wire.header import HEADER_NBYTES, Landed
 
 if TYPE_CHECKING:
     from common.transport.device import DeviceBlock, DevicePool, DeviceRows
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_landed: Callable[..., Landed] = tuple.__new__
 _LAST_WORDS_S = 0.05  # what is under way may take when the transport closes
 _LOOK_S = 1.0  # between two looks whether a process is gone; what it had begun ends within that
 
@@ -55,7 +56,12 @@ class DataPlane:
         self.seam = seam
         self.loop = asyncio.get_running_loop()
         self.reactor = Reactor(
-            self._arrived, self._announced, self._sweep, self._is_busy, spin_us=spin_us
+            self._arrived,
+            self._announced,
+            self._landed,
+            self._sweep,
+            self._is_busy,
+            spin_us=spin_us,
         )
         # only a pool of device memory has rows to send and to take
         self.port = cast(RowsPort, self.reactor.port)
@@ -114,6 +120,15 @@ class DataPlane:
             self.port.discard_rows(data)
         else:
             link.announced(tag, head, nbytes, data)
+
+    def _landed(self, found: list[tuple[int, tuple[int, ...]]]) -> None:
+        """Answers whose rows are where they are wanted."""
+        for sender, fields in found:
+            if self.seam.is_open:  # what the device has written goes before the next is handled
+                self.seam.poll()
+            link = self.links.get(sender)  # none: it has closed since
+            if link is not None and link.state is LinkState.OPEN:
+                link.deliver_landed(_landed(Landed, fields))
 
     def _sweep(self) -> bool:
         """What UCX does not tell of; True when there was anything to do."""

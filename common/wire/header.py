@@ -159,34 +159,14 @@ class Header:
                    queue_us, compute_us, combine_us, rows_nbytes, answer, landed)  # fmt: skip
 
 
-# magic version kind | layer | block | landed | payload | credits | queue compute combine | rows | answer
-_LANDED = struct.Struct("<HBB 2x H 8x Q 22x Bx Q I 12x III 4x Q I")
-_LANDED_KINDS = frozenset(int(kind) for kind in ANSWERS - {Kind.FAILED})
-
-
 class Landed(NamedTuple):
     """What counts of an answer's header whose rows are where the asker wants them, and which has nothing else."""
 
-    magic: int
-    version: int
     kind: int
     layer: int
     block: int
-    landed: int
     payload_nbytes: int
-    credits: int
     queue_us: int
     compute_us: int
     combine_us: int
-    rows_nbytes: int
     answer: int
-
-
-def read_landed(message: bytes) -> Landed | None:
-    """None where all of the header must be read, which takes half as long again."""
-    found = Landed._make(_LANDED.unpack_from(message))
-    if found.magic != MAGIC or found.version != VERSION or found.landed != 1:
-        return None
-    if found.kind not in _LANDED_KINDS or found.payload_nbytes != found.rows_nbytes:
-        return None
-    return found

@@ -12,10 +12,7 @@
 
 #include "../../common/transport/answerer.h"
 
-#define MAGIC 0xA701
-#define VERSION 5
 #define WIRE_FP8 1
-enum { EXPERT_IN = 3, EXPERT_OUT = 4, EXPERT_PICK = 9 };
 #define SCALE_BLOCK 128
 #define FIRST_BUCKET 8 /* rows of the smallest graph; each of the others has twice those of the one before */
 #define MAX_WAITING 8

@@ -30,7 +30,7 @@ class Desk:
     def __init__(
         self, staged: Staged, graphs: Replays, num_buckets: int, answered: Answered
     ) -> None:
-        """Takes over counting the turns of `staged`, none of which may be under way. Needs a compiler: `is_possible`."""
+        """Takes over counting the turns of `staged`, none of which may be under way. See `is_possible`."""
         assert _compiled is not None, "no compiler"
         self._handles: dict[int, bytes] = {}
         self._nothing = bytes(8 * num_buckets)

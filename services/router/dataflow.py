@@ -239,10 +239,10 @@ class Dataflow:
         """The rows of an answer are in their places."""
         call, node = owed.number, peer.node
         if isinstance(item, NodeWork):
-            self.calls.settle_expert(peer.process.index, call)
             if item.arrived(call, answer):
                 del self._works[item.key]
-                self._finish_work(item)
+                self._finish_work(item)  # before what nobody waits for
+            self.calls.settle_expert(peer.process.index, call)
             return
         self.counters.crossed(
             node, Kind.PARTIAL, item.request, owed.num_rows, owed.num_pairs, answer.payload_nbytes, inward=True

@@ -28,12 +28,12 @@ from common.transport.device import DeviceBlock, DevicePool, DeviceRows, Neighbo
 from common.transport.link import LinkLimits, LinkState
 from common.transport.neighbour import Neighbour
 from common.transport.port import RowsPort
-from common.transport.reactor import KIND_MESSAGE, KIND_SHIFT, Endpoint
+from common.transport.reactor import KIND_SHIFT, Endpoint
 from common.transport.seam import Seam
 from common.transport.ucx_arrivals import KIND_WITH_ROWS
 from common.transport.ucx_messages import UcxMessages
 from common.wire.blocks import RowType, answer_layout, expert_pick_layout, row_segment
-from common.wire.header import HEADER_NBYTES, Header, Kind, Wire
+from common.wire.header import HEADER_NBYTES, Header, Kind, Landed, Wire
 from services.attention.moe_client import MoeClient
 from services.expert.batcher import Batcher
 from services.expert.device_bank import DeviceBank
@@ -205,17 +205,11 @@ class StillAttention:
         self.held = rows.retain()
 
 
-def combined(asked: bytes) -> bytes:
+def combined(asked: bytes) -> Landed:
     """The answer to a DISPATCH, whose rows have landed."""
     request = Header.unpack_from(asked, max_payload_nbytes=1 << 30)
     nbytes = answer_layout(request.num_rows, WIDTH, RowType.BF16).nbytes
-    header = request.derive(
-        Kind.COMBINED, target=0, num_rows=request.num_rows, payload_nbytes=nbytes
-    )
-    header.rows_nbytes, header.landed = nbytes, 1
-    message = bytearray(HEADER_NBYTES)
-    header.pack_into(message)
-    return bytes(message)
+    return Landed(Kind.COMBINED, request.layer, request.block, nbytes, 0, 0, 0, request.answer)
 
 
 async def attention(rows: int, blocks: int) -> Times:
@@ -227,7 +221,7 @@ async def attention(rows: int, blocks: int) -> Times:
     block = DeviceBlock(port.rows, lambda _: None)
     ids, weights = torch.arange(8, dtype=torch.int32).repeat(rows, 1), torch.full((rows, 8), 0.125)
     out, times = torch.empty(rows, WIDTH, dtype=torch.bfloat16), defaultdict(list)
-    for number in range(blocks):
+    for _ in range(blocks):
         begun = time.perf_counter()
         answer = moe.dispatch(
             LAYER, 0, block.rows(0, block.capacity), ids, weights, out=out, written=lambda: True,
@@ -238,9 +232,9 @@ async def attention(rows: int, blocks: int) -> Times:
         posted = time.perf_counter()
         message, ended = port.taken()
         ended(0)
-        message = combined(message)
+        answered = combined(message)
         came = time.perf_counter()
-        link.arrive(KIND_MESSAGE << KIND_SHIFT | number, HEADER_NBYTES, message)
+        link.deliver_landed(answered)
         times["attention: answer"].append(time.perf_counter() - came)
         times["attention: dispatch"].append(waiting - begun)
         times["attention: post"].append(posted - waiting)

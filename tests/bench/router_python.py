@@ -30,7 +30,7 @@ from common.transport.link import BaseLink, LinkLimits
 from common.transport.outbox import Outbox
 from common.transport.volley import Question, Volley
 from common.wire.blocks import RowType, dispatch_layout, row_segment
-from common.wire.header import HEADER_NBYTES, Header, Kind, Landed, Wire
+from common.wire.header import Header, Kind, Landed, Wire
 from kernels import ops
 from services.router.dataflow import Dataflow
 
@@ -105,9 +105,11 @@ class SilentLink(BaseLink):
             self._rows.offer = 1
         buffer.rows = DeviceRows(self._rows, 0, nbytes)
 
-    def take_landed(self, message: bytes) -> None:
-        """An answer has arrived."""
-        assert self._deliver_landed(message)
+    def take_landed(self, answer: Landed) -> None:
+        """An answer has arrived, and the port has counted it."""
+        self._credits.arrived()
+        self._credits.owed += 1
+        self.deliver_landed(answer)
 
 
 class Handler:
@@ -142,19 +144,11 @@ def block(pool: DevicePool, rows: int, experts: int, number: int) -> Buffer:
     return buffer
 
 
-def answer(request: Header) -> bytes:
+def answer(request: Header) -> Landed:
     """An EXPERT_OUT or PARTIAL as it comes in: its rows are where they were wanted."""
-    segment = row_segment(request.num_rows, WIDTH, RowType.BF16)
-    header = request.derive(
-        Kind.PARTIAL if request.kind is Kind.RELAY else Kind.EXPERT_OUT,
-        target=request.target,
-        num_rows=request.num_rows,
-        payload_nbytes=segment.end,
-    )
-    header.rows_nbytes, header.landed = segment.end, 1
-    message = bytearray(HEADER_NBYTES)
-    header.pack_into(message)
-    return bytes(message)
+    kind = Kind.PARTIAL if request.kind is Kind.RELAY else Kind.EXPERT_OUT
+    nbytes = row_segment(request.num_rows, WIDTH, RowType.BF16).end
+    return Landed(kind, request.layer, request.block, nbytes, 0, 0, 0, request.answer)
 
 
 def main() -> None:

@@ -159,7 +159,9 @@ def block_of(num_rows, seed=0):
 
 
 def table(*parts):
-    return b"".join(p + bytes(-len(p) % 16) for p in (np.array(n, np.int32).tobytes() for n in parts))
+    return b"".join(
+        p + bytes(-len(p) % 16) for p in (np.array(n, np.int32).tobytes() for n in parts)
+    )
 
 
 def question(expert, num_rows, *, picks=None, block=1, wider=0):
@@ -255,7 +257,9 @@ def spoiled(order):
     """A question with something wrong about it, or unusual, or nothing; and how many bytes of an answer it wants."""
     n, of = order.choice([1, 5, 8, 60, 128]), 150
     picks = order.choice([None, order.sample(range(of), n)])
-    header, packed, tail, *_ = question(order.choice([5, 6]), n if picks is None else of, picks=picks)
+    header, packed, tail, *_ = question(
+        order.choice([5, 6]), n if picks is None else of, picks=picks
+    )
     tail, wanted = bytearray(tail), align(2 * n * WIDTH)
 
     def put(at, number):
@@ -313,7 +317,10 @@ def test_wrong_and_unusual_questions_are_answered_as_without_a_desk(net, seed):
                 assert one is other is None  # both closed their link
                 for asker in both:
                     assert asker.here.closed
-                with_desk, without = await Asker().open(net), await Asker().open(net, has_desk=False)
+                with_desk, without = (
+                    await Asker().open(net),
+                    await Asker().open(net, has_desk=False),
+                )
                 both = with_desk, without
                 continue
             assert (one[0].kind, one[1:]) == (other[0].kind, other[1:])

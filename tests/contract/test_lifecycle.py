@@ -241,7 +241,7 @@ def test_a_poll_that_raises_is_not_the_last(ucx):
     class Broken:
         num_open = polls = 0
 
-        def poll(self, arrived, announced):
+        def poll(self, *told):
             self.polls += 1
             if self.polls == 1:
                 raise RuntimeError("broken")
@@ -274,7 +274,7 @@ def test_who_waits_for_what_came_goes_before_the_next_poll(ucx):
     class Counting:
         num_open = polls = 0
 
-        def poll(self, arrived, announced):
+        def poll(self, *told):
             self.polls += 1
             if self.polls == 1:  # something came, and somebody waits for it
                 loop.call_soon(lambda: seen.append(self.polls))

@@ -1040,3 +1040,55 @@ def test_a_long_run_of_messages_of_all_sizes_held_for_a_while(tmp_path, kind):
 
     run(net, main)
     check_no_block_leaked(net)
+
+
+def changed(order, header):
+    """An answer's header with something else in it, or broken bytes."""
+    name = order.choice(["kind", "landed", "payload_nbytes", "rows_nbytes", "answer", "magic", ""])
+    if name == "kind":
+        header.kind = order.choice([kind for kind in Kind if kind is not Kind.CREDIT])
+    elif name == "landed":
+        header.landed = 2
+    elif name in ("payload_nbytes", "rows_nbytes", "answer"):
+        setattr(header, name, getattr(header, name) + order.choice([-1, 1, 16]))
+    for other in ("queue_us", "compute_us", "combine_us", "layer", "block", "credits"):
+        setattr(header, other, order.randrange(1 << 16) if other != "credits" else 0)
+    message = bytearray(128)
+    header.pack_into(message)
+    if name == "magic":
+        message[order.choice([0, 1, 2])] ^= 1
+    return message, name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_told_of_in_short_is_what_the_header_says(tmp_path, seed):
+    """Whatever else it says is left to whoever reads all of it, and a wrong one closes the link."""
+    net, order, seen = ReachingUcxNet(tmp_path), random.Random(seed), set()
+
+    async def main():
+        for _ in range(30):
+            here = LandedPeer()
+            link, there, ((header, answer),) = await asked(net, here)
+            answer.release()
+            header.kind = order.choice([Kind.EXPERT_OUT, Kind.PARTIAL, Kind.COMBINED])
+            header.rows_nbytes = header.payload_nbytes = 4096
+            header.landed = 1
+            message, name = changed(order, header)
+            memory = (ctypes.c_char * 128).from_buffer(message)
+            tag = 1 << 56 | there._credits.tag | there._credits.sent
+            there._credits.sent += 1
+            there._port.send(there._to, ctypes.addressof(memory), 128, tag, lambda _: None)
+            await here.until(lambda here=here: bool(here.got or here.closed))
+            in_short = here.num_landed == 1
+            fits = header.landed == 1 and header.rows_nbytes == header.payload_nbytes
+            fits = fits and header.kind in (Kind.EXPERT_OUT, Kind.PARTIAL, Kind.COMBINED)
+            right = fits and name not in ("magic", "answer", "payload_nbytes", "rows_nbytes")
+            assert in_short == right
+            if in_short:
+                said = here.got[0][0]._asdict()
+                assert all(value == getattr(header, name) for name, value in said.items())
+            seen.add((in_short, bool(here.closed)))
+            link.close("enough")
+        assert seen >= {(True, False), (False, True)}
+
+    run(net, main, leak_free=False)

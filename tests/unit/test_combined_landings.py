@@ -13,7 +13,7 @@ from common.transport.device import DevicePool, DeviceRows, NeighbourBlock
 from common.transport.outbox import Outbox
 from common.transport.seam import Seam
 from common.wire.blocks import RowType, row_segment
-from common.wire.header import MAGIC, VERSION, Header, Kind, Landed, Wire
+from common.wire.header import Header, Kind, Landed, Wire
 from services.attention.moe_client import MoeClient
 from tests.unit.test_landed_answers import ROWS, WIDTH, Router, answer_in_full, answer_shortly
 
@@ -156,7 +156,7 @@ class Asker:
 
     def answer(self, block, landing, kind=Kind.COMBINED):
         nbytes = landing.nbytes
-        answer = Landed(MAGIC, VERSION, kind, 3, block, 1, nbytes, 0, 7, 30, 2, nbytes, 1)
+        answer = Landed(kind, 3, block, nbytes, 7, 30, 2, 1)
         try:
             self.client.on_landed(self.link, answer, landing)
         finally:

@@ -12,7 +12,7 @@ from common.placement.plan import Plan
 from common.transport.device import DevicePool
 from common.transport.outbox import Outbox
 from common.wire.blocks import RowType, row_segment
-from common.wire.header import MAGIC, VERSION, Kind, Landed
+from common.wire.header import Kind, Landed
 from services.router.dataflow import Dataflow
 from tests.bench.router_python import LAYER, WIDTH, Handler, SilentLink, block
 
@@ -65,9 +65,7 @@ class Router:
 def landed(header):
     kind = Kind.PARTIAL if header.kind is Kind.RELAY else Kind.EXPERT_OUT
     nbytes = row_segment(header.num_rows, WIDTH, RowType.BF16).end
-    return Landed(
-        MAGIC, VERSION, kind, LAYER, header.block, 1, nbytes, 0, 7, 30, 2, nbytes, header.answer
-    )
+    return Landed(kind, LAYER, header.block, nbytes, 7, 30, 2, header.answer)
 
 
 def answer_in_full(router, link, header):

@@ -128,8 +128,9 @@ class Asking:
         there = time.monotonic_ns()
         self._moments.append((answer.compute_us << 32 | answer.queue_us, there))
         self.num_answers += 1
-        self.num_landed += answer.landed
-        self.num_short += answer.landed * (answer.combine_us == 0)
+        has_landed = isinstance(answer, Landed) or bool(answer.landed)
+        self.num_landed += has_landed
+        self.num_short += has_landed and answer.combine_us == 0
         assert self._next is not None, "an answer to nothing"
         self._next()
 

@@ -46,9 +46,9 @@ class TimedPort:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._port, name)
 
-    def poll(self, arrived: Callable[..., object], announced: Callable[..., object]) -> bool:
+    def poll(self, *told: Callable[..., object]) -> bool:
         started = time.perf_counter_ns()
-        worked: bool = self._port.poll(arrived, announced)
+        worked: bool = self._port.poll(*told)
         if worked:
             self.busy_ns += time.perf_counter_ns() - started
         return worked
