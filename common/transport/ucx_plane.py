@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from common.errors import ConfigError, LinkClosed
 from common.transport.base import Handler, Hello, Link
 from common.transport.buffers import Buffer, BufferPool
-from common.transport.link import LinkLimits, LinkState
+from common.transport.link import LinkLimits
 from common.transport.port import IN_PROGRESS, RowsPort, is_compiled
 from common.transport.reactor import Reactor
 from common.transport.seam import Seam
@@ -127,7 +127,7 @@ class DataPlane:
             if self.seam.is_open:  # what the device has written goes before the next is handled
                 self.seam.poll()
             link = self.links.get(sender)  # none: it has closed since
-            if link is not None and link.state is LinkState.OPEN:
+            if link is not None:
                 link.deliver_landed(_landed(Landed, fields))
 
     def _sweep(self) -> bool:

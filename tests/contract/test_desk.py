@@ -201,7 +201,7 @@ class Asker:
         nbytes = align(2 * header.num_rows * WIDTH) if wanted is None else wanted
         place = pool.acquire_rows(max(1, nbytes)) if nbytes else None
         if place is not None:
-            place.tensor.fill_(0xEE)
+            place.block.tensor.fill_(0xEE)
         post(self.link, header, pool, rows, tail, landing=place)
         return place
 
@@ -215,6 +215,7 @@ class Asker:
                 self.going()
         (answer,), self.here.got = self.here.got or [None], []
         if place is not None:
+            assert place.block.tensor[place.nbytes :].eq(0xEE).all()  # nothing is written behind it
             place.release()
         return answer, self.here.num_landed > before
 
@@ -248,6 +249,7 @@ def test_a_question_that_a_graph_is_there_for_needs_no_python(net, num_rows, kin
         assert there.next == here.sent
         assert here.available + there.owed == LIMITS.window
         assert there.available + here.owed == LIMITS.window
+        await poll_until(lambda: not asker.dialler.pool.rows_outstanding)  # they came back
 
     run(net, main)
     check_no_block_leaked(net)
@@ -409,15 +411,70 @@ def test_whoever_goes_away_meanwhile_leaves_nothing_behind(net, monkeypatch, who
             await asker.listener.close()
         else:
             await asker.dialler.close()
+        sent = worker.links[0]._credits.sent
         later.go()
         if who == "worker":
             assert worker.desk.num_waiting == 0
         else:
             await poll_until(lambda: not worker.desk.num_waiting)
         place.release()
+        assert worker.links[0]._credits.sent == sent
         assert worker.counters["failed"] == 0
 
     run(net, main)
+
+
+def test_while_it_computes_questions_wait_together(net, monkeypatch):
+    later = Later(monkeypatch)
+
+    async def main():
+        asker, place = await taken(net, later)
+        more = [asker.post(*question(5, 4, block=number)[:3]) for number in (2, 3, 4)]
+        await poll_until(lambda: asker.worker.heard == 4)
+        assert (asker.worker.desk.num_waiting, later.by_desk) == (1, 1)
+        while len(asker.here.got) < 4:
+            later.go()
+            await asyncio.sleep(0.001)
+        for one in (place, *more):
+            one.release()
+        assert asker.worker.counters["batches"] < 5  # some were computed together
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+@pytest.mark.parametrize("why", ["no credit", "another way"])
+def test_what_python_must_hear_of_the_desk_does_not_take(net, why):
+    async def main():
+        asker = await Asker().open(net)
+        *asked, _, _ = question(5, 4)
+        for _ in range(2):
+            await asker.ask(*asked)
+        assert asker.worker.heard == 1
+        credits = asker.worker.links[0]._credits
+        if why == "no credit":  # answers may wait for that which a question brings
+            available, credits.available = credits.available, 0
+            place = asker.post(*asked)
+            await poll_until(lambda: asker.worker.heard == 2)
+            credits.available = available
+            asker.worker.links[0]._flush()
+        else:  # one by UCX overtakes it
+            link = asker.link
+            link._credits.sent += 1
+            link._to, through = link._endpoint.handle, link._to
+            place = asker.post(*question(6, 4)[:3])
+            await poll_until(lambda: bool(asker.worker.links[0]._arrivals))
+            link._credits.sent -= 2
+            link._to = through
+            first = asker.post(*asked)
+            await asker.here.until(lambda: len(asker.here.got) == 2)
+            assert asker.worker.heard == 3
+            first.release()
+            link._credits.sent += 1
+        await asker.here.until(lambda: bool(asker.here.got))
+        place.release()
+
+    run(net, main, leak_free=False)
 
 
 def test_a_graph_that_cannot_be_launched_is_left_to_python(net, monkeypatch):

@@ -533,6 +533,77 @@ def test_an_answer_that_landed_waits_for_what_it_overtook(tmp_path):
     check_no_block_leaked(net)
 
 
+def test_answers_that_landed_are_told_of_before_what_came_behind_them(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here = LandedPeer()
+        _, there, answers = await asked(net, here, 3)
+        for header, answer in answers:  # all of it is there at the next poll
+            there.post(header, answer)
+            answer.release()
+            there.post(Header(Kind.DISPATCH, block=header.block))
+        await here.until(lambda: len(here.got) == 6)
+        assert [got[0].block for got in here.got] == [0, 0, 1, 1, 2, 2]
+        assert [got[0].kind == Kind.EXPERT_OUT for got in here.got] == [True, False] * 3
+        assert here.num_landed == 3
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_what_overtook_an_answer_that_landed_is_delivered_behind_it(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here = LandedPeer()
+        link, there, ((header, answer),) = await asked(net, here)
+        there._credits.sent += 1
+        there._to, through = there._endpoint.handle, there._to
+        there.post(Header(Kind.DISPATCH))  # by UCX
+        await poll_until(lambda: bool(link._arrivals))
+        there._credits.sent -= 2
+        there._to = through
+        there.post(header, answer)
+        answer.release()
+        await here.until(lambda: len(here.got) == 2)
+        assert [got[0].kind for got in here.got] == [Kind.EXPERT_OUT, Kind.DISPATCH]
+        assert here.num_landed == 0  # who reads all of it looks for what waits
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_what_overtook_the_control_socket_is_not_forgotten(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        link, *_ = await linked(net, LandedPeer(), LandedPeer())
+        assert link._credits.by_ring
+        assert link._credits.takes_landed
+        link._credits.by_ring = False
+        link._set_windows(5)
+        assert not link._credits.by_ring
+
+    run(net, main)
+
+
+def test_credits_of_answers_that_landed_come_back_though_nothing_goes_that_way(tmp_path):
+    net = ReachingUcxNet(tmp_path)
+
+    async def main():
+        here = LandedPeer()
+        _, there, answers = await asked(net, here, LIMITS.window)
+        for header, answer in answers:
+            there.post(header, answer)
+            answer.release()
+        await here.until(lambda: here.num_landed == LIMITS.window)
+        await poll_until(lambda: there._credits.available >= LIMITS.window // 2)
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
 def test_whoever_raises_at_an_answer_that_landed_loses_the_link(tmp_path):
     net = ReachingUcxNet(tmp_path)
 
