@@ -43,9 +43,8 @@ static int answer(void *given, MessageHeader *header)
         ucp_tag_t tag = (ucp_tag_t)KIND_MESSAGE << KIND_SHIFT | counts->tag | counts->sent;
         header->credits = 1; /* the question's */
         header->landed = 1;
-        if (counts->available == 0 || !send_record(self, neighbour, tag, header, sizeof *header))
+        if (!send_record(self, neighbour, tag, header, sizeof *header))
             return 0;
-        counts->available--;
         counts->sent++;
     }
     asked->neighbour = NULL;
@@ -104,6 +103,7 @@ static int is_taken(Port *self, Neighbour *from, const Record *record, Slot *slo
         return 0;
     from->counts->next++;
     from->counts->available += message.header.credits;
+    from->counts->available--; /* put aside for the answer, which waits for nobody */
     return 1;
 }
 

@@ -38,7 +38,7 @@ typedef struct {
     void *stream;
     PyObject *graphs;   /* {layer << 16 | expert: bytes of a pointer for each bucket, 0 where there is none} */
     PyObject *answered; /* (layer, expert, num_rows, trace, microbatch, since_ns, ended_ns) */
-    int first, num_waiting;
+    int num_waiting;
     Waiting waiting[MAX_WAITING];
 } Desk;
 
@@ -168,8 +168,7 @@ static int take(Answerer *answerer, const Question *question, void *asked)
     if (self->launch(graph, self->stream) != 0)
         return 0; /* Python will say why */
     self->turn++;
-    Waiting *waiting = self->waiting + (self->first + self->num_waiting++) % MAX_WAITING;
-    *waiting = (Waiting){asked, self->turn, since_ns, answer_to(header, out_nbytes), part.expert};
+    self->waiting[self->num_waiting++] = (Waiting){asked, self->turn, since_ns, answer_to(header, out_nbytes), part.expert};
     return 1;
 }
 
@@ -177,16 +176,16 @@ static int look(Answerer *answerer)
 {
     Desk *self = desk_of(answerer);
     int num = 0;
-    while (self->num_waiting > 0) {
-        Waiting waiting = self->waiting[self->first];
-        if (*self->told < waiting.turn)
-            break;
+    for (int i = 0; i < self->num_waiting;) {
+        Waiting waiting = self->waiting[i];
         long long ended_ns = now_ns();
         waiting.header.compute_us = (ended_ns - waiting.since_ns) / 1000;
-        if (!answerer->answer(waiting.asked, &waiting.header))
-            break;
-        self->first = (self->first + 1) % MAX_WAITING;
+        if (*self->told < waiting.turn || !answerer->answer(waiting.asked, &waiting.header)) {
+            i++; /* others do not wait for it */
+            continue;
+        }
         self->num_waiting--;
+        memmove(self->waiting + i, self->waiting + i + 1, (self->num_waiting - i) * sizeof waiting);
         num++;
         const MessageHeader *header = &waiting.header;
         PyObject *done = PyObject_CallFunction(

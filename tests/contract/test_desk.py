@@ -377,21 +377,53 @@ async def taken(net, later):
     return asker, place
 
 
-def test_an_answer_waits_for_credit_and_goes_then(net, monkeypatch):
+def test_an_answers_credit_is_put_aside(net, monkeypatch):
     later = Later(monkeypatch)
 
     async def main():
         asker, place = await taken(net, later)
         credits = asker.worker.links[0]._credits
-        available, credits.available = credits.available, 0
+        available = credits.available
+        credits.available = 0
         later.go()
-        await asyncio.sleep(0.02)
-        assert asker.worker.desk.num_waiting == 1
-        assert asker.here.got == []
-        credits.available = available
         await asker.here.until(lambda: bool(asker.here.got))
+        assert credits.available == 0
+        credits.available = available
+        place.release()
+        assert asker.link._credits.available + credits.owed == LIMITS.window
+        assert credits.available + asker.link._credits.owed == LIMITS.window
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_an_answer_waits_for_room_and_others_do_not_wait_for_it(net, monkeypatch):
+    later = Later(monkeypatch)
+
+    async def main():
+        asker, place = await taken(net, later)
+        other = Asker()
+        other.here, other.going, other.dialler = LandedPeer(), None, net.transport()
+        address = await asker.listener.listen(net.address(), hello(), asker.worker)
+        other.link = await other.dialler.connect(address, ROUTER, other.here, timeout_s=5)
+        link, plane = asker.worker.links[0], asker.listener._plane
+        for nbytes in (*[100_000] * 5, 23_300):  # all but 112 bytes of the ring
+            buffer = asker.listener.pool.acquire(nbytes)
+            link.post(Header(Kind.DISPATCH), buffer)
+            buffer.release()
+        later.go()
+        plane.port.poll(*plane.reactor._told)  # the asker has not read yet
+        assert asker.worker.desk.num_waiting == 1
+        more = other.post(*question(5, 4, block=7)[:3])
+        plane.port.poll(*plane.reactor._told)
+        later.go()
+        plane.port.poll(*plane.reactor._told)
+        assert (asker.worker.desk.num_waiting, later.by_desk) == (1, 2)
+        await other.here.until(lambda: bool(other.here.got))
+        await asker.here.until(lambda: len(asker.here.got) == 7)
         assert asker.worker.desk.num_waiting == 0
         place.release()
+        more.release()
 
     run(net, main)
     check_no_block_leaked(net)
