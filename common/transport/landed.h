@@ -29,8 +29,8 @@ static PyObject *short_of(ucp_tag_t sender, const MessageHeader *header)
     return fields == NULL ? NULL : Py_BuildValue("KN", (unsigned long long)sender >> SENDER_SHIFT, fields);
 }
 
-/* Add a record to `found` if it is one: 1 then, else 0; -1 with an exception. */
-static int found_landed(Neighbour *from, PyObject *found)
+/* Add a record to the list `found`, made at the first, if it is one: 1 then, else 0; -1 with an exception. */
+static int found_landed(Neighbour *from, PyObject **found)
 {
     Counts *counts = from->counts;
     Record *record = counts == NULL ? NULL : ring_first(from->in);
@@ -40,8 +40,10 @@ static int found_landed(Neighbour *from, PyObject *found)
     memcpy(&header, record->message, sizeof header);
     if (!is_short(counts, record, &header))
         return 0;
+    if (*found == NULL && (*found = PyList_New(0)) == NULL)
+        return -1;
     PyObject *one = short_of(from->sender, &header);
-    int status = one == NULL ? -1 : PyList_Append(found, one);
+    int status = one == NULL ? -1 : PyList_Append(*found, one);
     Py_XDECREF(one);
     if (status < 0)
         return -1;

@@ -258,18 +258,17 @@ static PyObject *port_part(Port *self, PyObject *number)
     Py_RETURN_NONE;
 }
 
-/* answer_with(capsule or None) */
+/* answer_with(capsule), once */
 static PyObject *port_answer_with(Port *self, PyObject *capsule)
 {
-    Answerer *answerer = capsule == Py_None ? NULL : PyCapsule_GetPointer(capsule, ANSWERER);
-    if (PyErr_Occurred())
+    Answerer *answerer = PyCapsule_GetPointer(capsule, ANSWERER);
+    if (answerer == NULL)
         return NULL;
-    forget_answerer(self);
-    if (answerer != NULL) {
-        answerer->answer = answer;
-        self->answerer = answerer;
-        self->answerer_s = Py_NewRef(capsule);
-    }
+    if (self->answerer != NULL)
+        return PyErr_Format(PyExc_ValueError, "a port has one answerer");
+    answerer->answer = answer;
+    self->answerer = answerer;
+    self->answerer_s = Py_NewRef(capsule);
     Py_RETURN_NONE;
 }
 

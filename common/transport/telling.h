@@ -159,36 +159,32 @@ static int tell_of_record(Port *self, Neighbour *from, PyObject *arrived, PyObje
     return status;
 }
 
-/* What was found so far, before anything else is told of. -1 when a call raised. */
+/* What landed so far, before anything else is told of; NULL: nothing. -1 when the call raised. */
 static int tell_of_landed(PyObject *landed, PyObject **found)
 {
-    if (PyList_GET_SIZE(*found) == 0)
-        return 0;
     PyObject *args[1] = {*found};
     *found = NULL;
-    if (tell(landed, args, 1) < 0)
-        return -1;
-    return (*found = PyList_New(0)) == NULL ? -1 : 0;
+    return args[0] == NULL ? 0 : tell(landed, args, 1);
 }
 
 /* A record, whatever it is. -1 when a call raised. */
 static int next_record(Port *self, Neighbour *from, PyObject **found, const Calls *calls)
 {
-    int status = found_landed(from, *found);
-    if (status == 0 && tell_of_landed(calls->landed, found) == 0 && !from->is_gone)
+    int status = found_landed(from, found);
+    if (status == 0)
+        status = tell_of_landed(calls->landed, found);
+    else if (status > 0)
+        return look_at_answers(self);
+    if (status == 0 && !from->is_gone)
         status = tell_of_record(self, from, calls->arrived, calls->announced);
-    else if (status == 0)
-        status = *found == NULL ? -1 : 0;
-    return status < 0 || look_at_answers(self) < 0 ? -1 : 0;
+    return status < 0 ? -1 : look_at_answers(self);
 }
 
 /* -1 when a call raised; the rest is for the next time. */
 static int tell_of_records(Port *self, const Calls *calls)
 {
     int num = look_at_answers(self);
-    PyObject *found = PyList_New(0);
-    if (found == NULL)
-        num = -1;
+    PyObject *found = NULL;
     self->is_telling = 1;
     for (Neighbour *each = self->neighbours; num >= 0 && each != NULL; each = each->next) {
         if (__atomic_load_n(&each->in->is_asleep, __ATOMIC_RELAXED))
@@ -196,15 +192,12 @@ static int tell_of_records(Port *self, const Calls *calls)
         while (num >= 0 && num < MAX_ARRIVALS && !each->is_gone && ring_has_record(each->in))
             num = next_record(self, each, &found, calls) < 0 ? -1 : num + 1;
     }
-    if (found != NULL && PyList_GET_SIZE(found) > 0) {
-        PyObject *type, *value, *traceback; /* whatever has raised, these were counted */
-        PyErr_Fetch(&type, &value, &traceback);
-        if (tell_of_landed(calls->landed, &found) < 0)
-            num = -1;
-        if (type != NULL)
-            PyErr_Restore(type, value, traceback);
-    }
-    Py_XDECREF(found);
+    PyObject *type, *value, *traceback; /* whatever has raised, what landed was counted */
+    PyErr_Fetch(&type, &value, &traceback);
+    if (tell_of_landed(calls->landed, &found) < 0)
+        num = -1;
+    if (type != NULL)
+        PyErr_Restore(type, value, traceback);
     self->is_telling = 0;
     sweep_neighbours(self);
     return num;

@@ -177,10 +177,12 @@ static int look(Answerer *answerer)
     Desk *self = desk_of(answerer);
     int num = 0;
     for (int i = 0; i < self->num_waiting;) {
+        if (*self->told < self->waiting[i].turn)
+            break; /* those behind it are later turns */
         Waiting waiting = self->waiting[i];
         long long ended_ns = now_ns();
         waiting.header.compute_us = (ended_ns - waiting.since_ns) / 1000;
-        if (*self->told < waiting.turn || !answerer->answer(waiting.asked, &waiting.header)) {
+        if (!answerer->answer(waiting.asked, &waiting.header)) {
             i++; /* others do not wait for it */
             continue;
         }

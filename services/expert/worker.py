@@ -84,14 +84,13 @@ class ExpertWorker:
     async def drain(self) -> None:
         """Answer what waits."""
         self.state = State.DRAINING
-        desk = self.desk
-        await poll_until(
-            lambda: (
-                not len(self.batcher)
-                and not self._in_flight
-                and (desk is None or not desk.num_waiting)
-            )
-        )
+        await poll_until(lambda: self._is_idle)
+
+    @property
+    def _is_idle(self) -> bool:
+        """Nothing waits or is computed."""
+        desk_waits = self.desk is not None and self.desk.num_waiting
+        return not (len(self.batcher) or self._in_flight or desk_waits)
 
     async def stop(self) -> None:
         """Close the links."""

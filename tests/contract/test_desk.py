@@ -27,12 +27,13 @@ from common.wire.header import Header, Kind, Wire
 from kernels import graphs, ops
 from services.expert.batcher import Batcher
 from services.expert.device_bank import DeviceBank
-from services.expert.device_experts import DeviceExpert, GraphedExperts
+from services.expert.device_experts import GraphedExperts
 from services.expert.worker import ExpertWorker
 from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, hello, run
 from tests.contract.test_rows_apart import LandedPeer, check_no_block_leaked, post
+from tests.unit.test_graphed_experts import WIDTH, expert
 
-WIDTH, HIDDEN, LAYER = 256, 128, 3
+LAYER = 3
 REACH = """
 #include <stdint.h>
 int ucp_rkey_ptr(void *key, uint64_t address, void **here) { *here = (void *)(uintptr_t)address; return 0; }
@@ -107,16 +108,6 @@ class Moment:
 
     def query(self):
         return self.stream.num_done >= self.number
-
-
-def expert(seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def weight(*shape):
-        return (torch.randn(*shape, generator=generator) * 20).to(torch.float8_e4m3fn)
-
-    gate_up, down = weight(2 * HIDDEN, WIDTH), weight(WIDTH, HIDDEN)
-    return DeviceExpert(gate_up, down, torch.full((2, 2), 0.01), torch.full((2, 1), 0.01))
 
 
 class Worker(ExpertWorker):
