@@ -49,7 +49,7 @@ class NodeShare:
     def of(
         cls, node: int, rows: Ints | Int32s, pair_rows: Int32s, experts: Int32s, weights: Floats
     ) -> Self:
-        """BlockPairs [num_pairs] of `pair_rows`, which index `rows`; see the properties."""
+        """Pairs [num_pairs] of `pair_rows`, which index `rows`; see the properties."""
         sections = (part.tobytes() for part in (pair_rows, experts, weights))
         tail = b"".join(part + bytes(-len(part) % SECTION) for part in sections)
         return cls(node, rows.astype(np.int32), len(pair_rows), tail)
@@ -172,7 +172,7 @@ def split_pairs(
 ) -> list[NodeShare]:
     """Divide sorted pairs by node, ascending; `pair_rows` index `rows`, each of which has a pair.
 
-    BlockPairs of node NOT_OURS (-1) are left out.
+    Pairs of node NOT_OURS (-1) are left out.
     """
     first = int(nodes.min())
     if first >= 0 and first == int(nodes.max()):  # all for one node, and every row has pairs
