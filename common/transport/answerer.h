@@ -12,7 +12,7 @@
 /* A header as `common.wire.header` packs it, and kinds of messages. */
 #define MAGIC 0xA701
 #define VERSION 5
-enum { EXPERT_IN = 3, EXPERT_OUT = 4, COMBINED = 6, EXPERT_PICK = 9 }; /* 5: PARTIAL */
+enum { DISPATCH = 1, EXPERT_IN = 3, EXPERT_OUT = 4, COMBINED = 6, EXPERT_PICK = 9 }; /* 5: PARTIAL */
 typedef struct {
     uint16_t magic;
     uint8_t version, kind, wire, unused;

@@ -11,7 +11,7 @@
 struct Counts {
     PyObject_HEAD
     unsigned long long tag; /* what those of its messages begin with */
-    unsigned int next, sent; /* numbers: of the message to deliver next, of the one to be sent next */
+    unsigned int next, sent, answers; /* numbers: of the message to deliver next, of the one to be sent next, of the last answer's place */
     int available, send_window, owed, unreturned, receive_window; /* credits, as in `credits` */
     char by_ring; /* all that came so far */
     char takes_landed; /* whoever handles its messages takes some in short */
@@ -54,11 +54,10 @@ static int answer(void *given, MessageHeader *header)
     return 1;
 }
 
-/* Whether it has the number of the next message, and finds the counts as it would if Python took it. */
-static int is_in_turn(const Counts *counts, ucp_tag_t tag, const MessageHeader *header)
+/* Whether a message with rows is the next one, and brings no more credits than there can be. */
+static int is_next(const Counts *counts, ucp_tag_t tag, const MessageHeader *header)
 {
     return counts->by_ring && tag >> KIND_SHIFT == KIND_WITH_ROWS && (uint32_t)tag == counts->next
-           && counts->available > 0 /* else messages may wait for the credits that this one brings */
            && (int64_t)header->credits <= counts->send_window - counts->available && header->answer != 0;
 }
 
@@ -98,7 +97,8 @@ static int is_taken(Port *self, Neighbour *from, const Record *record, Slot *slo
     Question question = {
         .header = &message.header, .tail = message.tail, .tail_nbytes = nbytes - sizeof message.header,
         .landing_nbytes = slot->landing.nbytes};
-    if (!is_in_turn(from->counts, record->tag, &message.header) || message.header.rows_nbytes != slot->rows.nbytes
+    if (from->counts->available == 0 /* messages may wait for the credits that this one brings */
+        || !is_next(from->counts, record->tag, &message.header) || message.header.rows_nbytes != slot->rows.nbytes
         || question.landing_nbytes == 0 || !hand_over(self, from, slot, &question))
         return 0;
     from->counts->next++;

@@ -21,8 +21,8 @@ from common.transport.seam import Seam
 from common.wire.header import Header, Landed
 
 if TYPE_CHECKING:
-    from common.transport.device import DeviceRows
-    from common.transport.volley import Part, Question, Volley
+    from common.transport.device import DeviceBlock, DeviceRows
+    from common.transport.volley import Ended, Part, Question, Volley
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,24 @@ class Link(Protocol):
         """Send what was taken with rows of its own."""
         raise AssertionError("this link takes none")
 
+    @property
+    def counts(self) -> object:
+        """What a forwarder (`forwarder.h`) calls this link."""
+        return None
+
+    def share(self, block: "DeviceBlock") -> object:
+        """What the port needs so that the peer reaches that memory; None: it cannot."""
+        return None
+
+    def forwarded(
+        self, landing: "DeviceRows | None", answer: int, ended: "Ended", block: "DeviceBlock | None"
+    ) -> None:
+        """A forwarder has sent a question: its answer, of that number, comes to `landing`.
+
+        The peer reads rows of `block`, which stay until it has done so. None: nobody waits for the answer.
+        """
+        raise AssertionError("this link forwards nothing")
+
     def send_control(self, message: dict[str, Any]) -> None:
         """Send a small JSON message on the authenticated control socket: never waits. Raises LinkClosed."""
         ...
@@ -170,6 +188,13 @@ class Transport(Protocol):
         """Give neighbours' questions to an answerer in a capsule (`answerer.h`) first, where the port can.
 
         What it takes and answers no handler hears of. Before there are links.
+        """
+        ...
+
+    def forward_with(self, forwarder: object) -> None:
+        """Show neighbours' requests to a forwarder in a capsule (`forwarder.h`) first, where the port can.
+
+        Before there are links.
         """
         ...
 

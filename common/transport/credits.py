@@ -12,12 +12,16 @@ from common.errors import WireError
 
 
 class CreditRules:
-    """Both directions of one link, in messages. Where the counts are kept is for whoever derives from it."""
+    """Both directions of one link, in messages. Where the counts are kept is for whoever derives from it.
+
+    `answers` is the number of the last place for an answer, which asks for no credit.
+    """
 
     send_window: int
     receive_window: int
     available: int
     owed: int
+    answers: int
     _unreturned: int
     _return_at: int
 
@@ -29,6 +33,7 @@ class CreditRules:
         self.receive_window = receive_window
         self.available = send_window  # messages that may be sent now
         self.owed = 0  # messages done with, not yet returned
+        self.answers = 0
         self._unreturned = 0  # messages received and not yet returned: held or owed
         self._return_at = max(1, receive_window // 2)
 

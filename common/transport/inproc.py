@@ -262,6 +262,9 @@ class InprocTransport:
     def answer_with(self, answerer: object) -> None:
         """There are no neighbours here."""
 
+    def forward_with(self, forwarder: object) -> None:
+        """Likewise."""
+
     def carriers(self) -> dict[str, list[str]]:
         """See `Transport.carriers`."""
         return {str(link.peer.process): ["inproc"] for link in self.links if link.has_data}

@@ -67,7 +67,6 @@ class BaseLink(Link, ABC):
         self._credits: CreditRules = Credits(limits.window, limits.window)
         self._queue: deque[tuple[bytearray, Buffer | None, DeviceRows | None]] = deque()
         self._landings: dict[int, DeviceRows] = {}  # answer number -> where its rows go
-        self._num_landings = 0
         self._error: LinkClosed | None = None
         # of a handler that has it: see `LandedHandler`
         self._on_landed: Any = getattr(handler, "on_landed", None)
@@ -188,9 +187,9 @@ class BaseLink(Link, ABC):
         return number
 
     def _answer_number(self) -> int:
-        self._num_landings = self._num_landings % _MAX_LANDINGS + 1
-        assert self._num_landings not in self._landings, "an answer number in use"
-        return self._num_landings
+        number = self._credits.answers = self._credits.answers % _MAX_LANDINGS + 1
+        assert number not in self._landings, "an answer number in use"
+        return number
 
     def _enqueue(
         self, header: Header, payload: Buffer | None, landing: "DeviceRows | None"

@@ -3,7 +3,7 @@
 #include <Python.h>
 #include <ucp/api/ucp.h>
 
-#include "answerer.h"
+#include "forwarder.h"
 #include "ring.h"
 
 #define MAX_ASKED 8 /* questions that an answerer has at a time */
@@ -58,6 +58,8 @@ struct Port {
     Py_ssize_t num_open, num_agreed, num_asked, max_head;
     Answerer *answerer; /* or NULL; Python's name of it keeps it */
     PyObject *answerer_s;
+    Forwarder *forwarder; /* likewise */
+    PyObject *forwarder_s;
     Asked asked[MAX_ASKED];
 };
 

@@ -272,11 +272,25 @@ static PyObject *port_answer_with(Port *self, PyObject *capsule)
     Py_RETURN_NONE;
 }
 
+/* forward_with(capsule), once */
+static PyObject *port_forward_with(Port *self, PyObject *capsule)
+{
+    Forwarder *forwarder = PyCapsule_GetPointer(capsule, FORWARDER);
+    if (forwarder == NULL)
+        return NULL;
+    if (self->forwarder != NULL)
+        return PyErr_Format(PyExc_ValueError, "a port has one forwarder");
+    self->forwarder = forwarder;
+    self->forwarder_s = Py_NewRef(capsule);
+    Py_RETURN_NONE;
+}
+
 /* settle(): the worker is gone. An operation that UCX never ended is not used again, should UCX end it all the same. */
 static PyObject *port_settle(Port *self, PyObject *Py_UNUSED(ignored))
 {
     forget_announced(self);
     forget_answerer(self);
+    forget_forwarder(self);
     self->context = NULL;
     if (call_ended(self) < 0)
         return NULL;
@@ -328,6 +342,7 @@ static void port_dealloc(Port *self)
     PyTypeObject *type = Py_TYPE(self);
     forget_announced(self);
     forget_answerer(self);
+    forget_forwarder(self);
     for (Operation *op = self->idle; op != NULL;) {
         Operation *next = op->next;
         PyMem_Free(op);
@@ -388,6 +403,7 @@ static PyMemberDef counts_members[] = {
     {"tag", T_ULONGLONG, offsetof(Counts, tag), 0, NULL},
     {"next", T_UINT, offsetof(Counts, next), 0, NULL},
     {"sent", T_UINT, offsetof(Counts, sent), 0, NULL},
+    {"answers", T_UINT, offsetof(Counts, answers), 0, NULL},
     {"available", T_INT, offsetof(Counts, available), 0, NULL},
     {"send_window", T_INT, offsetof(Counts, send_window), 0, NULL},
     {"owed", T_INT, offsetof(Counts, owed), 0, NULL},
@@ -416,6 +432,7 @@ static PyMethodDef port_methods[] = {
     {"meet", (PyCFunction)(void (*)(void))port_meet, METH_FASTCALL, NULL},
     {"part", (PyCFunction)port_part, METH_O, NULL},
     {"answer_with", (PyCFunction)port_answer_with, METH_O, NULL},
+    {"forward_with", (PyCFunction)port_forward_with, METH_O, NULL},
     {"arm", (PyCFunction)port_arm, METH_NOARGS, NULL},
     {"settle", (PyCFunction)port_settle, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

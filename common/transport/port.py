@@ -146,6 +146,10 @@ class RowsPort(Port, Protocol):
         """Let the answerer in that capsule (`answerer.h`) have what neighbours ask, before `poll` tells of it."""
         ...
 
+    def forward_with(self, forwarder: object, /) -> None:
+        """Show the forwarder in that capsule (`forwarder.h`) what neighbours ask, before `poll` tells of it."""
+        ...
+
 
 class _Counts:
     """What the compiled port has in C."""

@@ -1,5 +1,5 @@
 /* What `poll` tells Python of: what has ended, and what came by UCX or from neighbours. A call per message. */
-#include "landed.h"
+#include "forward.h"
 
 #define MAX_ARRIVALS 256 /* per poll, so that a flood cannot keep completions and timers waiting */
 
@@ -144,11 +144,15 @@ static int tell_of_record(Port *self, Neighbour *from, PyObject *arrived, PyObje
     } else if (slot != NULL && is_taken(self, from, record, slot)) {
         status = 0;
     } else if (slot != NULL) {
+        ucp_tag_t tag = record->tag; /* once: a peer may write there */
+        PyObject *message = PyBytes_FromStringAndSize((const char *)record->message, record->nbytes);
+        int is_forwarded = forward(self, from, tag, message, slot);
         PyObject *args[4] = {
-            PyLong_FromUnsignedLongLong(record->tag),
-            PyBytes_FromStringAndSize((const char *)record->message, record->nbytes),
-            PyLong_FromUnsignedLongLong(slot->rows.nbytes), PyLong_FromVoidPtr((char *)slot + 1)};
+            PyLong_FromUnsignedLongLong(tag), message, PyLong_FromUnsignedLongLong(slot->rows.nbytes),
+            PyLong_FromVoidPtr((char *)slot + 1)};
         status = tell(announced, args, 4);
+        if (is_forwarded)
+            status = told_of_forwarded(self, status);
     } else {
         PyObject *args[3] = {
             PyLong_FromUnsignedLongLong(record->tag), PyLong_FromUnsignedLong(record->nbytes),

@@ -48,6 +48,7 @@ class UcxTransport:
         self._expected_class = expected_class
         self._plane: DataPlane | None = None
         self._answerer: object = None
+        self._forwarder: object = None
         self._listeners: list[Listener] = []
         self._is_closed = False
 
@@ -80,12 +81,19 @@ class UcxTransport:
             )
             if self._answerer is not None:
                 self._plane.port.answer_with(self._answerer)
+            if self._forwarder is not None:
+                self._plane.port.forward_with(self._forwarder)
         return self._plane
 
     def answer_with(self, answerer: object) -> None:
         """See `Transport.answer_with`."""
         if self._pool.apart:  # which needs the compiled port
             self._answerer = answerer
+
+    def forward_with(self, forwarder: object) -> None:
+        """See `Transport.forward_with`."""
+        if self._pool.apart:
+            self._forwarder = forwarder
 
     async def listen(self, address: str, hello: Hello, handler: Handler) -> str:
         """See `Transport.listen`. Raises ConfigError when the address is wrong or in use."""

@@ -18,7 +18,7 @@ from common.wire.header import HEADER_NBYTES, Header
 if TYPE_CHECKING:
     from common.transport.device import DeviceBlock, DeviceRows
     from common.transport.ucx_plane import DataPlane
-    from common.transport.volley import Part, Question, Volley
+    from common.transport.volley import Ended, Part, Question, Volley
 
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,9 @@ class UcxMessages(UcxArrivals):
 
     def _header_sent(self, packed: npt.NDArray[np.uint8], status: int) -> None:
         del packed
+        self._done(status)
+
+    def _done(self, status: int) -> None:
         if status < 0:
             self._lost("send", status)
 
@@ -124,9 +127,9 @@ class UcxMessages(UcxArrivals):
             rows.release()
             return
         ended = partial(self._rows_sent, rows)
-        shared, place = self._share(rows.block), (0, 0, None)
+        shared, place = self.share(rows.block), (0, 0, None)
         if landing is not None and shared is not None:
-            place = landing.address, landing.nbytes, self._share(landing.block)
+            place = landing.address, landing.nbytes, self.share(landing.block)
         status = self._port.send_rows(
             self._to, tag, head, head_nbytes, rows.address, rows.nbytes, rows.on_device, shared, *place, ended
         )  # fmt: skip
@@ -165,9 +168,9 @@ class UcxMessages(UcxArrivals):
                 calls.append(partial(link._rows_sent, block))
         if not going:
             return []
-        places = block.address, self._share(block), 0, None
+        places = block.address, self.share(block), 0, None
         if landings is not None:
-            places = *places[:2], landings.address, self._share(landings)
+            places = *places[:2], landings.address, self.share(landings)
         parts = [fields for _, fields, _ in going]
         statuses = self._port.send_together(
             volley.template, not block.on_host, *places, parts, calls
@@ -194,7 +197,20 @@ class UcxMessages(UcxArrivals):
         send = partial(self._send_with_rows, payload.retain(), tag, part.landing)
         payload.rows.fence.then(send)
 
-    def _share(self, block: "DeviceBlock") -> Foreign:
+    @property
+    def counts(self) -> object:
+        """See `Link.counts`."""
+        return self._credits
+
+    def forwarded(
+        self, landing: "DeviceRows | None", answer: int, ended: "Ended", block: "DeviceBlock | None"
+    ) -> None:
+        """See `Link.forwarded`."""
+        rows = None if block is None else block.retain()
+        ended.call = self._done if rows is None else partial(self._rows_sent, rows)
+        self.expect((self, (), answer), landing)
+
+    def share(self, block: "DeviceBlock") -> Foreign:
         """What a neighbour needs to reach rows: the key to all of their block, made once; of another's, its offer."""
         if block.offer:
             return block.offer

@@ -6,7 +6,7 @@ written down behind that, since nothing is received meanwhile. What goes by itse
 memory, asked again) is a call of an outbox like any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.transport.base import Link, Ticket
 from common.transport.buffers import Buffer
@@ -19,6 +19,19 @@ _TOGETHER = 8  # that many do not wait for the rest
 Question = tuple[int, int, int, int, int, int, bytes, int, int]
 """(number, target, rows, pairs, place of the rows in the block, bytes of these, what follows them, place of the rows of
 the answer, bytes of these or 0: they may be anywhere)"""
+
+
+class Ended:
+    """What the port calls when a receiver has done with rows that a forwarder asked about.
+
+    `call` is set when the question is kept or given up, before the port calls anybody.
+    """
+
+    __slots__ = ("call",)
+    call: Callable[[int], None]
+
+    def __call__(self, status: int) -> None:
+        self.call(status)
 
 
 class Volley:
@@ -76,6 +89,20 @@ class Volley:
         for (outbox, question), ticket in zip(asked, tickets, strict=True):
             if ticket is None:
                 outbox.send(Part(self, question, since_ns))
+
+    def keep(
+        self, outboxes: Sequence[Outbox], questions: Sequence[Question],
+        sent: Sequence[tuple[int, Ended]], since_ns: int,
+    ) -> None:  # fmt: skip
+        """`post` of questions that a forwarder has sent: of each the number of its answer's place, 0: it was not."""
+        for outbox, question, (answer, ended) in zip(outboxes, questions, sent, strict=True):
+            part = Part(self, question, since_ns)
+            if answer:
+                assert outbox.link is not None, "sent to nobody"
+                outbox.keep(part)
+                outbox.link.forwarded(part.landing, answer, ended, self.block)
+            else:
+                outbox.send(part)
 
     def leave(self) -> None:
         """Every message is posted: send what links have taken as soon as the block is written."""

@@ -52,8 +52,13 @@ class Calls:
 
     def number(self) -> int:
         """A new question's."""
-        self._next += 1
-        return self._next
+        return self.numbers(1)
+
+    def numbers(self, num: int) -> int:
+        """The first of so many in a row."""
+        first = self._next + 1
+        self._next += num
+        return first
 
     # ---- who can be asked ----------------------------------------------------------------------
 
@@ -78,13 +83,16 @@ class Calls:
 
     def ask_experts(
         self, work: NodeWork, shares: Sequence[WorkerShare], pieces: Sequence[Piece], gathered: Gathered,
-        now_ns: int,
+        now_ns: int, first: int = 0,
     ) -> None:  # fmt: skip
-        """Post a question for each share, whose rows are its piece of those gathered. Raises Overloaded."""
-        call, asks, outboxes = self._next, [], []
-        self._next += len(shares)
-        for share, piece in zip(shares, pieces, strict=True):
-            call += 1
+        """Post a question for each share, whose rows are its piece of those gathered. Raises Overloaded.
+
+        `first` is the number of the first if they have numbers already.
+        """
+        asks, outboxes = [], []
+        for call, (share, piece) in enumerate(
+            zip(shares, pieces, strict=True), first or self.numbers(len(shares))
+        ):
             asks.append((call, share.worker, share.num_segments, share.tail, piece, share.start))
             outboxes.append(self.experts[share.worker])
         try:
@@ -92,14 +100,14 @@ class Calls:
         finally:
             waiting, works, fleet = work.waiting, self.works, self.fleet
             num_messages = num_rows = nbytes = 0
-            for share, (call, worker, _, tail, piece, first), outbox in zip(
+            for share, (call, worker, _, tail, piece, start), outbox in zip(
                 shares, asks, outboxes, strict=True
             ):
                 if outbox.owed(call) is not None:
                     waiting[call], works[call] = share, work
-                    fleet.ask(worker, share.stop - first)
+                    fleet.ask(worker, share.stop - start)
                     num_messages += 1
-                    num_rows += share.stop - first
+                    num_rows += share.stop - start
                     nbytes += piece[3] + len(tail)
             gathered.leave()
             self.counters.asked(work.request.layer, num_messages, nbytes)

@@ -21,6 +21,7 @@ from common.transport.seam import Seam
 from common.wire.blocks import EXPERT_OUT_ROWS, PARTIAL_ROWS, RowSegment, RowType
 from common.wire.header import Header, Kind, Landed, Wire
 from services.router import payloads
+from services.router.ahead import Ahead, open_ahead
 from services.router.answers import Answers
 from services.router.block import Int32s, NodeWork, SourceWork, Work
 from services.router.calls import Calls
@@ -54,6 +55,7 @@ class Dataflow:
     clock_ns: Callable[[], int] = time.monotonic_ns
     counters: Counters = field(default_factory=Counters)
     seam: Seam = field(default_factory=Seam)
+    ahead: Ahead | None = field(init=False)
     calls: Calls = field(init=False)
     epochs: Epochs = field(init=False)
     load: ExpertLoad = field(init=False)
@@ -71,6 +73,7 @@ class Dataflow:
             self.node, self.num_rails, self.pool, self._rows, self.answer_rows, self.counters, self.clock_ns
         )  # fmt: skip
         self.calls = Calls(self.index, self.plan.nodes, self.experts, self.routers, self.counters)
+        self.ahead = open_ahead(self.pool, self.calls)
 
     def __repr__(self) -> str:
         owed = sum(len(outbox) for outbox in self.experts.values())
@@ -129,8 +132,7 @@ class Dataflow:
         self.counters.split_us += (self.clock_ns() - started) // 1000
 
     def _on_dispatch(self, link: Link, header: Header, payload: Buffer, routes: Routes) -> None:
-        sizes = self.num_experts, self.slices
-        rows, pairs = payloads.read_dispatch(header, payload, *sizes)
+        rows, pairs = payloads.read_dispatch(header, payload, self.num_experts, self.slices)
         if self.num_rails == 1 and routes.is_whole(header.layer):
             self._start_work(header.block, link, header, routes, pairs, payload, rows)
         else:
@@ -174,9 +176,7 @@ class Dataflow:
         """RELAYs for the shares of other nodes, and places for the partials of all."""
         request, row_type = source.request, PARTIAL_ROWS[source.request.wire]
         relays, tables = source.relays(calls, self.node, some=self.num_rails > 1)
-        gathered, outputs = self._rows.fan_out(
-            payload, source.rows, tables, request, Kind.RELAY, row_type
-        )
+        gathered, outputs = self._rows.fan_out(payload, source.rows, tables, request, Kind.RELAY, row_type)  # fmt: skip
         source.add(outputs, calls, self.node)
         self.calls.ask_routers(source, relays, tables.pieces, gathered, table, self.clock_ns())
 
@@ -194,13 +194,20 @@ class Dataflow:
         """Fan a node's share, or all pairs of a block, out to its workers; rows index the segment."""
         table = routes.workers(request.layer, pairs.experts, self.calls.fleet)
         of_block = self._rows.handed_on(payload, segment)
-        plan = fan_out(pairs, table, request.width, segment.row_type, of_block)
-        gathered, outputs = self._rows.fan_out(
-            payload, segment, plan.tables, request, Kind.EXPERT_IN, EXPERT_OUT_ROWS[request.wire]
+        ahead = self.ahead if of_block and isinstance(pairs, BlockPairs) else None
+        left = None if ahead is None else ahead.take(request)
+        plan = (
+            left.plan if left else fan_out(pairs, table, request.width, segment.row_type, of_block)
         )
+        gathered, outputs = self._rows.fan_out(
+            payload, segment, plan.tables, request, Kind.EXPERT_IN, EXPERT_OUT_ROWS[request.wire], left
+        )  # fmt: skip
         work = NodeWork(key, request, link, routes, plan.tables.shape[0], outputs)
         self._works[key] = work
-        self.calls.ask_experts(work, plan.shares, plan.tables.pieces, gathered, self.clock_ns())
+        asked = plan.shares, plan.tables.pieces, gathered, self.clock_ns()
+        self.calls.ask_experts(work, *asked, left.first if left else 0)
+        if ahead is not None:
+            ahead.learn(request, routes, table, outputs)
         if key not in self.calls.sources:  # else the sum is one of several
             self._answers.prepare(work, payload)
 
@@ -263,11 +270,8 @@ class Dataflow:
 
     def _partial_arrived(self, source: SourceWork, call: int) -> None:
         if source.arrived(call):
-            self._finish_source(source, *self._answers.combined(source))
-
-    def _finish_source(self, source: SourceWork, header: Header, buffer: Buffer) -> None:
-        self._post(source.origin, header, buffer)
-        self._close(source.request.block)
+            self._post(source.origin, *self._answers.combined(source))
+            self._close(source.request.block)
 
     # ---- workers lost and found ----------------------------------------------------------------
 
@@ -355,8 +359,7 @@ class Dataflow:
     def _forget(self, block: int) -> None:
         """Drop a request, whoever made it, and every question about it."""
         self._forget_work(block)
-        source = self._close(block)
-        if source is None:
+        if (source := self._close(block)) is None:
             return
         for call, share in source.shares.items():
             if share.node == self.node:
@@ -367,8 +370,7 @@ class Dataflow:
 
     def _close(self, block: int) -> SourceWork | None:
         """A DISPATCH is answered, or its answer not wanted any more."""
-        source = self._sources.pop(block, None)
-        if source is not None:
+        if (source := self._sources.pop(block, None)) is not None:
             self._rows.release(*source.outputs)
             if source.payload is not None:
                 source.payload.release()
@@ -379,8 +381,8 @@ class Dataflow:
         work = self._works.pop(key, None)
         if work is not None:
             self._rows.release(work.outputs)
-            prepared, work.prepared = work.prepared, None  # which may know the work
-            if prepared is not None:
+            if (prepared := work.prepared) is not None:
+                work.prepared = None  # which may know the work
                 prepared.buffer.release()
             for call, share in work.waiting.items():
                 self.calls.settle_expert(share.worker, call)

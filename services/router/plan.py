@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -246,7 +246,7 @@ def _fan_out_compiled(
     pairs: NodeShare | BlockPairs, workers: Int32s, width: int, row_type: RowType, of_block: int
 ) -> FanOut:
     assert _compiled is not None, "no compiler"
-    sizes = *_row_sizes(width, row_type), of_block
+    sizes = *row_sizes(width, row_type), of_block
     try:
         if isinstance(pairs, BlockPairs):
             num_rows, top_k = pairs.experts.shape
@@ -258,12 +258,17 @@ def _fan_out_compiled(
     except ValueError as exc:
         check_experts(pairs.experts, len(workers))
         raise WireError(f"{_NOT_HELD}: {exc}") from exc
+    return as_plan(divided, num_pairs, num_rows)
+
+
+def as_plan(divided: tuple[Any, ...], num_pairs: int, num_rows: int) -> FanOut:
+    """What `divide` in C gives for so many pairs of so many rows."""
     memory, ats, most, cuts, nbytes = divided
     shares, pieces = [WorkerShare(*share) for share, _ in cuts], [piece for _, piece in cuts]
     return FanOut(shares, Tables(memory, ats, num_pairs, (num_rows, most), True, pieces, nbytes))
 
 
-def _row_sizes(width: int, row_type: RowType) -> tuple[int, int]:
+def row_sizes(width: int, row_type: RowType) -> tuple[int, int]:
     """Bytes of a row and of its scales."""
     return width * int(row_type), num_scales(width) * 4 if row_type is RowType.FP8 else 0
 
@@ -292,7 +297,7 @@ def side_by_side(parts: Sequence[Int32s], width: int, row_type: RowType, slots: 
     """A message for each of `parts`, indices of its rows, in places one behind the other; plain sums by `slots`."""
     if _compiled is not None:
         memory, ats, pieces, nbytes = _compiled.side_by_side(
-            parts, slots, *_row_sizes(width, row_type)
+            parts, slots, *row_sizes(width, row_type)
         )
         num_places, shape = sum(map(len, parts)), (slots.shape[0], slots.shape[1])
         return Tables(memory, ats, num_places, shape, False, pieces, nbytes)

@@ -5,7 +5,7 @@ In host memory rows are copied into their messages at once; `services.router.row
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from common.wire.blocks import (
 from common.wire.header import HEADER_NBYTES, Header, Kind, Wire
 from services.router.plan import WorkerShare
 from services.router.tables import Piece, Tables, tables_of
+
+if TYPE_CHECKING:
+    from services.router.ahead import Left
 
 Tensor = torch.Tensor
 
@@ -99,8 +102,12 @@ class Rows(Protocol):
 
     def fan_out(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
+        left: "Left | None" = None,
     ) -> tuple[Gathered, Outputs]:  # fmt: skip
-        """`gather`, and room for the answers in `row_type`, a place for each of the rows."""
+        """`gather`, and room for the answers in `row_type`, a place for each of the rows.
+
+        Of rows that are handed on questions may have `left` already.
+        """
         ...
 
     def written(self, buffer: Buffer, *outputs: Outputs) -> None:
@@ -164,7 +171,9 @@ class HostRows:
 
     def fan_out(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
+        left: "Left | None" = None,
     ) -> tuple[Gathered, Outputs]:  # fmt: skip
+        assert left is None, "nothing is handed on"
         num_places, weights = tables.num_places, tables.weights
         # torch views nothing as another dtype
         memory = np.empty(max(1, num_places) * segment.width * int(row_type), np.uint8)

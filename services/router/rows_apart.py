@@ -17,7 +17,7 @@ from common.transport.buffers import Buffer, BufferPool
 from common.transport.device import DeviceBlock, DevicePool, DeviceRows, release_behind
 from common.transport.outbox import Outbox
 from common.transport.seam import WRITTEN, Seam
-from common.transport.volley import Part, Volley
+from common.transport.volley import Part, Question, Volley
 from common.wire.blocks import (
     DISPATCH_ROWS,
     EXPERT_OUT_ROWS,
@@ -30,6 +30,7 @@ from common.wire.blocks import (
 )
 from common.wire.header import HEADER_NBYTES, Header, Kind, Wire
 from kernels import ops
+from services.router.ahead import Left
 from services.router.rows import Ask, Gathered, HostRows, Outputs, Rows, sum_dtype
 from services.router.tables import ALIGN, Tables, tables_of
 
@@ -62,17 +63,27 @@ class _Pieces(Volley):
 class _HandedOn(_Pieces):
     """Rows in a neighbour's memory, for experts that read them there: what follows them says which."""
 
-    __slots__ = ("memory", "outputs", "segment", "source", "tables", "whole")
+    __slots__ = ("left", "memory", "outputs", "segment", "source", "tables", "whole")
 
     def __init__(
         self, memory: "RowsApart", source: DeviceRows, segment: RowSegment, request: Header, outputs: Outputs,
-        tables: Tables,
+        tables: Tables, left: Left | None,
     ) -> None:  # fmt: skip
         """`tables` are for the sum of the `outputs`, which get them when all is asked: experts do not wait for that."""
         super().__init__(request, Kind.EXPERT_PICK, memory.pool, source.block.retain(), WRITTEN)
         self.memory, self.source, self.segment = memory, source, segment
         self.outputs, self.tables = outputs, tables
         self.whole = source.offset, source.nbytes
+        self.left = left
+
+    def post(
+        self, outboxes: Sequence[Outbox], questions: Sequence[Question], since_ns: int
+    ) -> None:
+        if self.left is None:
+            super().post(outboxes, questions, since_ns)
+        else:
+            sent = list(zip(self.left.answers, self.left.ends, strict=False))
+            self.keep(outboxes, questions, sent, since_ns)
 
     def leave(self) -> None:
         self.memory.bring_tables(self.outputs, self.tables)
@@ -114,10 +125,11 @@ class RowsApart:
 
     def fan_out(
         self, payload: Buffer, segment: RowSegment, tables: Tables, request: Header, kind: Kind, row_type: RowType,
+        left: Left | None = None,
     ) -> tuple[Gathered, Outputs]:  # fmt: skip
         source = check_rows_apart("a block", payload, segment)
-        if kind is Kind.EXPERT_IN and self.handed_on(payload, segment):
-            return self._hand_on(source, segment, tables, request, row_type)
+        if left is not None or (kind is Kind.EXPERT_IN and self.handed_on(payload, segment)):
+            return self._hand_on(source, segment, tables, request, row_type, left)
         row_nbytes, (_, _, slots_at, weights_at) = segment.width * int(row_type), tables.ats
         # the sum's tables lie behind the rows
         end = -(-tables.num_places * row_nbytes // ALIGN) * ALIGN
@@ -130,19 +142,15 @@ class RowsApart:
         return gathered, Outputs(rows, slots, weights, row_nbytes, [block], block)
 
     def _hand_on(
-        self,
-        source: DeviceRows,
-        segment: RowSegment,
-        tables: Tables,
-        request: Header,
-        row_type: RowType,
-    ) -> tuple[Gathered, Outputs]:
+        self, source: DeviceRows, segment: RowSegment, tables: Tables, request: Header, row_type: RowType,
+        left: Left | None,
+    ) -> tuple[Gathered, Outputs]:  # fmt: skip
         """Nothing is launched, and nothing written yet."""
         row_nbytes = segment.width * int(row_type)
-        block = self.pool.take(tables.num_places * row_nbytes)
+        block = self.pool.take(tables.num_places * row_nbytes) if left is None else left.block
         rows = block.matrix(TORCH_DTYPES[row_type], 0, tables.num_places, segment.width)
         outputs = Outputs(rows, _NO_SLOTS, None, row_nbytes, [block], block)
-        return _HandedOn(self, source, segment, request, outputs, tables), outputs
+        return _HandedOn(self, source, segment, request, outputs, tables, left), outputs
 
     def bring_tables(self, outputs: Outputs, tables: Tables) -> None:
         """Into pinned memory, where the sum reads them."""

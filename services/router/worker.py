@@ -83,6 +83,8 @@ class RouterWorker:
             trace=self.trace, seam=self.transport.seam,
             split=partial(split_unicast, self.spec.node) if unicast else split_by_node,
         )  # fmt: skip
+        if self.flow.ahead is not None:
+            self.transport.forward_with(self.flow.ahead.forwarder)
         wire = Wire.parse(self.config.cluster.wire)
         self.flow.warm_up(model.hidden_size, wire, model.top_k * slices)
         self.placement = Placement(
@@ -126,6 +128,8 @@ class RouterWorker:
     async def stop(self) -> None:
         """Close the links."""
         await self.transport.close()
+        if self.flow.ahead is not None:
+            self.flow.ahead.close()
         if self.trace is not None:
             self.trace.write()
 

@@ -1,15 +1,11 @@
 """Questions that an expert answers without Python: the same answers as with it, to right questions and to wrong ones.
 
-The device is the CPU. UCX does not let a process reach its own host memory as a neighbour's: a library in front of it
-says where that is, which for one process is where its owner has it. A step of a graph runs when it is launched, or when
-the test says so.
+The device is the CPU, whose memory is in reach (`conftest`). A step of a graph runs when it is launched, or when the
+test says so.
 """
 
 import asyncio
-import ctypes
 import random
-import shutil
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +13,6 @@ import pytest
 import torch
 
 from common.ids import ProcessId, Role
-from common.transport import port
-from common.transport.carriers import loaded_library
-from common.transport.neighbour import Neighbour
 from common.transport.seam import Seam
 from common.waiting import poll_until
 from common.wire.blocks import RowType, align, row_segment
@@ -29,49 +22,16 @@ from services.expert.batcher import Batcher
 from services.expert.device_bank import DeviceBank
 from services.expert.device_experts import GraphedExperts
 from services.expert.worker import ExpertWorker
-from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, hello, run
+from tests.contract.harness import LIMITS, ROUTER, hello, run
 from tests.contract.test_rows_apart import LandedPeer, check_no_block_leaked, post
 from tests.unit.test_graphed_experts import WIDTH, expert
 
 LAYER = 3
-REACH = """
-#include <stdint.h>
-int ucp_rkey_ptr(void *key, uint64_t address, void **here) { *here = (void *)(uintptr_t)address; return 0; }
-"""
-
-
-@pytest.fixture(scope="module")
-def reaching(tmp_path_factory):
-    """UCX, but memory of this process is in reach."""
-    from ucxx._lib import libucxx  # which loads it
-
-    del libucxx
-    real = loaded_library("libucp")
-    assert port.is_compiled()
-    assert shutil.which("cc") is not None
-    assert real is not None
-    folder = tmp_path_factory.mktemp("reach")
-    source, library = folder / "reach.c", folder / "libreach.so"
-    source.write_text(REACH)
-    command = ["cc", "-shared", "-fPIC", "-Wl,--no-as-needed", str(source), str(real)]
-    subprocess.run([*command, f"-Wl,-rpath,{real.parent}", "-o", str(library)], check=True)
-    ctypes.CDLL(str(library))
-    yield library
-    port._compiled.use_library(str(real))
 
 
 @pytest.fixture
-def net(reaching, tmp_path, monkeypatch):
-    monkeypatch.setattr(port, "loaded_library", lambda _: reaching)
-    real = Neighbour._block
-
-    def block(*args):
-        found = real(*args)
-        found.on_host = False  # as a device's is
-        return found
-
-    monkeypatch.setattr(Neighbour, "_block", block)
-    return DeviceUcxNet(tmp_path)
+def net(in_reach):
+    return in_reach
 
 
 class Later:
