@@ -64,8 +64,7 @@ static int forward(Port *self, const Neighbour *from, ucp_tag_t tag, PyObject *b
     memcpy(&header, PyBytes_AS_STRING(bytes), sizeof header);
     Question request = {
         .header = &header, .tail = (uint8_t *)PyBytes_AS_STRING(bytes) + sizeof header, .tail_nbytes = nbytes - sizeof header};
-    if (!is_next(counts, tag, &header) || counts->unreturned >= counts->receive_window || header.rows_nbytes != slot->rows.nbytes
-        || slot->is_handed_on)
+    if (!is_next(counts, tag, &header))
         return 0;
     Forwarded *questions;
     PyObject *landings;

@@ -3,7 +3,6 @@
 Attention, router and experts are transports of this process, whose memory is in reach as a device's is (`conftest`).
 """
 
-import asyncio
 import contextlib
 import random
 
@@ -127,10 +126,10 @@ class Router:
 
 
 class Cluster:
-    async def open(self, net, *, limits=LIMITS, has_ahead=True):
-        self.net, self.limits = net, limits
+    async def open(self, net, *, experts_limits=LIMITS, has_ahead=True):
+        self.net, self.experts_limits = net, experts_limits
         self.attention, self.number, self.dialled = LandedPeer(), 0, {}
-        self.dialler, self.transport = net.transport(limits), net.transport(limits)
+        self.dialler, self.transport = net.transport(), net.transport()
         self.router = Router(self.transport, has_ahead)
         self.address = await self.transport.listen(net.address(), ROUTER, self.router)
         self.link = await self.dialler.connect(
@@ -142,20 +141,26 @@ class Cluster:
         await poll_until(lambda: len(self.router.links) == 1 + WORKERS)
         return self
 
-    async def dial(self, worker):
-        transport = self.net.transport(self.limits)
+    async def dial(self, worker, port=None):
+        """`port`: what the expert's transport has instead of its own."""
+        transport = self.net.transport(self.experts_limits)
+        if port is not None:
+            plane = transport._start()
+            plane.port = plane.reactor.port = port(plane.port)
         expert = self.experts[worker] = Expert(worker, lambda: transport.pool)
         link = await transport.connect(
             self.address, hello(Role.EXPERT, worker), expert, timeout_s=5
         )
         self.dialled[worker] = link
 
-    def block(self, num_rows, seed, top_k=2, wider=0):
+    def block(self, num_rows, seed, top_k=2, wider=0, ids=None):
         """(header, rows, tail) of a DISPATCH."""
         rng = np.random.default_rng(seed)
         layout = dispatch_layout(num_rows, WIDTH, top_k, Wire.FP8)
         self.rows = rng.integers(0, 256, (num_rows, WIDTH), np.uint8)
         self.ids = np.array([rng.permutation(EXPERTS)[:top_k] for _ in range(num_rows)], np.int32)
+        if ids is not None:
+            self.ids[:] = ids
         self.weights = rng.random((num_rows, top_k), np.float32)
         both = self.ids.tobytes(), self.weights.tobytes()
         tail = b"".join(part + bytes(-len(part) % 16) for part in both)
@@ -170,9 +175,9 @@ class Cluster:
         post(self.link, header, self.dialler.pool, packed, tail, landing=place)
         return place
 
-    def ask(self, num_rows, seed, *, wider=0):
-        """A block; (the place of its answer, what that shall be)."""
-        block = self.block(num_rows, seed, wider=wider)
+    def ask(self, num_rows, seed, *, wider=0, ids=None):
+        """A block; (the place of its answer, what that shall be). `ids`: experts of every row."""
+        block = self.block(num_rows, seed, wider=wider, ids=ids)
         rows, ids, weights = self.rows, self.ids, self.weights
         place = self.post(*block, 2 * num_rows * WIDTH)
         order = ids.argsort(axis=1, kind="stable")
@@ -244,13 +249,20 @@ def test_questions_leave_before_python_hears_of_the_block(net, num_rows, wider):
 
 def test_blocks_that_come_together_and_without_credit_are_all_answered(net):
     async def main():
-        cluster = await Cluster().open(net, limits=LinkLimits(2, 64, 16 << 20))
+        cluster = await Cluster().open(net, experts_limits=LinkLimits(2, 64, 16 << 20))
         await cluster.answered(*cluster.ask(16, 0))
         for expert in cluster.experts.values():
             expert.hold = True
-        asked = [cluster.ask(16, seed) for seed in range(1, 13)]
-        for _ in range(100):
-            await asyncio.sleep(0.001)
+        asked = [
+            cluster.ask(16, seed) for seed in range(1, 3)
+        ]  # as many as experts have credit for
+        await poll_until(lambda: cluster.router.flow.num_in_flight == 2)
+        for seed in range(3, 8):  # one by one, so that each finds a spare
+            asked.append(cluster.ask(16, seed))
+            await poll_until(lambda n=seed: cluster.router.flow.num_in_flight == n)
+        for link in cluster.router.links:
+            assert link._credits.available >= 0
+        assert all(len(expert.held) == 2 for expert in cluster.experts.values())
         for expert in cluster.experts.values():
             expert.hold = False
             expert.let_go()
@@ -333,6 +345,60 @@ def test_a_block_that_python_refuses_keeps_nothing_of_what_has_left(net, monkeyp
         for seed in range(4, 7):
             await cluster.answered(*cluster.ask(16, seed))
         assert cluster.router.taken == 2 + 2, "a spare is gone with the refused one"
+        await cluster.quiet()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+class Unreachable:
+    """A port to which nobody's rows are in reach."""
+
+    def __init__(self, real):
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def reach_rows(self, data):
+        return 0, 0, 0
+
+
+def test_an_expert_that_cannot_read_rows_of_others_gets_copies(net):
+    async def main():
+        cluster = await Cluster().open(net)
+        for seed in range(2):
+            await cluster.answered(*cluster.ask(16, seed))
+        cluster.dialled[1].close("a test")
+        await poll_until(lambda: cluster.router.experts[1].link is None)
+        await cluster.dial(1, Unreachable)
+        await poll_until(lambda: cluster.router.experts[1].link is not None)
+        await cluster.answered(*cluster.ask(16, 2, ids=[0, 2]))  # the way to expert 1 is known
+        assert not cluster.experts[1].kinds
+        block = cluster.ask(16, 3)
+        await poll_until(lambda: cluster.router.experts[1].link is None)
+        assert not cluster.transport.pool.hands_on
+        await cluster.dial(1, Unreachable)
+        await cluster.answered(*block)
+        await cluster.answered(*cluster.ask(16, 4))
+        assert set(cluster.experts[1].kinds) == {Kind.EXPERT_IN}
+
+    run(net, main, leak_free=False)
+
+
+def test_what_may_have_been_overtaken_does_not_go_ahead(net):
+    async def main():
+        cluster = await Cluster().open(net)
+        for seed in range(3):
+            await cluster.answered(*cluster.ask(16, seed))
+        (there,) = (
+            link for link in cluster.router.links if link.peer.process.role is Role.ATTENTION
+        )
+        there._credits.by_ring = False  # as where a message has come by UCX
+        for seed in range(3, 6):
+            await cluster.answered(*cluster.ask(16, seed))
+        assert cluster.router.taken == 2
+        assert cluster.router.flow.counters.late == 0
         await cluster.quiet()
 
     run(net, main)
