@@ -32,7 +32,6 @@ typedef struct {
     Py_ssize_t nbytes;
     PyObject *landings, *ends; /* Shared; a tuple of calls */
     /* What has left, until it is taken. */
-    unsigned long long block;
     PyObject *order, *divided;
     int num;
     Forwarded questions[MAX_QUESTIONS];
@@ -117,7 +116,7 @@ static int ask(Forwarder *forwarder, const Question *request, Forwarded **questi
     Ahead *self = ahead_of(forwarder);
     const MessageHeader *header = request->header;
     Order order;
-    if (self->places == NULL || self->divided != NULL || header->magic != MAGIC || header->version != VERSION
+    if (self->places == NULL || header->magic != MAGIC || header->version != VERSION
         || header->kind != DISPATCH || header->landed != 0 || header->num_rows == 0 || header->num_pairs == 0
         || header->num_pairs % header->num_rows != 0)
         return 0;
@@ -131,7 +130,6 @@ static int ask(Forwarder *forwarder, const Question *request, Forwarded **questi
         Py_XDECREF(divided);
         return 0;
     }
-    self->block = header->block;
     self->order = Py_NewRef(found);
     self->divided = divided;
     self->num = num;
@@ -170,13 +168,10 @@ static int told(Forwarder *forwarder)
     return done == NULL ? -1 : 0;
 }
 
-/* take(block): what has left about it, (order, divided, answers), or None */
-static PyObject *ahead_take(Ahead *self, PyObject *block)
+/* take(): what has left about the block that Python is being told of, (order, divided, answers), or None */
+static PyObject *ahead_take(Ahead *self, PyObject *Py_UNUSED(ignored))
 {
-    unsigned long long number = PyLong_AsUnsignedLongLong(block);
-    if (PyErr_Occurred())
-        return NULL;
-    if (self->divided == NULL || self->block != number)
+    if (self->divided == NULL)
         Py_RETURN_NONE;
     return what_left(self);
 }
@@ -254,7 +249,7 @@ static PyObject *ahead_capsule(Ahead *self, PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef ahead_methods[] = {
-    {"take", (PyCFunction)ahead_take, METH_O, NULL},
+    {"take", (PyCFunction)ahead_take, METH_NOARGS, NULL},
     {"provide", (PyCFunction)ahead_provide, METH_VARARGS, NULL},
     {"capsule", (PyCFunction)ahead_capsule, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -55,16 +55,21 @@ class Ahead:
         """For `Transport.forward_with`."""
         return self._ahead.capsule()
 
-    def take(self, request: Header) -> Left | None:
-        """What has left about a block, for the caller to keep; None: ask about it."""
-        found = self._ahead.take(request.block)
+    def take(self, request: Header, table: Int32s) -> Left | None:
+        """What has left about a block, for the caller to keep; None: ask about it, of `table` [num_experts]."""
+        found = self._ahead.take()
         if found is None:
             return None
         order, divided, answers = found
         plan = as_plan(divided, request.num_pairs, request.num_rows)
-        experts, links = self._calls.experts, order[-1]
-        if any(experts[share.worker].link is not links[share.worker] for share in plan.shares):
-            self._abandoned(found)  # asked on a link that another has taken the place of
+        workers, links = order[-3], order[-1]
+        experts = [
+            (self._calls.experts[share.worker], links[share.worker]) for share in plan.shares
+        ]
+        if workers != table.tobytes() or any(outbox.link is not link for outbox, link in experts):
+            self._abandoned(
+                found
+            )  # of other workers, or on a link that another has taken the place of
             return None
         assert self._spare is not None, "asked without a spare"
         (first, block, ends), self._spare = self._spare, None
@@ -79,12 +84,12 @@ class Ahead:
         links = (
             *(experts[w].link if w in experts else None for w in range(len(self._calls.nodes))),
         )
-        order = self._orders.get(layer)
-        if order is None or order[0] != request.epoch or order[-1] != links:
+        order, workers = self._orders.get(layer), table.tobytes()
+        if order is None or (order[0], order[-3], order[-1]) != (request.epoch, workers, links):
             sizes = row_sizes(request.width, DISPATCH_ROWS[request.wire])
             counts = tuple(None if link is None else link.counts for link in links)
             self._orders[layer] = (
-                request.epoch, int(request.wire), request.width, *sizes, outputs.row_nbytes, table.tobytes(), counts,
+                request.epoch, int(request.wire), request.width, *sizes, outputs.row_nbytes, workers, counts,
                 links,
             )  # fmt: skip
         self.provide(block)

@@ -195,7 +195,7 @@ class Dataflow:
         table = routes.workers(request.layer, pairs.experts, self.calls.fleet)
         of_block = self._rows.handed_on(payload, segment)
         ahead = self.ahead if of_block and isinstance(pairs, BlockPairs) else None
-        left = None if ahead is None else ahead.take(request)
+        left = None if ahead is None else ahead.take(request, table)
         plan = (
             left.plan if left else fan_out(pairs, table, request.width, segment.row_type, of_block)
         )

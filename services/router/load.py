@@ -44,9 +44,13 @@ class ExpertLoad:
     def add(self, layer: int, experts: Int32s, now_ns: int) -> None:
         """The gate chose `experts` [num_rows, top_k] in a layer."""
         one = self._layers.get(layer)
-        if one is None:
+        if one is None or one.ring.shape[1] != experts.shape[1]:  # a sample is of rows alike
+            counts = np.zeros(self.num_experts)
+            if one is not None:
+                self._fold(one)
+                counts = one.counts
             ring = np.zeros((self.max_sample, experts.shape[1]), np.int16)
-            one = self._layers[layer] = _Layer(np.zeros(self.num_experts), ring, since_ns=now_ns)
+            one = self._layers[layer] = _Layer(counts, ring, since_ns=now_ns)
         num_rows, size = len(experts), self.max_sample
         if one.end - one.folded + num_rows > size or now_ns - one.since_ns >= _FOLD_NS:
             self._fold(one)

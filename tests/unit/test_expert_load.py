@@ -190,3 +190,12 @@ def test_the_kind_of_plan_stays():
     }  # fmt: skip
     with pytest.raises(ConfigError):
         Options(replicas=-1)
+
+
+def test_rows_of_another_depth_begin_a_new_sample_and_are_counted_with_the_rest():
+    load = ExpertLoad(4, half_life_s=1e9)
+    load.add(0, np.array([[0, 1]] * 5, np.int32), 0)
+    load.add(0, np.array([[1, 2, 3]] * 2, np.int32), 1)
+    assert load.sample(2).layers[0].tolist() == [[1, 2, 3]] * 2
+    rates = load.rates(2)[0]
+    assert (rates / rates[0] * 5).round(6).tolist() == [5, 7, 2, 2]
