@@ -94,14 +94,15 @@ class Volley:
         self, outboxes: Sequence[Outbox], questions: Sequence[Question],
         sent: Sequence[tuple[int, Ended]], since_ns: int,
     ) -> None:  # fmt: skip
-        """`post` of questions that a forwarder has sent: of each the number of its answer's place, 0: it was not."""
-        for outbox, question, (answer, ended) in zip(outboxes, questions, sent, strict=True):
-            part = Part(self, question, since_ns)
+        """`post` of what a forwarder has sent: of each question the number of its answer's place, 0: it was not."""
+        parts = [Part(self, question, since_ns) for question in questions]
+        for outbox, part, (answer, ended) in zip(outboxes, parts, sent, strict=True):
             if answer:
                 assert outbox.link is not None, "sent to nobody"
                 outbox.keep(part)
                 outbox.link.forwarded(part.landing, answer, ended, self.block)
-            else:
+        for outbox, part, (answer, _) in zip(outboxes, parts, sent, strict=True):
+            if not answer:  # which may raise
                 outbox.send(part)
 
     def leave(self) -> None:

@@ -127,10 +127,10 @@ class Router:
 
 
 class Cluster:
-    async def open(self, net, *, experts_limits=LIMITS, has_ahead=True):
+    async def open(self, net, *, limits=LIMITS, experts_limits=LIMITS, has_ahead=True):
         self.net, self.experts_limits = net, experts_limits
         self.attention, self.dialled, self.holders = LandedPeer(), {}, HELD_BY
-        self.dialler, self.transport = net.transport(), net.transport()
+        self.dialler, self.transport = net.transport(limits), net.transport(limits)
         self.router = Router(self.transport, has_ahead)
         self.address = await self.transport.listen(net.address(), ROUTER, self.router)
         self.link = await self.dialler.connect(
@@ -383,7 +383,7 @@ def test_blocks_of_another_epoch_go_to_its_workers(net):
         for seed in range(3):
             await cluster.answered(*cluster.ask(16, seed))
         epochs, other = cluster.router.flow.epochs, {LAYER: tuple((3 - w,) for (w,) in HELD_BY)}
-        for epoch, plan in ((2, other), (3, layer), (4, other)):
+        for epoch, plan in ((2, layer), (3, other), (4, layer)):
             epochs.commit(Plan(epoch, plan, (0,) * WORKERS))
             cluster.holders = plan[LAYER]
             for seed in range(3):
@@ -391,7 +391,7 @@ def test_blocks_of_another_epoch_go_to_its_workers(net):
         assert cluster.router.taken == 4 * 2
         assert cluster.router.flow.counters.late == 0
         epochs._routes[4] = epochs._routes[3]  # an order of before
-        cluster.holders = HELD_BY
+        cluster.holders = other[LAYER]
         await cluster.answered(*cluster.ask(16, 50, epoch=4))
         assert cluster.router.taken == 4 * 2
         await poll_until(lambda: cluster.router.flow.counters.late > 0)
@@ -402,6 +402,47 @@ def test_blocks_of_another_epoch_go_to_its_workers(net):
             header.epoch = 5
             assert (await cluster.outcome(header, *rest, 32 * WIDTH))[0] == Kind.COMBINED
         assert cluster.router.taken == 4 * 2, "there is a choice to make"
+        await cluster.quiet()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_an_expert_whose_queue_is_full_fails_the_block_and_keeps_nothing_of_it(net):
+    async def main():
+        limits, few = LinkLimits(64, 2, 16 << 20), LinkLimits(2, 64, 16 << 20)
+        cluster = await Cluster().open(net, limits=limits, experts_limits=few)
+        await cluster.answered(*cluster.ask(64, 0))
+        cluster.experts[1].hold = True
+        asked = []
+        for seed in range(1, 5):  # two with credit and two in the queue
+            asked.append(cluster.ask(64, seed))
+            await poll_until(lambda n=seed: cluster.router.flow.num_in_flight == n)
+        kind, _, _, sentence = await cluster.outcome(*cluster.block(64, 5), 128 * WIDTH)
+        assert kind == Kind.FAILED
+        assert b"2 messages wait for expert-1" in sentence
+        assert cluster.router.taken == 5
+        cluster.experts[1].hold = False
+        cluster.experts[1].let_go()
+        for block in asked:
+            await cluster.answered(*block)
+        await cluster.quiet()
+
+    run(net, main)
+    check_no_block_leaked(net)
+
+
+def test_rows_with_unequal_numbers_of_experts_are_not_asked_about(net):
+    async def main():
+        cluster = await Cluster().open(net)
+        await cluster.answered(*cluster.ask(5, 0))
+        before = cluster.num_asked
+        header, *rest = cluster.block(5, 1, top_k=1)
+        header.num_pairs = 6  # whose tables are as long
+        kind, _, _, sentence = await cluster.outcome(header, *rest, 10 * WIDTH)
+        assert (kind, sentence) == (Kind.FAILED, b"6 pairs for 5 rows")
+        await cluster.answered(*cluster.ask(5, 2))
+        assert cluster.num_asked <= before + WORKERS
         await cluster.quiet()
 
     run(net, main)
