@@ -11,7 +11,8 @@
 struct Counts {
     PyObject_HEAD
     unsigned long long tag; /* what those of its messages begin with */
-    unsigned int next, sent, answers; /* numbers: of the message to deliver next, of the one to be sent next, of the last answer's place */
+    unsigned int next, sent; /* numbers: of the message to deliver next, of the one to be sent next */
+    unsigned int answers;    /* number of the last place for an answer */
     int available, send_window, owed, unreturned, receive_window; /* credits, as in `credits` */
     char by_ring; /* all that came so far */
     char takes_landed; /* whoever handles its messages takes some in short */

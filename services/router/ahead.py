@@ -62,22 +62,27 @@ class Ahead:
             return None
         order, divided, answers = found
         plan = as_plan(divided, request.num_pairs, request.num_rows)
-        workers, links = order[-3], order[-1]
-        experts = [
-            (self._calls.experts[share.worker], links[share.worker]) for share in plan.shares
-        ]
-        if workers != table.tobytes() or any(outbox.link is not link for outbox, link in experts):
-            self._abandoned(
-                found
-            )  # of other workers, or on a link that another has taken the place of
+        workers, links, experts = order[-3], order[-1], self._calls.experts
+        hit = [share.worker for share in plan.shares]
+        # other workers compute it, or another link has taken the place of one
+        if workers != table.tobytes() or any(experts[w].link is not links[w] for w in hit):
+            self._abandoned(found)
             return None
         assert self._spare is not None, "asked without a spare"
         (first, block, ends), self._spare = self._spare, None
         return Left(plan, first, block, answers, ends)
 
-    def learn(self, request: Header, routes: Routes, table: Int32s, outputs: Outputs) -> None:
-        """A block was asked about, by `table` [num_experts], and has `outputs`: the next like it may go ahead."""
+    def learn(
+        self, request: Header, routes: Routes, table: Int32s, outputs: Outputs, left: Left | None
+    ) -> None:
+        """A block was asked about, by `table` [num_experts], and has `outputs`: the next like it may go ahead.
+
+        One that has `left` did already, and there is a new spare to provide.
+        """
         layer, block = request.layer, outputs.block
+        if left is not None:
+            self.provide(left.block)
+            return
         if block is None or not outputs.landing_nbytes or routes.has_replicas(layer):
             return
         experts = self._calls.experts

@@ -207,7 +207,7 @@ class Dataflow:
         asked = plan.shares, plan.tables.pieces, gathered, self.clock_ns()
         self.calls.ask_experts(work, *asked, left.first if left else 0)
         if ahead is not None:
-            ahead.learn(request, routes, table, outputs)
+            ahead.learn(request, routes, table, outputs, left)
         if key not in self.calls.sources:  # else the sum is one of several
             self._answers.prepare(work, payload)
 
