@@ -1,6 +1,7 @@
 """`atoll doctor` as a command, and its measured transfers, against real faults."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -64,14 +65,17 @@ def site(tmp_path):
 def write_cluster(site, *hosts, port):
     text = CLUSTER.format(directory=site, port=port)
     for i, host in enumerate(hosts):
-        text += f'[[nodes]]\nhost = "{host}"\nattention = 1\nexperts = 2\nbase_port = {port + 1 + 300 * i}\n'
+        text += f'[[nodes]]\nhost = "{host}"\nattention = 1\nexperts = 2\nbase_port = {port + 1 + 10 * i}\n'
     (site / "cluster.toml").write_text(text)
     return site / "cluster.toml"
 
 
-def free_port():
-    with socket.create_server(("", 0)) as server:
-        return min(server.getsockname()[1], 60000)
+def listen(*ports):
+    """On the first free one. Ports that the kernel gives out itself would not stay free: any connection takes one."""
+    for port in ports:
+        with contextlib.suppress(OSError):
+            return socket.create_server(("0.0.0.0", port))
+    raise AssertionError(f"none of {ports} is free")
 
 
 def doctor(site, *arguments, shell=""):
@@ -90,8 +94,7 @@ def failures(findings):
 
 
 def test_four_faults_of_a_host_are_found_and_their_repairs_repair_them(site):
-    with socket.create_server(("0.0.0.0", 0)) as server:
-        port = min(server.getsockname()[1], 60000)
+    with listen(32_000, 32_010, 32_020) as server:
         cluster = write_cluster(site, "127.0.0.1", port=server.getsockname()[1])
         (site / "secret").chmod(0o644)
         weights = site / "model/model.safetensors"
@@ -103,7 +106,6 @@ def test_four_faults_of_a_host_are_found_and_their_repairs_repair_them(site):
     assert "in use by" in wrong["ports"]["text"]
     assert "mode 0644" in wrong["secret"]["text"]
     assert "truncated" in wrong["checkpoint"]["text"]
-    assert port
     # the port is free again and the file copied again; the other two as the doctor says
     weights.write_bytes(whole)
     subprocess.run(["sh", "-c", wrong["secret"]["fix"]], check=True)
@@ -117,7 +119,9 @@ def test_four_faults_of_a_host_are_found_and_their_repairs_repair_them(site):
 
 
 def test_every_host_is_asked_over_ssh_and_what_differs_is_found(site):
-    cluster = write_cluster(site, "host-a", "host-b", "host-c", port=free_port())
+    with listen(32_200, 32_230, 32_260) as server:
+        port = server.getsockname()[1]
+    cluster = write_cluster(site, "host-a", "host-b", "host-c", port=port)
     code, found = doctor(site, "--cluster", cluster)
     assert (code, set(found)) == (1, {"cluster", "host-a", "host-b"})
     wrong = failures(found["cluster"])
