@@ -55,11 +55,16 @@ class CreditRules:
                 f"peer returned {self.available - self.send_window} more credits than it was sent messages"
             )
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether the peer has no credit for another data message."""
+        return self._unreturned >= self.receive_window
+
     def arrived(self) -> None:
         """A data message arrived. Raises WireError when the peer had no credit for it."""
-        self._unreturned += 1
-        if self._unreturned > self.receive_window:
+        if self.is_spent:
             raise WireError(f"peer sent more messages than its window of {self.receive_window}")
+        self._unreturned += 1
 
     def freed(self) -> bool:
         """One received message is done with; True when its credit should not wait for a header going the other way."""

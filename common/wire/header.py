@@ -60,6 +60,7 @@ class Wire(IntEnum):
             raise ValueError(f"wire must be fp8, bf16 or fp32, not {name!r}") from None
 
 
+REQUESTS = frozenset({Kind.DISPATCH, Kind.RELAY, Kind.EXPERT_IN, Kind.EXPERT_PICK})
 ANSWERS = frozenset({Kind.EXPERT_OUT, Kind.PARTIAL, Kind.COMBINED, Kind.FAILED})
 _KINDS = {int(kind): kind for kind in Kind}
 _WIRES = {int(wire): wire for wire in Wire}

@@ -6,7 +6,8 @@ Two processes, one card each (or one card for both). Both sides go on within the
 
 A message offers rows where they lie. It has arrived when they are in memory of the receiver: those of a neighbour are
 copied there. Latency is half a round trip of the same size both ways; the rate is that of messages one way with some in
-flight, each with rows of its own: every half of these is answered by an empty one, as credits come back.
+flight, each with rows of its own: every half of these is answered by an empty one, as credits come back, behind one
+fence for the half, as an expert worker waits for what it has read.
 
 An answer's rows are written where the asker wants them, and a header follows (`landed_`, see `hop_landed`). Latency is
 from just before the copy is launched until the asker knows, the median of 400 of which the first 50 are left out. The
@@ -43,7 +44,6 @@ from common.transport.device import (
     DeviceRows,
     open_copy,
     open_seam,
-    release_behind,
 )
 from common.transport.environment import set_ucx_environment
 from common.transport.link import LinkLimits
@@ -68,6 +68,7 @@ class Side:
         self.closed = asyncio.Event()
         self.taken: Callable[[], None] | None = None  # of the near side; the far one answers
         self.num_taken = 0  # and counts
+        self.copied: list[tuple[Link, Header, Buffer, DeviceBlock]] = []  # behind no fence yet
         pool = transport.pool
         assert isinstance(pool, DevicePool)
         self.copy = open_copy(pool.device)
@@ -113,8 +114,16 @@ class Side:
             return
         here = pool.take(rows.nbytes)
         self.copy(here.address, rows.address, rows.nbytes)
-        fence = release_behind(self.transport.seam, payload)
-        fence.then(partial(self.take, link, header, here))
+        self.copied.append((link, header, payload, here))
+        if len(self.copied) == header.num_pairs:  # answered together
+            self.transport.seam.fence().then(partial(self.take_copied, self.copied))
+            self.copied = []
+
+    def take_copied(self, copied: list[tuple[Link, Header, Buffer, DeviceBlock]]) -> None:
+        """They are here, and nobody reads them where they came from."""
+        for link, header, payload, here in copied:
+            payload.release()
+            self.take(link, header, here)
 
     def take(self, link: Link, header: Header, rows: DeviceBlock | None) -> None:
         """A message is here."""
