@@ -21,7 +21,7 @@ from common.wire.header import Header, Kind, Wire
 from services.router.dataflow import Dataflow
 from services.router.epochs import Epochs
 from tests.contract.harness import LIMITS, ROUTER, hello, run
-from tests.contract.test_rows_apart import LandedPeer, RowsPeer, check_no_block_leaked, post
+from tests.contract.rows import LandedPeer, RowsPeer, check_no_block_leaked, post
 
 WIDTH, LAYER, EXPERTS, WORKERS = 256, 3, 8, 4
 HELD_BY = tuple((e % WORKERS,) for e in range(EXPERTS))

@@ -9,7 +9,7 @@ from common.transport.link import LinkLimits, LinkState
 from common.transport.ucx_arrivals import UcxArrivals
 from common.wire.header import Header, Kind
 from tests.contract.harness import pair, run
-from tests.contract.test_rows_apart import RowsPeer, post
+from tests.contract.rows import RowsPeer, post
 
 WINDOW = 6
 LIMITS = LinkLimits(window=WINDOW, max_queued=16, max_payload_nbytes=1 << 20)

@@ -23,7 +23,7 @@ from services.expert.device_bank import DeviceBank
 from services.expert.device_experts import GraphedExperts
 from services.expert.worker import ExpertWorker
 from tests.contract.harness import LIMITS, ROUTER, hello, run
-from tests.contract.test_rows_apart import LandedPeer, check_no_block_leaked, post
+from tests.contract.rows import LandedPeer, check_no_block_leaked, post
 from tests.unit.test_graphed_experts import WIDTH, expert
 
 LAYER = 3

@@ -14,13 +14,13 @@ from common.waiting import poll_until
 from common.wire.header import Header, Kind
 from tests.contract.child import OFFERED
 from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run
-from tests.contract.test_death import kill
-from tests.contract.test_rows_apart import (
+from tests.contract.rows import (
     ReachingUcxNet,
     RowsPeer,
     check_no_block_leaked,
     post,
 )
+from tests.contract.test_death import kill
 from tests.contract.test_volleys import REQUEST, processes
 
 ROWS = bytes(range(160)) * 20

@@ -11,7 +11,7 @@ from common.waiting import poll_until
 from tests.bench.gpu.hop import Side
 from tests.bench.gpu.hop_landed import FLIGHTS, Asking, landed_figures
 from tests.contract.harness import ROUTER, DeviceUcxNet, hello, run
-from tests.contract.test_rows_apart import ManualEvent, ReachingUcxNet, check_no_block_leaked
+from tests.contract.rows import ManualEvent, ReachingUcxNet, check_no_block_leaked
 
 LIMITS = LinkLimits(window=64, max_queued=64, max_payload_nbytes=16 << 20)
 NBYTES = 70_000

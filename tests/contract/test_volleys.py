@@ -19,8 +19,7 @@ from common.transport.volley import Volley
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
 from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run
-from tests.contract.test_death import child, kill
-from tests.contract.test_rows_apart import (
+from tests.contract.rows import (
     NETS,
     LandedPeer,
     ManualEvent,
@@ -28,6 +27,7 @@ from tests.contract.test_rows_apart import (
     answering,
     check_no_block_leaked,
 )
+from tests.contract.test_death import child, kill
 
 REQUEST = Header(
     Kind.DISPATCH, Wire.BF16, 7, 3, 1024, 1 << 50, 1 << 40, 128, 1024, attempt=2, microbatch=1
