@@ -154,26 +154,10 @@ class UcxArrivals(BaseLink):
         return True
 
     def _take(self, number: int, buffer: Buffer) -> None:
-        """A message is in, maybe without its rows. Most are the next one and go on at once."""
-        if number != self._credits.next or self.state is not LinkState.OPEN:
-            arrival = self._arrivals[number] = _Arrival(buffer, status=0)
-            if self.state is LinkState.OPEN:  # else it overtook the control socket
-                self._open_arrival(number, arrival)
-            return
-        header = self._read_header(buffer, number)
-        if header is None:
-            buffer.release()
-            return
-        rows = buffer.rows
-        is_whole = rows is None or header.landed or rows.block.owner is not None
-        if number in self._announced or not is_whole:
-            arrival = self._arrivals[number] = _Arrival(buffer, 0, header)
-            self._await_rows(number, arrival)
-            self._deliver_whole()
-            return
-        self._credits.next = (number + 1) & SEQUENCE_MASK
-        self._deliver(header, buffer)
-        if self._arrivals:
+        """A message is in, maybe without its rows."""
+        arrival = self._arrivals[number] = _Arrival(buffer, status=0)
+        if self.state is LinkState.OPEN:  # else it overtook the control socket
+            self._open_arrival(number, arrival)
             self._deliver_whole()
 
     def _room(self, number: int, tag: int, kind: int, nbytes: int) -> Buffer | None:
