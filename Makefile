@@ -29,7 +29,7 @@ test: setup
 test-sanitized: setup
 	CACHE_DIRECTORY=$$(mktemp -d) CFLAGS="-fsanitize=address -g" LD_PRELOAD=$$(cc -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	$(BIN)/python -m pytest tests/contract tests/unit/test_router_plan.py -k "ucx or rows_apart or volleys or desk or ahead or handed_on or death or handshake or compiled"
+	$(BIN)/python -m pytest tests/contract tests/unit/test_router_plan.py -k "ucx or rows_apart or landed or neighbours or at_once or volleys or desk or ahead or handed_on or death or handshake or compiled"
 
 test-oracle: setup
 	ATOLL_ORACLE_RESULTS=tests/oracle/results-whole.json $(BIN)/python -m pytest tests/e2e -m oracle --timeout 3600
