@@ -33,7 +33,7 @@ FLIGHTS = (1, 8, 32)
 OWN = 0xA5  # every byte of the far side's rows
 _QUESTION_NBYTES = 16
 _WARM_UP = 50  # all places are known to the other side by then
-_Question = tuple[Link, Header, Buffer]
+_Answer = tuple[Link, Header, Buffer]  # and the question's payload
 
 
 class Answering:
@@ -43,16 +43,24 @@ class Answering:
         self._pool, self._seam = pool, seam
         self._copy = open_copy(pool.device)
         self._own: DeviceBlock | None = None
-        self._due: list[_Question] = []
+        self._due: list[_Answer] = []
         self._num_open = 0  # fences
 
-    def add(self, link: Link, header: Header, payload: Buffer) -> None:
+    def add(self, link: Link, question: Header, payload: Buffer) -> None:
         """A question, whose payload is taken over."""
+        own = self._rows(question.num_rows)
+        began = time.monotonic_ns()
+        if payload.landing is not None:
+            self._copy(payload.landing.address, own.address, payload.landing.nbytes)
+        header = question.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0)
+        header.num_rows = question.num_rows
+        # times of a service, which nobody else reads here: together they hold all 64 bits
+        header.compute_us, header.queue_us = divmod(began, 1 << 32)
         self._due.append((link, header, payload))
         if self._num_open == 0:
-            self._write()
+            self._wait()
         elif len(self._due) == 1:  # what has arrived by now is handled before
-            asyncio.get_running_loop().call_soon(self._write)
+            asyncio.get_running_loop().call_soon(self._wait)
 
     def close(self) -> None:
         """Nothing is asked any more."""
@@ -60,25 +68,14 @@ class Answering:
             self._own.release()
             self._own = None
 
-    def _write(self) -> None:
+    def _wait(self) -> None:
+        """For the device: all copies so far are answered behind it."""
         due, self._due = self._due, []
-        if not due:  # a later question found the device idle and took these along
-            return
-        answers = []
-        for link, question, payload in due:
-            own = self._rows(question.num_rows)
-            began = time.monotonic_ns()
-            if payload.landing is not None:
-                self._copy(payload.landing.address, own.address, payload.landing.nbytes)
-            header = question.derive(Kind.EXPERT_OUT, target=0, payload_nbytes=0)
-            header.num_rows = question.num_rows
-            # times of a service, which nobody else reads here: together they hold all 64 bits
-            header.compute_us, header.queue_us = divmod(began, 1 << 32)
-            answers.append((link, header, payload))
-        self._num_open += 1
-        self._seam.fence().then(partial(self._written, answers))
+        if due:  # else a later question found the device idle and took these along
+            self._num_open += 1
+            self._seam.fence().then(partial(self._written, due))
 
-    def _written(self, answers: list[_Question]) -> None:
+    def _written(self, answers: list[_Answer]) -> None:
         self._num_open -= 1
         for link, header, payload in answers:
             landing = payload.landing
