@@ -10,6 +10,7 @@ from common.errors import AtollError
 from common.ids import ProcessId, Role
 from common.transport.buffers import BufferPool
 from common.transport.device import DevicePool
+from common.transport.inproc import InprocTransport
 from tests.inproc_cluster import InprocCluster, inproc_cluster
 from tests.oracle.configs import CONFIGS
 from tests.oracle.reference import build_checkpoint
@@ -106,6 +107,25 @@ def test_rows_apart_from_their_messages_give_the_same_bits(model, tmp_path, wire
 
     apart = asyncio.run(main(new_pool=rows_apart))
     assert torch.equal(asyncio.run(main()), apart)
+
+
+def test_a_router_shows_what_asks_ahead_of_it_and_gives_the_spare_back(
+    model, tmp_path, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(
+        InprocTransport, "forward_with", lambda _, forwarder: shown.append(forwarder)
+    )
+
+    async def main():
+        async with inproc_cluster(model, tmp_path, new_pool=rows_apart, **LAYOUT) as cluster:
+            flows = [router.flow for router in cluster.of(Role.ROUTER)]
+            for flow in flows:  # as after a block whose rows were handed on
+                flow.ahead._spare = 0, flow.pool.take(64), ()
+        assert len(shown) == len(flows)
+        assert [flow.pool.rows_outstanding for flow in flows] == [0] * len(flows)
+
+    asyncio.run(main())
 
 
 async def crash_while_it_owes(cluster: InprocCluster, victim: ProcessId, owes) -> torch.Tensor:
