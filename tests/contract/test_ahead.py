@@ -377,6 +377,33 @@ def test_blocks_of_any_size_and_attempt_go_ahead_once_one_so_large_has_come(net)
     check_no_block_leaked(net)
 
 
+def test_a_link_that_is_gone_is_not_asked_though_its_rows_are_still_read(net):
+    async def main():
+        cluster = await Cluster().open(net)
+        for seed in range(3):
+            await cluster.answered(*cluster.ask(16, seed))
+        old = cluster.experts[3]
+        for expert in cluster.experts.values():
+            expert.hold = True
+        header, *rest = cluster.block(16, 3)  # an expert may ask, too: nobody forbids it
+        post(cluster.dialled[3], header, old.pool_of(), *rest)
+        await poll_until(lambda: all(expert.held for expert in cluster.experts.values()))
+        held = {expert: expert.held for expert in cluster.experts.values()}
+        for expert in held:
+            expert.hold, expert.held = False, []
+        cluster.dialled[3].close("a test")
+        await poll_until(lambda: cluster.router.experts[3].link is None)
+        await cluster.dial(3)
+        await poll_until(lambda: cluster.router.experts[3].link is not None)
+        await cluster.answered(*cluster.ask(16, 4))
+        for expert, questions in held.items():
+            expert.held = questions
+            expert.let_go()
+        await cluster.quiet()
+
+    run(net, main, leak_free=False)
+
+
 def test_blocks_of_another_epoch_go_to_its_workers(net):
     async def main():
         cluster, layer = await Cluster().open(net), {LAYER: HELD_BY}
