@@ -5,7 +5,8 @@
 The real handlers on real links with credits, pools and seams; the port moves nothing, graphs launch nothing and the
 device is always done. Microseconds, the median and the least of many. expert: a question about rows of a neighbour as
 it comes in, to the launch; the answer, whose rows are where they are wanted. attention: a block to be sent; its post
-when the device has written it; the answer. (`tests.bench.router_python` is the same of a router.)
+when the device has written it; the answer. hop: a message of `tests.bench.gpu.hop` with eight in flight to whom it is
+sent, whose copy is left out, and its part of an answer to four. (`tests.bench.router_python` is the same of a router.)
 """
 
 import argparse
@@ -30,6 +31,7 @@ from common.transport.neighbour import Neighbour
 from common.transport.port import RowsPort
 from common.transport.reactor import KIND_SHIFT, Endpoint
 from common.transport.seam import Seam
+from common.transport.ucx import UcxTransport
 from common.transport.ucx_arrivals import KIND_WITH_ROWS
 from common.transport.ucx_messages import UcxMessages
 from common.wire.blocks import RowType, answer_layout, expert_pick_layout, row_segment
@@ -39,8 +41,10 @@ from services.expert.batcher import Batcher
 from services.expert.device_bank import DeviceBank
 from services.expert.device_experts import DeviceExpert, GraphedExperts
 from services.expert.worker import ExpertWorker
+from tests.bench.gpu.hop import COUNT, Side, message
 
 WIDTH, LAYER, EXPERT = 7168, 3, 5
+HALF = 4  # of the messages that a hop has in flight
 Times = dict[str, list[float]]
 
 
@@ -243,6 +247,27 @@ async def attention(rows: int, blocks: int) -> Times:
     return times
 
 
+def hop(rows: int, blocks: int) -> Times:
+    """Messages to the far side, four at a time."""
+    port, (pool, seam) = StillPort(rows), still()
+    side = Side(cast(UcxTransport, SimpleNamespace(pool=pool, seam=seam)))
+    side.copy = lambda *_: None
+    link = StillLink(port, pool, seam, Role.ROUTER, side)
+    header, packed = message(COUNT, HALF), bytearray(HEADER_NBYTES)
+    header.rows_nbytes = header.payload_nbytes = port.rows.nbytes
+    header.pack_into(packed)
+    times: Times = defaultdict(list)
+    for number in range(0, blocks, HALF):
+        started = time.perf_counter()
+        for tag in range(number, number + HALF):
+            link.announced(KIND_WITH_ROWS << KIND_SHIFT | tag, bytes(packed), header.rows_nbytes, 1)
+        seam.poll()
+        times["hop: message"].append((time.perf_counter() - started) / HALF)
+        port.taken()
+    assert side.num_taken == blocks
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -253,6 +278,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with torch.inference_mode():
         times = expert(args.rows, args.blocks) | asyncio.run(attention(args.rows, args.blocks))
+        times |= hop(args.rows, args.blocks - args.blocks % HALF)
     for name, seconds in times.items():
         figures = {"median_us": median(seconds), "least_us": min(seconds)}
         print(json.dumps({"step": name} | {k: round(v * 1e6, 1) for k, v in figures.items()}))
