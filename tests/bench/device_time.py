@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SETTLE_S = 0.25  # of replays before any is timed: a card lowers its clocks under load
+# Seconds of replays before any is timed, and of those that are. A card at its power limit lowers its clocks too far at
+# first: what two H100 timed 0.3 to 0.6 s after the work had changed took up to a fifth longer than from 1 s on.
+_SETTLE_S, _TIMED_S = 1.0, 0.6
 
 
 class Timing(NamedTuple):
@@ -22,7 +24,7 @@ class Timing(NamedTuple):
     high_us: float
 
 
-def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> Timing:
+def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
     """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed.
 
     They are repeated up to 32 calls or 4 ms, so that the gap between two replays does not count.
@@ -42,10 +44,12 @@ def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 25) -> T
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    start = time.perf_counter()
+    start, replays = time.perf_counter(), 0
     while time.perf_counter() - start < _SETTLE_S:
         graph.replay()
         torch.cuda.synchronize()
+        replays += 1
+    replays = max(2, int(replays * _TIMED_S / _SETTLE_S))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     events[0].record()
     for event in events[1:]:
@@ -78,7 +82,7 @@ def read_bandwidth() -> float:
             def call(programs: int = programs, block: int = block) -> None:
                 _read[(programs,)](x, out, x.numel(), block, num_warps=8)
 
-            best = max(best, x.nbytes / time_calls([call], replays=4).us * 1e6)
+            best = max(best, x.nbytes / time_calls([call]).us * 1e6)
     return best
 
 
@@ -96,15 +100,13 @@ def copy_bandwidth() -> float:
     def kernel() -> None:
         _copy[(x.numel() // 4096,)](x, y, 4096, num_warps=8)
 
-    return max(
-        2 * x.nbytes / time_calls([f], replays=4).us * 1e6 for f in (lambda: y.copy_(x), kernel)
-    )
+    return max(2 * x.nbytes / time_calls([f]).us * 1e6 for f in (lambda: y.copy_(x), kernel))
 
 
 def bf16_peak() -> float:
     """FLOP per second of an 8192^3 bf16 product on random data."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return float(2 * 8192**3 / time_calls([lambda: a @ b], replays=4).us * 1e6)
+    return float(2 * 8192**3 / time_calls([lambda: a @ b]).us * 1e6)
 
 
 def fp8_peak() -> float:
@@ -115,4 +117,4 @@ def fp8_peak() -> float:
     def call() -> Tensor:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return float(2 * 8192**3 / time_calls([call], replays=4).us * 1e6)
+    return float(2 * 8192**3 / time_calls([call]).us * 1e6)
