@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Seconds of replays before any is timed, and of those that are. A card at its power limit lowers its clocks too far at
-# first: what two H100 timed 0.3 to 0.6 s after the work had changed took up to a fifth longer than from 1 s on.
+# first: what was timed from 0.25 to 0.35 s after the work had changed took up to a fifth longer than from 1 s on.
 _SETTLE_S, _TIMED_S = 1.0, 0.6
 
 
