@@ -1,12 +1,14 @@
-"""The README's table of kernels, made from the results files: `python tests/bench/kernel_report.py` prints it.
+"""The README's tables of kernels, made from the results files: `python tests/bench/kernel_report.py` prints them.
 
-The README holds it between `<!-- kernels -->` and `<!-- /kernels -->`; a test renders it again and compares.
+The README holds them between `<!-- kernels -->` and `<!-- /kernels -->`; a test renders them again and compares.
 """
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from kernel_targets import targets
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results"
 HEAD = "| kernel | rows | shape | {cards} |\n|---|---|---|{lines}|"
@@ -47,8 +49,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """The table and, below it, what was measured where."""
-    lines = [table(results), ""]
+    """What was to be reached, the table and, below it, what was measured where."""
+    lines = [targets(results), "", table(results), ""]
     for result in results:
         c = result["ceilings"]
         lines.append(

@@ -1,4 +1,4 @@
-"""Test modules of this folder share `ffn_cases`, `markers` and `kernel_report` by name."""
+"""Test modules of this folder share `ffn_cases`, `markers`, `kernel_report` and `kernel_targets` by name."""
 
 import sys
 from pathlib import Path

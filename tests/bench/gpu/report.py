@@ -1,18 +1,11 @@
 """The GPU section of README, from tests/bench/results/gpu."""
 
-import json
 from collections import Counter
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results" / "gpu"
-PARTS = ("pack", "split", "wire out", "queue", "compute", "wire back", "combine")
-
-
-def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
+from tests.bench.gpu.results import read
+from tests.bench.gpu.targets import targets
 
 
 def where(facts: dict[str, Any]) -> str:
@@ -31,8 +24,10 @@ def spread(row: dict[str, Any], key: str) -> str:
 
 
 def gpu() -> str:
-    """Hop, round trip beside NCCL, EP256's messages, the reference width, uneven gates, and kills."""
-    return "\n\n".join([hop(), round_trip(), ep256(), serving(), skewed_serving(), kills()])
+    """Targets, hop, round trip beside NCCL, EP256's messages, the reference width, uneven gates, and kills."""
+    return "\n\n".join(
+        [targets(), hop(), round_trip(), ep256(), serving(), skewed_serving(), kills()]
+    )
 
 
 def hop() -> str:
