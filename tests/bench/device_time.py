@@ -1,11 +1,13 @@
-"""Device time of kernels and the card's ceilings: replays of a CUDA graph, median and spread, weights rotated."""
+"""Device time and power of kernels and the card's ceilings: replays of a CUDA graph, weights rotated."""
 
 import itertools
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import pynvml
 import torch
 import triton
 import triton.language as tl
@@ -13,15 +15,71 @@ from torch import Tensor
 
 # Seconds of replays before any is timed, and of those that are. A card at its power limit lowers its clocks too far at
 # first: what was timed from 0.25 to 0.35 s after the work had changed took up to a fifth longer than from 1 s on.
-_SETTLE_S, _TIMED_S = 1.0, 0.6
+_SETTLE_S, _TIMED_S = 1.0, 1.0
 
 
 class Timing(NamedTuple):
-    """Microseconds of one call: median, 10th and 90th percentile over replays."""
+    """Microseconds of one call: median, 10th and 90th percentile over replays; and the card's power meanwhile."""
 
     us: float
     low_us: float
     high_us: float
+    watts: float
+
+
+class Ceiling(NamedTuple):
+    """What a card does of one thing alone: bytes or FLOP per second, and its power meanwhile."""
+
+    per_s: float
+    watts: float
+
+
+class Meter:
+    """The current card's power while the block runs, by NVML's count of energy, which changes some times a second."""
+
+    def __init__(self) -> None:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        self._card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        self._changes: list[tuple[float, float]] = []  # seconds, joules
+        self._done = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> "Meter":
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._reader.join()
+
+    def _read(self) -> None:
+        while not self._done.wait(0.002):
+            joules = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3
+            if not self._changes or joules > self._changes[-1][1]:
+                self._changes.append((time.perf_counter(), joules))
+
+    def watts(self, since: float) -> float:
+        """Between the first change after `since` and the last. Raises ValueError when there were not two."""
+        seen = [change for change in self._changes if change[0] >= since]
+        if len(seen) < 2:
+            raise ValueError(f"the count of energy changed {len(seen)} times")
+        (began, before), *_, (ended, after) = seen
+        return (after - before) / (ended - began)
+
+    def limit(self) -> float:
+        """What the card holds its power below."""
+        return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(self._card)) / 1e3
+
+
+def idle_watts() -> float:
+    """While nothing runs, shortly after something did."""
+    torch.cuda.synchronize()
+    time.sleep(_SETTLE_S)
+    with Meter() as meter:
+        since = time.perf_counter()
+        time.sleep(_TIMED_S)
+    return meter.watts(since)
 
 
 def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
@@ -44,21 +102,28 @@ def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    start, replays = time.perf_counter(), 0
-    while time.perf_counter() - start < _SETTLE_S:
-        graph.replay()
+    with Meter() as meter:
+        start, replays = time.perf_counter(), 0
+        while time.perf_counter() - start < _SETTLE_S:
+            graph.replay()
+            torch.cuda.synchronize()
+            replays += 1
+        replays = max(2, int(replays * _TIMED_S / _SETTLE_S))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        since = time.perf_counter()
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
         torch.cuda.synchronize()
-        replays += 1
-    replays = max(2, int(replays * _TIMED_S / _SETTLE_S))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
     times = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in itertools.pairwise(events)]
     tenths = statistics.quantiles(times, n=10)
-    return Timing(statistics.median(times), tenths[0], tenths[-1])
+    return Timing(statistics.median(times), tenths[0], tenths[-1], meter.watts(since))
+
+
+def _ceiling(work: float, call: Callable[[], object]) -> Ceiling:
+    took = time_calls([call])
+    return Ceiling(work / took.us * 1e6, took.watts)
 
 
 @triton.jit
@@ -71,19 +136,19 @@ def _read(X, OUT, n, B: tl.constexpr):
     tl.store(OUT + tl.program_id(0), tl.sum(acc, 0))
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of reading 4 GiB with plain wide loads."""
-    x = torch.ones(1 << 30, dtype=torch.int32, device="cuda")
+def read_bandwidth() -> Ceiling:
+    """Bytes per second of reading 4 GiB of random numbers with plain wide loads."""
+    x = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 30,), dtype=torch.int32, device="cuda")
     out = torch.empty(1 << 16, dtype=torch.int32, device="cuda")
-    best = 0.0
+    found = []
     for programs in (132 * 8, 132 * 16, 132 * 32):
         for block in (2048, 4096):
 
             def call(programs: int = programs, block: int = block) -> None:
                 _read[(programs,)](x, out, x.numel(), block, num_warps=8)
 
-            best = max(best, x.nbytes / time_calls([call]).us * 1e6)
-    return best
+            found.append(_ceiling(x.nbytes, call))
+    return max(found)
 
 
 @triton.jit
@@ -92,24 +157,24 @@ def _copy(X, OUT, B: tl.constexpr):
     tl.store(OUT + at, tl.load(X + at))
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth() -> Ceiling:
     """Bytes per second, read and written together, of a 2 GiB copy: the better of cudaMemcpy and a plain kernel."""
-    x = torch.ones(1 << 29, dtype=torch.int32, device="cuda")
+    x = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 29,), dtype=torch.int32, device="cuda")
     y = torch.empty_like(x)
 
     def kernel() -> None:
         _copy[(x.numel() // 4096,)](x, y, 4096, num_warps=8)
 
-    return max(2 * x.nbytes / time_calls([f]).us * 1e6 for f in (lambda: y.copy_(x), kernel))
+    return max(_ceiling(2 * x.nbytes, f) for f in (lambda: y.copy_(x), kernel))
 
 
-def bf16_peak() -> float:
+def bf16_peak() -> Ceiling:
     """FLOP per second of an 8192^3 bf16 product on random data."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return float(2 * 8192**3 / time_calls([lambda: a @ b]).us * 1e6)
+    return _ceiling(2 * 8192**3, lambda: a @ b)
 
 
-def fp8_peak() -> float:
+def fp8_peak() -> Ceiling:
     """FLOP per second of an 8192^3 FP8 product with one scale per tensor, on random data."""
     a, b = (torch.randn(8192, 8192, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
@@ -117,4 +182,4 @@ def fp8_peak() -> float:
     def call() -> Tensor:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return float(2 * 8192**3 / time_calls([call]).us * 1e6)
+    return _ceiling(2 * 8192**3, call)
