@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Seconds of replays before any is timed, and of those that are. A card at its power limit lowers its clocks too far at
-# first: what was timed from 0.25 to 0.35 s after the work had changed took up to a fifth longer than from 1 s on.
+# Seconds of replays before any is timed, and of those that are: the clocks of a card at its power limit swing for about
+# a second after the work has changed (DECISIONS.md).
 _SETTLE_S, _TIMED_S = 1.0, 0.6
 
 

@@ -45,9 +45,11 @@ class Target:
         return f"{'below' if self.less else 'at least'} {self.wanted:g}{self.unit}"
 
     def cell(self, records: list[Record]) -> str:
-        """What a card has, and which of it misses."""
-        values = [self.value(r) for r in records if self.chosen(r) and r["us"] is not None]
-        return ", ".join(map(self._told, [min(values)] if self.worst else values))
+        """What a card has, and which of it misses; what failed does."""
+        chosen = [r for r in records if self.chosen(r)]
+        values = [self.value(r) for r in chosen if r["us"] is not None]
+        told = list(map(self._told, [min(values)] if self.worst and values else values))
+        return ", ".join(told + ["failed (missed)"] * (len(chosen) - len(values)))
 
     def _told(self, value: float) -> str:
         missed = value >= self.wanted if self.less else value < self.wanted
