@@ -13,18 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Seconds of replays before any is timed, and of those that are. A card at its power limit lowers its clocks too far at
-# first: what was timed from 0.25 to 0.35 s after the work had changed took up to a fifth longer than from 1 s on.
-_SETTLE_S, _TIMED_S = 1.0, 1.0
+# Seconds of replays before any is timed, and of those that are: the clocks of a card at its power limit swing for about
+# a second after the work has changed (DECISIONS.md).
+_SETTLE_S, _TIMED_S = 1.0, 0.8
 
 
 class Timing(NamedTuple):
-    """Microseconds of one call: median, 10th and 90th percentile over replays; and the card's power meanwhile."""
+    """Microseconds of one call: median, 10th and 90th percentile over replays; the card's power and SM clock meanwhile."""
 
     us: float
     low_us: float
     high_us: float
     watts: float
+    mhz: float
 
 
 class Ceiling(NamedTuple):
@@ -42,6 +43,7 @@ class Meter:
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         self._card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         self._changes: list[tuple[float, float]] = []  # seconds, joules
+        self._clocks: list[tuple[float, int]] = []  # seconds, MHz
         self._done = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
 
@@ -57,7 +59,10 @@ class Meter:
         while not self._done.wait(0.002):
             joules = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3
             if not self._changes or joules > self._changes[-1][1]:
-                self._changes.append((time.perf_counter(), joules))
+                clock = pynvml.nvmlDeviceGetClockInfo(self._card, pynvml.NVML_CLOCK_SM)
+                now = time.perf_counter()
+                self._changes.append((now, joules))
+                self._clocks.append((now, clock))
 
     def watts(self, since: float) -> float:
         """Between the first change after `since` and the last. Raises ValueError when there were not two."""
@@ -66,6 +71,10 @@ class Meter:
             raise ValueError(f"the count of energy changed {len(seen)} times")
         (began, before), *_, (ended, after) = seen
         return (after - before) / (ended - began)
+
+    def mhz(self, since: float) -> float:
+        """Of the SMs, in the mean since then. Raises statistics.StatisticsError when none was read."""
+        return statistics.fmean(clock for read, clock in self._clocks if read >= since)
 
     def limit(self) -> float:
         """What the card holds its power below."""
@@ -118,7 +127,7 @@ def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
         torch.cuda.synchronize()
     times = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in itertools.pairwise(events)]
     tenths = statistics.quantiles(times, n=10)
-    return Timing(statistics.median(times), tenths[0], tenths[-1], meter.watts(since))
+    return Timing(statistics.median(times), tenths[0], tenths[-1], meter.watts(since), meter.mhz(since))
 
 
 def _ceiling(work: float, call: Callable[[], object]) -> Ceiling:

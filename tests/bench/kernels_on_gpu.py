@@ -93,6 +93,7 @@ class Bench:
             record |= {
                 "us": round(ours.us, 2),
                 "watts": round(ours.watts, 1),
+                "mhz": round(ours.mhz),
                 "spread_us": [round(ours.low_us, 2), round(ours.high_us, 2)],
             }
         except Exception as failure:
@@ -109,7 +110,7 @@ class Bench:
         self.records.append(record)
         self.out.write_text(json.dumps(self.header | {"records": self.records}, indent=1) + "\n")
         sys.stdout.write(
-            f"{op} {shape} {record['us']} us, {record.get('watts')} W, floor {floor.floor_us:.1f}, "
+            f"{op} {shape} {record['us']} us, {record.get('watts')} W, {record.get('mhz')} MHz, floor {floor.floor_us:.1f}, "
             f"of power {floor.power_us:.1f}, {peer[0]} {record['peer_us']}, "
             f"error {record.get('error')} {record.get('failure', '')}\n"
         )

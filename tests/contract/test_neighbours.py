@@ -163,6 +163,13 @@ def test_more_than_an_inbox_holds_comes_in_order(tmp_path):
     check_no_block_leaked(net)
 
 
+async def check_all_goes_by_ucx(link, dialler, there):
+    post(link, Header(Kind.EXPERT_OUT), dialler.pool, b"r" * 70_000, b"t")
+    await there.until(lambda: bool(there.got))
+    assert there.got[0][1:] == (b"r" * 70_000, b"t")
+    assert not link._is_met
+
+
 @pytest.mark.parametrize(
     "offer",
     [None, {}, {"pid": 1, "file": "x", "proof": ""}, [1]],
@@ -182,10 +189,7 @@ def test_a_peer_that_offers_no_memory_or_nonsense(tmp_path, monkeypatch, offer):
                 await dialler.connect(address, hello(), here, timeout_s=5)
             return
         link = await dialler.connect(address, hello(), here, timeout_s=5)
-        post(link, Header(Kind.EXPERT_OUT), dialler.pool, b"r" * 70_000, b"t")
-        await there.until(lambda: bool(there.got))
-        assert there.got[0][1:] == (b"r" * 70_000, b"t")
-        assert not link._is_met
+        await check_all_goes_by_ucx(link, dialler, there)
 
     run(net, main)
     check_no_block_leaked(net)
@@ -202,10 +206,7 @@ def test_without_memory_to_share_all_goes_by_ucx(tmp_path, monkeypatch, caplog):
     async def main():
         here, there = RowsPeer(), RowsPeer()
         link, dialler, _ = await linked(net, here, there)
-        post(link, Header(Kind.EXPERT_OUT), dialler.pool, b"r" * 70_000, b"t")
-        await there.until(lambda: bool(there.got))
-        assert there.got[0][1:] == (b"r" * 70_000, b"t")
-        assert not link._is_met
+        await check_all_goes_by_ucx(link, dialler, there)
 
     run(net, main)
     check_no_block_leaked(net)

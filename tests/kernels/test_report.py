@@ -67,10 +67,10 @@ def test_a_target_that_is_missed_says_so():
         return target.cell([record, record | {"us": 7.96}, record | {"us": None}])
 
     (below,) = (target for target in TARGETS if target.what.startswith("gate"))
-    assert rows(below) == "8.0 us (missed), 8.0 us"
+    assert rows(below) == "8.0 us (missed), 8.0 us, failed (missed)"
     least = Target("", 8, "", ".1f", lambda r: True, lambda r: r["us"])
-    assert rows(least) == "8.0, 8.0 (missed)"
-    assert rows(replace(least, worst=True)) == "8.0 (missed)"
+    assert rows(least) == "8.0, 8.0 (missed), failed (missed)"
+    assert rows(replace(least, worst=True)) == "8.0 (missed), failed (missed)"
 
 
 def test_every_target_is_measured_on_every_card():

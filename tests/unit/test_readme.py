@@ -1,5 +1,8 @@
 """README's figures are the committed results', word for word."""
 
+import json
+
+from tests.bench.gpu import results, targets
 from tests.bench.gpu.record import merged
 from tests.bench.gpu.report import hop_table, spread
 from tests.bench.report import ROOT, render
@@ -46,3 +49,17 @@ def test_rows_that_land_have_columns_of_the_hop_where_they_were_measured():
         "| 64 | 1.0 | 2.0 | 3.0 | 4.0 | - | - | - | - |",
         "| 128 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 (4.0 - 6.0) | 4.0 | 6.0 (5.0 - 7.0) | 8.0 |",
     ]
+
+
+def test_a_figure_that_misses_its_target_on_gpus_says_so(tmp_path, monkeypatch):
+    for path in results.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    hop = results.read("hop")
+    row = next(r for r in hop["rows"] if r["bytes"] == targets.HOP)
+    row |= {"landed_us": 39.9, "one_way_us": 40.0, "landed_gb_per_s_8": 150, "gb_per_s_8": 149}
+    (tmp_path / "hop.json").write_text(json.dumps(hop))
+    one, eight = targets.targets().split("\n")[2:4]
+    assert "39.9 us as" in one
+    assert "40.0 (missed) as" in one
+    assert "150 and 149 (missed) GB/s" in eight

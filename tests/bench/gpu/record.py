@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+from tests.bench.gpu.results import RESULTS
+
 _ROUTERS = "--divide blocks --tokens 128 --in-flight 1,3,4"
 _SERVING = "serving --routers 3 --divide blocks --microbatches 3"
 # file, module and arguments, the most seconds it may take
