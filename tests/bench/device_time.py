@@ -1,6 +1,12 @@
-"""Device time and power of kernels and the card's ceilings: replays of a CUDA graph, weights rotated."""
+"""Device time of kernels and the card's ceilings: replays of a CUDA graph over rotated weights, steadily and in bursts.
 
+Steadily, one replay after another for seconds, a card at its power limit lowers its clocks. In bursts of milliseconds,
+with nine times as long a rest behind each, it has power to spare.
+"""
+
+import functools
 import itertools
+import math
 import statistics
 import threading
 import time
@@ -15,39 +21,57 @@ from torch import Tensor
 
 # Seconds of replays before any is timed, and of those that are: the clocks of a card at its power limit swing for about
 # a second after the work has changed (DECISIONS.md).
-_SETTLE_S, _TIMED_S = 1.0, 0.8
+_SETTLE_S, _TIMED_S = 1.0, 0.6
+_BURST_S, _REST = 0.002, 9  # at least, and how many times as long nothing runs
+_BURSTS_S, _BURSTS = 1.0, (6, 25)  # of all bursts; of them at least and at most
 
 
 class Timing(NamedTuple):
-    """Microseconds of one call: median, 10th and 90th percentile over replays; the card's power and SM clock meanwhile."""
+    """Microseconds of one call, median over replays."""
 
     us: float
-    low_us: float
+    low_us: float  # 10th and 90th percentile
     high_us: float
-    watts: float
-    mhz: float
+    watts: float  # the card's power meanwhile
+    mhz: float  # and its SMs' clock
+    burst_us: float  # in bursts
+    burst_mhz: float
 
 
 class Ceiling(NamedTuple):
-    """What a card does of one thing alone: bytes or FLOP per second, and its power meanwhile."""
+    """What a card does of one thing alone: bytes or FLOP per second."""
 
     per_s: float
+    burst_per_s: float
     watts: float
 
 
-class Meter:
-    """The current card's power while the block runs, by NVML's count of energy, which changes some times a second."""
+@functools.cache
+def _card() -> object:
+    """NVML's handle of the current card."""
+    pynvml.nvmlInit()
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+
+def power_limit() -> float:
+    """Watts that the card holds its power below."""
+    return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(_card())) / 1e3
+
+
+def _mhz() -> int:
+    return int(pynvml.nvmlDeviceGetClockInfo(_card(), pynvml.NVML_CLOCK_SM))
+
+
+class _Meter:
+    """The card's power and clock while the block runs, by NVML's count of energy, which changes some times a second."""
 
     def __init__(self) -> None:
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-        self._card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        self._changes: list[tuple[float, float]] = []  # seconds, joules
-        self._clocks: list[tuple[float, int]] = []  # seconds, MHz
+        self._changes: list[tuple[float, float, int]] = []  # seconds, joules, MHz
         self._done = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "_Meter":
         self._reader.start()
         return self
 
@@ -57,45 +81,21 @@ class Meter:
 
     def _read(self) -> None:
         while not self._done.wait(0.002):
-            joules = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3
+            joules = pynvml.nvmlDeviceGetTotalEnergyConsumption(_card()) / 1e3
             if not self._changes or joules > self._changes[-1][1]:
-                clock = pynvml.nvmlDeviceGetClockInfo(self._card, pynvml.NVML_CLOCK_SM)
-                now = time.perf_counter()
-                self._changes.append((now, joules))
-                self._clocks.append((now, clock))
+                self._changes.append((time.perf_counter(), joules, _mhz()))
 
-    def watts(self, since: float) -> float:
-        """Between the first change after `since` and the last. Raises ValueError when there were not two."""
+    def means(self, since: float) -> tuple[float, float]:
+        """Watts and MHz between the first change after `since` and the last; ValueError if there were not two."""
         seen = [change for change in self._changes if change[0] >= since]
         if len(seen) < 2:
             raise ValueError(f"the count of energy changed {len(seen)} times")
-        (began, before), *_, (ended, after) = seen
-        return (after - before) / (ended - began)
-
-    def mhz(self, since: float) -> float:
-        """Of the SMs, in the mean since then. Raises statistics.StatisticsError when none was read."""
-        return statistics.fmean(clock for read, clock in self._clocks if read >= since)
-
-    def limit(self) -> float:
-        """What the card holds its power below."""
-        return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(self._card)) / 1e3
+        (began, before, _), *_, (ended, after, _) = seen
+        return (after - before) / (ended - began), statistics.fmean(mhz for _, _, mhz in seen)
 
 
-def idle_watts() -> float:
-    """While nothing runs, shortly after something did."""
-    torch.cuda.synchronize()
-    time.sleep(_SETTLE_S)
-    with Meter() as meter:
-        since = time.perf_counter()
-        time.sleep(_TIMED_S)
-    return meter.watts(since)
-
-
-def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
-    """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed.
-
-    They are repeated up to 32 calls or 4 ms, so that the gap between two replays does not count.
-    """
+def _capture(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of the calls, repeated up to 32 calls or 4 ms, so that the gap between two replays does not count."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -111,28 +111,65 @@ def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    with Meter() as meter:
+    return graph, len(calls)
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, replays: int) -> list[torch.cuda.Event]:
+    """Ask for replays, and for an event before, between and behind them."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    return events
+
+
+def _times_us(events: list[torch.cuda.Event], calls: int) -> list[float]:
+    return [a.elapsed_time(b) * 1e3 / calls for a, b in itertools.pairwise(events)]
+
+
+def _in_bursts(graph: torch.cuda.CUDAGraph, calls: int) -> tuple[float, float]:
+    """Median microseconds of a call, and MHz; a burst's first replay, which waits for its launch, does not count."""
+    graph.replay()
+    events = _replayed(graph, 1)
+    torch.cuda.synchronize()
+    (once,) = _times_us(events, calls)
+    replay_s = once * calls / 1e6
+    replays = max(3, math.ceil(_BURST_S / replay_s))
+    rest_s = _REST * replays * replay_s
+    least, most = _BURSTS
+    times, clocks = [], []
+    for _ in range(max(least, min(most, int(_BURSTS_S / rest_s)))):
+        time.sleep(rest_s)
+        events = _replayed(graph, replays)
+        clocks.append(_mhz())
+        torch.cuda.synchronize()
+        times += _times_us(events[1:], calls)
+    return statistics.median(times), statistics.fmean(clocks)
+
+
+def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
+    """Device time of one call: `calls` (the same work on rotated inputs) are captured together and replayed."""
+    graph, count = _capture(calls)
+    burst_us, burst_mhz = _in_bursts(graph, count)
+    with _Meter() as meter:
         start, replays = time.perf_counter(), 0
         while time.perf_counter() - start < _SETTLE_S:
             graph.replay()
             torch.cuda.synchronize()
             replays += 1
-        replays = max(2, int(replays * _TIMED_S / _SETTLE_S))
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
         since = time.perf_counter()
-        events[0].record()
-        for event in events[1:]:
-            graph.replay()
-            event.record()
+        events = _replayed(graph, max(2, int(replays * _TIMED_S / _SETTLE_S)))
         torch.cuda.synchronize()
-    times = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in itertools.pairwise(events)]
+    times = _times_us(events, count)
     tenths = statistics.quantiles(times, n=10)
-    return Timing(statistics.median(times), tenths[0], tenths[-1], meter.watts(since), meter.mhz(since))
+    watts, mhz = meter.means(since)
+    return Timing(statistics.median(times), tenths[0], tenths[-1], watts, mhz, burst_us, burst_mhz)
 
 
 def _ceiling(work: float, call: Callable[[], object]) -> Ceiling:
     took = time_calls([call])
-    return Ceiling(work / took.us * 1e6, took.watts)
+    return Ceiling(work / took.us * 1e6, work / took.burst_us * 1e6, took.watts)
 
 
 @triton.jit

@@ -33,13 +33,10 @@ Record = dict[str, Any]
 
 
 class Floor(NamedTuple):
-    """Microseconds: of the slowest of a card's units; of all their work together, at the card's power limit.
+    """Microseconds of the slowest of a card's units, steadily and in bursts (device_time)."""
 
-    What a unit's work takes of power is what its ceiling took above the idle card.
-    """
-
-    floor_us: float
-    power_us: float
+    us: float
+    burst_us: float
 
 
 class Bench:
@@ -47,13 +44,10 @@ class Bench:
 
     def __init__(self, out: Path, commit: str) -> None:
         self.out = out
-        found = {
+        self.ceilings = {
             "read_bytes": timing.read_bandwidth(), "copy_bytes": timing.copy_bandwidth(),
             "bf16_flop": timing.bf16_peak(), "fp8_flop": timing.fp8_peak(),
         }  # fmt: skip
-        self.ceilings = {f"{what}_per_s": ceiling.per_s for what, ceiling in found.items()}
-        self.watts = {what: round(ceiling.watts, 1) for what, ceiling in found.items()}
-        self.watts |= {"idle": round(timing.idle_watts(), 1), "limit": timing.Meter().limit()}
         self.records: list[Record] = []
         self.header = {
             "commit": commit,
@@ -62,17 +56,19 @@ class Bench:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "ceilings": self.ceilings,
-            "watts": self.watts,
+            "ceilings": {f"{k}_per_s": c.per_s for k, c in self.ceilings.items()},
+            "burst_ceilings": {f"{k}_per_s": c.burst_per_s for k, c in self.ceilings.items()},
+            "ceilings_watts": {k: round(c.watts) for k, c in self.ceilings.items()},
+            "power_limit_watts": timing.power_limit(),
         }
 
     def floor(self, *, read: float = 0, copy: float = 0, bf16: float = 0, fp8: float = 0) -> Floor:
-        """Of the given work, each at its ceiling."""
+        """The largest of the given work, each at its ceiling."""
         work = {"read_bytes": read, "copy_bytes": copy, "bf16_flop": bf16, "fp8_flop": fp8}
-        times = {k: w / self.ceilings[f"{k}_per_s"] * 1e6 for k, w in work.items()}
-        idle, limit = self.watts["idle"], self.watts["limit"]
-        joules = sum(us * (self.watts[k] - idle) for k, us in times.items())
-        return Floor(max(times.values()), joules / (limit - idle))
+        return Floor(
+            max(w / self.ceilings[k].per_s * 1e6 for k, w in work.items()),
+            max(w / self.ceilings[k].burst_per_s * 1e6 for k, w in work.items()),
+        )
 
     def add(
         self,
@@ -84,36 +80,37 @@ class Bench:
         error: Callable[[], float],
     ) -> None:
         """Measure an operation and its peer."""
-        record: Record = {"op": op, "shape": shape} | {
-            k: round(v, 2) for k, v in floor._asdict().items()
-        }
+        record: Record = {
+            "op": op, "shape": shape, "floor_us": round(floor.us, 2), "burst_floor_us": round(floor.burst_us, 2),
+        }  # fmt: skip
         try:
             record["error"] = error()
             ours = timing.time_calls(calls)
             record |= {
                 "us": round(ours.us, 2),
-                "watts": round(ours.watts, 1),
-                "mhz": round(ours.mhz),
                 "spread_us": [round(ours.low_us, 2), round(ours.high_us, 2)],
+                "watts": round(ours.watts),
+                "mhz": round(ours.mhz),
+                "burst_us": round(ours.burst_us, 2),
+                "burst_mhz": round(ours.burst_mhz),
             }
         except Exception as failure:
             record |= {"us": None, "failure": f"{type(failure).__name__}: {failure}"[:300]}
+        record["peer"] = peer[0]
         try:
             theirs = timing.time_calls(peer[1])
             record |= {
-                "peer": peer[0],
                 "peer_us": round(theirs.us, 2),
-                "peer_watts": round(theirs.watts, 1),
+                "peer_burst_us": round(theirs.burst_us, 2),
+                "peer_watts": round(theirs.watts),
+                "peer_mhz": round(theirs.mhz),
             }
         except Exception as failure:
-            record |= {"peer": peer[0], "peer_us": None, "peer_failure": str(failure)[:300]}
+            record |= {"peer_us": None, "peer_failure": str(failure)[:300]}
         self.records.append(record)
         self.out.write_text(json.dumps(self.header | {"records": self.records}, indent=1) + "\n")
-        sys.stdout.write(
-            f"{op} {shape} {record['us']} us, {record.get('watts')} W, {record.get('mhz')} MHz, floor {floor.floor_us:.1f}, "
-            f"of power {floor.power_us:.1f}, {peer[0]} {record['peer_us']}, "
-            f"error {record.get('error')} {record.get('failure', '')}\n"
-        )
+        told = {k: v for k, v in record.items() if k not in ("op", "shape", "peer")}
+        sys.stdout.write(f"{op} {shape} {told}\n")
         sys.stdout.flush()
         torch.cuda.empty_cache()
 
