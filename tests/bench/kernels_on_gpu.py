@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import device_time as timing
 import torch
@@ -32,17 +32,22 @@ ROTATE_NBYTES = 260 << 20  # more than four times the L2 of an H200 (60 MB)
 Record = dict[str, Any]
 
 
+class Floor(NamedTuple):
+    """Microseconds of the slowest of a card's units, steadily and in bursts (device_time)."""
+
+    us: float
+    burst_us: float
+
+
 class Bench:
     """Ceilings of this card, and the records so far, written to `out` after each."""
 
     def __init__(self, out: Path, commit: str) -> None:
         self.out = out
         self.ceilings = {
-            "read_bytes_per_s": timing.read_bandwidth(),
-            "copy_bytes_per_s": timing.copy_bandwidth(),
-            "bf16_flop_per_s": timing.bf16_peak(),
-            "fp8_flop_per_s": timing.fp8_peak(),
-        }
+            "read_bytes": timing.read_bandwidth(), "copy_bytes": timing.copy_bandwidth(),
+            "bf16_flop": timing.bf16_peak(), "fp8_flop": timing.fp8_peak(),
+        }  # fmt: skip
         self.records: list[Record] = []
         self.header = {
             "commit": commit,
@@ -51,46 +56,61 @@ class Bench:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "ceilings": self.ceilings,
+            "ceilings": {f"{k}_per_s": c.per_s for k, c in self.ceilings.items()},
+            "burst_ceilings": {f"{k}_per_s": c.burst_per_s for k, c in self.ceilings.items()},
+            "ceilings_watts": {k: round(c.watts) for k, c in self.ceilings.items()},
+            "power_limit_watts": timing.power_limit(),
         }
 
-    def floor_us(
-        self, *, read: float = 0, copy: float = 0, bf16: float = 0, fp8: float = 0
-    ) -> float:
-        """The largest of the given work, each at its ceiling, in microseconds."""
+    def floor(self, *, read: float = 0, copy: float = 0, bf16: float = 0, fp8: float = 0) -> Floor:
+        """The largest of the given work, each at its ceiling."""
         work = {"read_bytes": read, "copy_bytes": copy, "bf16_flop": bf16, "fp8_flop": fp8}
-        return max(w / self.ceilings[f"{k}_per_s"] * 1e6 for k, w in work.items())
+        return Floor(
+            max(w / self.ceilings[k].per_s * 1e6 for k, w in work.items()),
+            max(w / self.ceilings[k].burst_per_s * 1e6 for k, w in work.items()),
+        )
 
     def add(
         self,
         op: str,
         shape: dict[str, int | str],
         calls: Sequence[Callable[[], object]],
-        floor_us: float,
+        floor: Floor,
         peer: tuple[str, Sequence[Callable[[], object]]],
         error: Callable[[], float],
     ) -> None:
         """Measure an operation and its peer."""
-        record: Record = {"op": op, "shape": shape, "floor_us": round(floor_us, 2)}
+        record: Record = {
+            "op": op, "shape": shape, "floor_us": round(floor.us, 2), "burst_floor_us": round(floor.burst_us, 2),
+        }  # fmt: skip
         try:
             record["error"] = error()
             ours = timing.time_calls(calls)
             record |= {
                 "us": round(ours.us, 2),
                 "spread_us": [round(ours.low_us, 2), round(ours.high_us, 2)],
+                "watts": round(ours.watts),
+                "mhz": round(ours.mhz),
+                "burst_us": round(ours.burst_us, 2),
+                "burst_mhz": round(ours.burst_mhz),
             }
         except Exception as failure:
             record |= {"us": None, "failure": f"{type(failure).__name__}: {failure}"[:300]}
+        record["peer"] = peer[0]
         try:
-            record |= {"peer": peer[0], "peer_us": round(timing.time_calls(peer[1]).us, 2)}
+            theirs = timing.time_calls(peer[1])
+            record |= {
+                "peer_us": round(theirs.us, 2),
+                "peer_burst_us": round(theirs.burst_us, 2),
+                "peer_watts": round(theirs.watts),
+                "peer_mhz": round(theirs.mhz),
+            }
         except Exception as failure:
-            record |= {"peer": peer[0], "peer_us": None, "peer_failure": str(failure)[:300]}
+            record |= {"peer_us": None, "peer_failure": str(failure)[:300]}
         self.records.append(record)
         self.out.write_text(json.dumps(self.header | {"records": self.records}, indent=1) + "\n")
-        sys.stdout.write(
-            f"{op} {shape} {record['us']} us, floor {floor_us:.1f}, {peer[0]} {record['peer_us']}, "
-            f"error {record.get('error')} {record.get('failure', '')}\n"
-        )
+        told = {k: v for k, v in record.items() if k not in ("op", "shape", "peer")}
+        sys.stdout.write(f"{op} {shape} {told}\n")
         sys.stdout.flush()
         torch.cuda.empty_cache()
 
@@ -150,7 +170,7 @@ def bench_expert_ffn(bench, hidden, m, experts):
         "expert_ffn",
         {"rows": m, "width": WIDTH, "hidden": hidden},
         [lambda w=w: ops.expert_ffn(q, s, *w) for w in experts],
-        bench.floor_us(read=nbytes, fp8=6 * m * WIDTH * hidden),
+        bench.floor(read=nbytes, fp8=6 * m * WIDTH * hidden),
         (
             "quantise, scaled_mm, SwiGLU, quantise, scaled_mm",
             [lambda w=w: _chain(x, w) for w in experts],
@@ -181,7 +201,7 @@ def bench_rows(bench: Bench, n: int) -> None:
     bench.add(
         "quant", shape,
         [lambda x=x, o=o: ops.quantise_rows(x, o, **place) for x, o in zip(xs, outs, strict=True)],
-        bench.floor_us(copy=n * (2 * WIDTH + row + scales)),
+        bench.floor(copy=n * (2 * WIDTH + row + scales)),
         ("torch, op by op", [lambda x=x: reference_quantise(x) for x in xs]), quantised,
     )  # fmt: skip
     index = torch.randperm(n, device="cuda").int()
@@ -197,7 +217,7 @@ def bench_rows(bench: Bench, n: int) -> None:
     bench.add(
         "pack", shape,
         [lambda a=a, b=b: ops.pack(a, b, index, **ends) for a, b in zip(outs, copies, strict=True)],
-        bench.floor_us(copy=2 * n * (row + scales)),
+        bench.floor(copy=2 * n * (row + scales)),
         ("torch.index_select", [
             lambda a=a: a.view(n, row + scales).index_select(0, index) for a in outs]), packed,
     )  # fmt: skip
@@ -226,14 +246,14 @@ def bench_combine(bench: Bench, n: int) -> None:
     bench.add(
         "combine", {"rows": n, "width": WIDTH, "top_k": TOP_K},
         [lambda s=s: ops.combine(s, slots, weights, out) for s in sources],
-        bench.floor_us(copy=nbytes + 2 * n * WIDTH),
+        bench.floor(copy=nbytes + 2 * n * WIDTH),
         ("torch, gather and einsum", [lambda s=s: eager(s) for s in sources]), combined,
     )  # fmt: skip
     if n <= 128:  # what the network has just written lies in L2
         bench.add(
             "combine", {"rows": n, "width": WIDTH, "top_k": TOP_K, "source": "in L2"},
             [lambda: ops.combine(sources[0], slots, weights, out)],
-            bench.floor_us(copy=nbytes + 2 * n * WIDTH),
+            bench.floor(copy=nbytes + 2 * n * WIDTH),
             ("torch, gather and einsum", [lambda: eager(sources[0])]), combined,
         )  # fmt: skip
 
@@ -258,7 +278,7 @@ def bench_gate(bench: Bench, n: int) -> None:
     bench.add(
         "gate", {"rows": n, "experts": EXPERTS},
         [lambda x=x: gate.choose(x, bias, **options) for x in logits],
-        bench.floor_us(copy=n * (EXPERTS * 4 + 64)),
+        bench.floor(copy=n * (EXPERTS * 4 + 64)),
         ("torch, op by op", [lambda x=x: reference_gate.gate_v3(x, eye, bias, **options) for x in logits]),
         chosen,
     )  # fmt: skip
@@ -300,7 +320,7 @@ def bench_mla_decode(bench: Bench, requests: int, context: int, rope: int, *, fp
                                    "rope": rope, "cache": "fp8" if fp8 else "bf16"}  # fmt: skip
     bench.add(
         "mla_decode", shape, [lambda c=c: run(c) for c in caches],
-        bench.floor_us(
+        bench.floor(
             read=caches[0].nbytes + queries.nbytes + 2 * requests * heads * latent,
             bf16=2 * heads * requests * context * (2 * latent + rope),
         ),
@@ -333,7 +353,7 @@ def bench_mla_prefill(bench: Bench, rows: int) -> None:
 
     bench.add(
         "mla_prefill", {"rows": rows, "heads": heads, "qk": width, "v": value}, [run],
-        bench.floor_us(bf16=heads * rows * (rows + 1) * (width + value)),
+        bench.floor(bf16=heads * rows * (rows + 1) * (width + value)),
         ("scaled_dot_product_attention, causal", [library]), attended,
     )  # fmt: skip
 
