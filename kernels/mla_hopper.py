@@ -7,7 +7,8 @@ second and sums the right half; each leaves its weights to the other, so that on
 products. The running maximum goes from even to odd and back: a warpgroup shrinks its sums to the other's maximum before
 it adds the other's block. The schedule is FlashMLA's ("seesaw").
 
-Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache is scaled by four more warps.
+Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache is scaled by four more warps, to
+f16, and so are the queries' latents and the weights; rotated keys and queries stay bf16.
 """
 
 import triton.experimental.gluon.language as gl
@@ -23,14 +24,11 @@ from kernels import hopper
 from kernels.hopper import arrive, barrier, load_block, tell, view
 from kernels.mla_fetch import BARS_AT, FREE, MET, READY, WEIGHTS_AT, fetch, place
 
-SHIFT = gl.constexpr(16.0)
-
 HEADS = 64  # of a program
 LATENTS = 512
 QUERIES = gl.constexpr(6)  # of READY, behind the keys
 # Of MET, each for the even block and, + 1, the odd one.
-MAXIMUM, WEIGHTS, TOTALS = gl.constexpr(0), gl.constexpr(2), gl.constexpr(4)
-HALVED = gl.constexpr(6)
+MAXIMUM, WEIGHTS, TOTALS, IN_F16 = (gl.constexpr(i) for i in (0, 2, 4, 6))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))  # of bf16 or f16
@@ -58,16 +56,15 @@ def _clear_rows(shared, first, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _to_f16(queries, bars, ODD: gl.constexpr):
-    """Queries of half the latents [64, 256] from bf16 to f16, where they lie, divided by what keys are multiplied by."""
+    """Turn all queries from bf16 to f16 where they lie, each warpgroup its half of the latents."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     came = view(queries, gl.bfloat16, [2, 64, 256], TILE)
     for c in gl.static_range(0, 256, 64):
-        value = came.index(ODD).slice(c, 64, 1).load(layout).to(gl.float32) * (1 / SHIFT)
-        value = gl.minimum(gl.maximum(value, -65504.0), 65504.0)
+        value = came.index(ODD).slice(c, 64, 1).load(layout)
         queries.index(ODD).slice(c, 64, 1).store(value.to(gl.float16))
     fence_async_shared()
-    tell(bars.index(MET + HALVED + ODD))
-    mbarrier.wait(bars.index(MET + HALVED + 1 - ODD), 0)
+    tell(bars.index(MET + IN_F16 + ODD))
+    mbarrier.wait(bars.index(MET + IN_F16 + 1 - ODD), 0)
 
 
 @gluon.jit
@@ -196,7 +193,7 @@ def _attend(
     """The running softmax (base 2) of 64 heads over a split, to out at `row`, or partial and lse at `part`."""
     hopper.meet()
     both = hopper.of_both()
-    q, qr, keys, ropes, weights, maxima = held
+    q, qr, keys, ropes, _, maxima = held
     out, partial, lse, row, part, whole, has_heads = to
     left = end - start - 64 * ODD
     zero = _zero()
@@ -227,7 +224,7 @@ def _attend(
     tell(bars.index(MET + TOTALS + ODD))
     mbarrier.wait(bars.index(MET + TOTALS + 1 - ODD), 0)
     total = maxima.index(0).load(ROWS) + maxima.index(1).load(ROWS)
-    acc = _times(acc, (1.0 / SHIFT if FP8 else 1.0) / total)
+    acc = _times(acc, 1.0 / total)
     head = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
     column = ODD * 256 + gl.arange(0, 256, gl.SliceLayout(0, SUMS))
     at = head[:, None] * 512 + column[None, :]
@@ -281,12 +278,13 @@ def decode_blocks(
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
         # of an odd number of blocks the last one's neighbour fetches, and computes what nobody asked for
         to = out, partial, lse, row.to(gl.int64), part, context <= SPLIT, block * 64 < heads
-        held, source = (view(q, KIND, [2, 64, 256], TILE), qr, keys, ropes, weights, maxima), (entries, rotated, scales, table)
+        held = view(q, KIND, [2, 64, 256], TILE), qr, keys, ropes, weights, maxima
+        source = entries, rotated, scales, table
         if FP8:
             gl.warp_specialize(
                 [(_attend, (held, bars, to, scale2, start, end, 0, FP8, ROPE)),
                  (_attend, (held, bars, to, scale2, start, end, 1, FP8, ROPE)),
-                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0))], [4, 4], [208, 88],
+                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0))], [4, 4], [208, 80],
             )  # fmt: skip
         else:
             gl.warp_specialize(
