@@ -6,7 +6,8 @@ kernel, others by a second that adds the splits in order. Where the shapes allow
 DeepSeek-V2 (arXiv 2405.04434), section 2.1; the running softmax is arXiv 2205.14135.
 
 Cache: bf16 [pages, page tokens, latent + rope], or uint8 [pages, page tokens, latent + latent / 32 + 2 * rope]: e4m3
-latents, one fp32 scale per 128 of them, then the rotated key in bf16. Floor: max(cache bytes / read bandwidth,
+latents, one fp32 scale per 128 of them, then the rotated key in bf16. On Hopper such latents and queries in the latent
+space are multiplied in f16: beyond its 65,504 they give NaN. Floor: max(cache bytes / read bandwidth,
 2 * heads * context * (2 * latent + rope) / bf16 peak).
 """
 
@@ -134,9 +135,9 @@ def _add_splits(
     tl.store(OUT + row * LATENT + latent, acc / total)
 
 
-def _blocks(rows: Tensor, columns: int, dtype: gl.dtype = gl.bfloat16) -> object:
-    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous matrix."""
-    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], dtype)
+def _blocks(rows: Tensor, columns: int) -> object:
+    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous bf16 matrix."""
+    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], gl.bfloat16)
     return TensorDescriptor.from_tensor(rows, [_HEADS, columns], layout)
 
 
@@ -146,8 +147,7 @@ def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, .
     halves = cache.view(torch.bfloat16).flatten(0, 1)
     others = _blocks(halves, rope), _blocks(rows, 256), _blocks(rows, rope)
     if cache.dtype is torch.uint8:
-        words = cache.view(torch.int32).flatten(0, 1)
-        return (_blocks(words, 32, gl.int32), *others, cache.view(torch.float32))
+        return (cache.view(torch.int32), *others, cache.view(torch.float32))
     return (_blocks(halves, 256), *others, None)
 
 

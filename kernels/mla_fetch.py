@@ -1,7 +1,7 @@
 """How mla_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
 
 The programs of a pair need the same keys: each brings half of them to both, where a place is free in both. An FP8
-cache's latents come into the second half of their place, and are scaled from there into the whole of it.
+cache's latents are asked for before their place is free, and become f16: bf16 would take three times the instructions.
 """
 
 import triton.experimental.gluon.language as gl
@@ -11,8 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from kernels import hopper
 from kernels.hopper import barrier, load_block, view
 
-# Barriers, the first of each kind: for what has come; for what is free again; the other warpgroup; for raw FP8.
-READY, FREE, MET, RAW = gl.constexpr(0), gl.constexpr(8), gl.constexpr(16), gl.constexpr(24)
+# Barriers, the first of each kind: for what has come; for what is free again; for the other warpgroup.
+READY, FREE, MET = gl.constexpr(0), gl.constexpr(8), gl.constexpr(16)
 # Bytes of shared memory: four halves of blocks; weights and rotated keys; barriers.
 WEIGHTS_AT = gl.constexpr(4 * 64 * 256 * 2)
 BARS_AT = gl.constexpr(WEIGHTS_AT + 3 * 64 * 64 * 2)
@@ -73,50 +73,44 @@ def _fetch_bf16(
 
 
 @gluon.jit
-def _ask(
-    entries, scales, quarters, bars, entry, left, step, HALF: gl.constexpr, WIDTH: gl.constexpr
-):
-    """Fetch 128 latents of half a block in e4m3 into the second half of their place; return their scales [64]."""
-    cta = gl.program_id(0) % 2
-    mbarrier.wait(bars.index(FREE + HALF), (step + 1) & 1)
-    mbarrier.expect(bars.index(RAW + HALF), 64 * 128)
-    to = quarters.index(4 * HALF + 2 * cta + 1)
-    load_block(entries, [entry, HALF % 2 * 64 + cta * 32], bars.index(RAW + HALF), to)
+def _ask(words, scales, entry, left, HALF: gl.constexpr, WIDTH: gl.constexpr):
+    """Load 128 latents of half a block, four e4m3 in an int32 [64, 32], and their scales [64]; 0 from row `left`."""
+    part = HALF % 2 * 2 + gl.program_id(0) % 2
     row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
-    at = scales + (entry + row).to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2 + cta
-    return gl.load(at, mask=row < left, other=0.0)
+    word = gl.arange(0, 32, gl.SliceLayout(0, BYTES))
+    first, at = entry.to(gl.int64) * (WIDTH // 4), row * (WIDTH // 4)
+    ok = row < left  # slots never written may hold NaN
+    values = gl.load(
+        words + (first + part * 32) + (at[:, None] + word[None, :]), mask=ok[:, None], other=0
+    )
+    return values, gl.load(scales + (first + part + 128) + at, mask=ok, other=0.0)
 
 
 @gluon.jit
-def _scaled(values, scale, left):
-    """Four e4m3 in an int32 [64, 32] times scale [64], in fp32: bf16, two in an int32 [64, 64]; 0 from row `left`."""
-    row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
+def _scaled(values, scale):
+    """Four e4m3 in an int32 [64, 32] times scale [64], in f16: two in an int32 [64, 64]."""
+    both = gl.inline_asm_elementwise(
+        "{ .reg .b16 s; cvt.rn.f16.f32 s, $1; mov.b32 $0, {s, s}; }", "=r,f", [scale], dtype=gl.int32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
     low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b16 l, h, a, b, c, d;
-        .reg .b32 x, y;
-        .reg .f32 e, f, g, i;
+        """{ .reg .b16 l, h; .reg .b32 x, y;
         mov.b32 {l, h}, $2;
         cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h;
-        mov.b32 {a, b}, x; mov.b32 {c, d}, y;
-        cvt.f32.f16 e, a; cvt.f32.f16 f, b; cvt.f32.f16 g, c; cvt.f32.f16 i, d;
-        mul.f32 e, e, $3; mul.f32 f, f, $3; mul.f32 g, g, $3; mul.f32 i, i, $3;
-        cvt.rn.bf16x2.f32 $0, f, e; cvt.rn.bf16x2.f32 $1, i, g;
-        }""",
-        "=r,=r,r,f", [gl.where((row < left)[:, None], values, 0), scale[:, None]],
+        mul.rn.f16x2 $0, x, $3; mul.rn.f16x2 $1, y, $3; }""",
+        "=r,=r,r,r", [values, both[:, None]],
         dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     return gl.join(low, high).reshape(64, 64)
 
 
 @gluon.jit
-def _scale_half(places, quarters, scale, left, bars, step, HALF: gl.constexpr):
-    """Scale this program's part of half a block where it lies, and copy it to the other program."""
+def _put_half(places, asked, bars, step, HALF: gl.constexpr):
+    """Scale this program's part of half a block into its place, and copy it to the other program."""
     cta = gl.program_id(0) % 2
-    mbarrier.wait(bars.index(RAW + HALF), step & 1)
-    values = quarters.index(4 * HALF + 2 * cta + 1).load(BYTES)
-    barrier()  # all has been read
-    places.index(2 * HALF + cta).store(_scaled(values, scale, left))
+    values, scale = asked
+    mbarrier.wait(bars.index(FREE + HALF), (step + 1) & 1)
+    places.index(2 * HALF + cta).store(_scaled(values, scale))
     fence_async_shared()
     barrier()
     hopper.copy_to_other(HALF * 32768 + cta * 16384, BARS_AT + HALF * 8, 16384)
@@ -125,29 +119,29 @@ def _scale_half(places, quarters, scale, left, bars, step, HALF: gl.constexpr):
 
 @gluon.jit
 def _fetch_fp8(
-    entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr,
+    words, rotated, scales, keys, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """Fetch a split of an FP8 cache, in the order in which places become free."""
+    """Fetch a split of an FP8 cache, in the order in which places become free; loads are half a block ahead."""
     WIDTH: gl.constexpr = 512 + 16 + 2 * ROPE
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
     places = view(keys, gl.int32, [8, 64, 64], WORDS)
-    quarters = view(keys, gl.int32, [16, 64, 32], WORDS)
     entry0 = _entry(table, start, end, PAGE)
     entry1 = _entry(table, start + 64, end, PAGE)
+    asked0 = _ask(words, scales, entry0, end - start, 0, WIDTH)
     for step in range(gl.cdiv(end - start, 128)):
         left = end - start - step * 128
         next0 = _entry(table, start + step * 128 + 128, end, PAGE)
         next1 = _entry(table, start + step * 128 + 192, end, PAGE)
-        a = _ask(entries, scales, quarters, bars, entry0, left, step, 0, WIDTH)
-        b = _ask(entries, scales, quarters, bars, entry0, left, step, 1, WIDTH)
-        _scale_half(places, quarters, a, left, bars, step, 0)
+        asked1 = _ask(words, scales, entry0, left, 1, WIDTH)
+        _put_half(places, asked0, bars, step, 0)
         # before places of the odd block: where this one is the last, the even warpgroup frees them behind clearing it
         _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, WIDTH // 2 - ROPE)
-        c = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 2, WIDTH)
-        d = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 3, WIDTH)
-        _scale_half(places, quarters, b, left, bars, step, 1)
-        _scale_half(places, quarters, d, left - 64, bars, step, 3)
-        _scale_half(places, quarters, c, left - 64, bars, step, 2)
+        asked3 = _ask(words, scales, entry1, left - 64, 3, WIDTH)
+        _put_half(places, asked1, bars, step, 1)
+        asked2 = _ask(words, scales, entry1, left - 64, 2, WIDTH)
+        _put_half(places, asked3, bars, step, 3)
+        asked0 = _ask(words, scales, next0, left - 128, 0, WIDTH)
+        _put_half(places, asked2, bars, step, 2)
         _fetch_rope(rotated, ropes, bars, entry1, step, 1, ROPE, WIDTH // 2 - ROPE)
         entry0, entry1 = next0, next1
 
