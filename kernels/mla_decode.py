@@ -135,9 +135,9 @@ def _add_splits(
     tl.store(OUT + row * LATENT + latent, acc / total)
 
 
-def _blocks(rows: Tensor, columns: int) -> object:
-    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous bf16 matrix."""
-    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], gl.bfloat16)
+def _blocks(rows: Tensor, columns: int, dtype: gl.dtype = gl.bfloat16) -> object:
+    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous matrix."""
+    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], dtype)
     return TensorDescriptor.from_tensor(rows, [_HEADS, columns], layout)
 
 
@@ -147,7 +147,8 @@ def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, .
     halves = cache.view(torch.bfloat16).flatten(0, 1)
     others = _blocks(halves, rope), _blocks(rows, 256), _blocks(rows, rope)
     if cache.dtype is torch.uint8:
-        return (cache.view(torch.int32), *others, cache.view(torch.float32))
+        words = cache.view(torch.int32).flatten(0, 1)
+        return (_blocks(words, 32, gl.int32), *others, cache.view(torch.float32))
     return (_blocks(halves, 256), *others, None)
 
 

@@ -1,7 +1,8 @@
 """How mla_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
 
 The programs of a pair need the same keys: each brings half of them to both, where a place is free in both. An FP8
-cache's latents are asked for before their place is free, and become f16: bf16 would take three times the instructions.
+cache's latents come into the second half of their place, and are scaled from there into the whole of it, in f16: bf16
+would take three times as many instructions.
 """
 
 import triton.experimental.gluon.language as gl
@@ -11,8 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from kernels import hopper
 from kernels.hopper import barrier, load_block, view
 
-# Barriers, the first of each kind: for what has come; for what is free again; for the other warpgroup.
-READY, FREE, MET = gl.constexpr(0), gl.constexpr(8), gl.constexpr(16)
+# Barriers, the first of each kind: for what has come; for what is free again; the other warpgroup; for raw FP8.
+READY, FREE, MET, RAW = gl.constexpr(0), gl.constexpr(8), gl.constexpr(16), gl.constexpr(24)
 # Bytes of shared memory: four halves of blocks; weights and rotated keys; barriers.
 WEIGHTS_AT = gl.constexpr(4 * 64 * 256 * 2)
 BARS_AT = gl.constexpr(WEIGHTS_AT + 3 * 64 * 64 * 2)
@@ -73,17 +74,21 @@ def _fetch_bf16(
 
 
 @gluon.jit
-def _ask(words, scales, entry, left, HALF: gl.constexpr, WIDTH: gl.constexpr):
-    """Load 128 latents of half a block, four e4m3 in an int32 [64, 32], and their scales [64]; 0 from row `left`."""
-    part = HALF % 2 * 2 + gl.program_id(0) % 2
+def _scales(scales, entry, left, HALF: gl.constexpr, WIDTH: gl.constexpr):
+    """Of this program's 128 latents of half a block, fp32 [64]; 0 from row `left`."""
     row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
-    word = gl.arange(0, 32, gl.SliceLayout(0, BYTES))
-    first, at = entry.to(gl.int64) * (WIDTH // 4), row * (WIDTH // 4)
-    ok = row < left  # slots never written may hold NaN
-    values = gl.load(
-        words + (first + part * 32) + (at[:, None] + word[None, :]), mask=ok[:, None], other=0
-    )
-    return values, gl.load(scales + (first + part + 128) + at, mask=ok, other=0.0)
+    first = entry.to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2 + gl.program_id(0) % 2
+    return gl.load(scales + first + row * (WIDTH // 4), mask=row < left, other=0.0)
+
+
+@gluon.jit
+def _ask(entries, quarters, bars, entry, step, HALF: gl.constexpr):
+    """Fetch 128 latents of half a block in e4m3 into the second half of their place."""
+    cta = gl.program_id(0) % 2
+    mbarrier.wait(bars.index(FREE + HALF), (step + 1) & 1)
+    mbarrier.expect(bars.index(RAW + HALF), 64 * 128)
+    to = quarters.index(4 * HALF + 2 * cta + 1)
+    load_block(entries, [entry, HALF % 2 * 64 + cta * 32], bars.index(RAW + HALF), to)
 
 
 @gluon.jit
@@ -105,11 +110,15 @@ def _scaled(values, scale):
 
 
 @gluon.jit
-def _put_half(places, asked, bars, step, HALF: gl.constexpr):
-    """Scale this program's part of half a block into its place, and copy it to the other program."""
+def _scale_half(places, quarters, scale, left, bars, step, HALF: gl.constexpr):
+    """Scale this program's part of half a block where it lies, and copy it to the other program."""
     cta = gl.program_id(0) % 2
-    values, scale = asked
-    mbarrier.wait(bars.index(FREE + HALF), (step + 1) & 1)
+    mbarrier.wait(bars.index(RAW + HALF), step & 1)
+    values = quarters.index(4 * HALF + 2 * cta + 1).load(BYTES)
+    if left < 64:  # slots never written may hold NaN
+        row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
+        values = gl.where((row < left)[:, None], values, 0)
+    barrier()  # all has been read
     places.index(2 * HALF + cta).store(_scaled(values, scale))
     fence_async_shared()
     barrier()
@@ -119,29 +128,34 @@ def _put_half(places, asked, bars, step, HALF: gl.constexpr):
 
 @gluon.jit
 def _fetch_fp8(
-    words, rotated, scales, keys, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr,
+    entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """Fetch a split of an FP8 cache, in the order in which places become free; loads are half a block ahead."""
+    """Fetch a split of an FP8 cache, in the order in which places become free."""
     WIDTH: gl.constexpr = 512 + 16 + 2 * ROPE
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
     places = view(keys, gl.int32, [8, 64, 64], WORDS)
+    quarters = view(keys, gl.int32, [16, 64, 32], WORDS)
     entry0 = _entry(table, start, end, PAGE)
     entry1 = _entry(table, start + 64, end, PAGE)
-    asked0 = _ask(words, scales, entry0, end - start, 0, WIDTH)
     for step in range(gl.cdiv(end - start, 128)):
         left = end - start - step * 128
         next0 = _entry(table, start + step * 128 + 128, end, PAGE)
         next1 = _entry(table, start + step * 128 + 192, end, PAGE)
-        asked1 = _ask(words, scales, entry0, left, 1, WIDTH)
-        _put_half(places, asked0, bars, step, 0)
+        _ask(entries, quarters, bars, entry0, step, 0)
+        _ask(entries, quarters, bars, entry0, step, 1)
+        # all of a step at once: a fence before a copy waits for every load that is on its way
+        a = _scales(scales, entry0, left, 0, WIDTH)
+        b = _scales(scales, entry0, left, 1, WIDTH)
+        c = _scales(scales, entry1, left - 64, 2, WIDTH)
+        d = _scales(scales, entry1, left - 64, 3, WIDTH)
+        _scale_half(places, quarters, a, left, bars, step, 0)
         # before places of the odd block: where this one is the last, the even warpgroup frees them behind clearing it
         _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, WIDTH // 2 - ROPE)
-        asked3 = _ask(words, scales, entry1, left - 64, 3, WIDTH)
-        _put_half(places, asked1, bars, step, 1)
-        asked2 = _ask(words, scales, entry1, left - 64, 2, WIDTH)
-        _put_half(places, asked3, bars, step, 3)
-        asked0 = _ask(words, scales, next0, left - 128, 0, WIDTH)
-        _put_half(places, asked2, bars, step, 2)
+        _ask(entries, quarters, bars, entry1, step, 2)
+        _ask(entries, quarters, bars, entry1, step, 3)
+        _scale_half(places, quarters, b, left, bars, step, 1)
+        _scale_half(places, quarters, d, left - 64, bars, step, 3)
+        _scale_half(places, quarters, c, left - 64, bars, step, 2)
         _fetch_rope(rotated, ropes, bars, entry1, step, 1, ROPE, WIDTH // 2 - ROPE)
         entry0, entry1 = next0, next1
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels import hopper
 from kernels.hopper import arrive, barrier, load_block, tell, view
-from kernels.mla_fetch import BARS_AT, FREE, MET, READY, WEIGHTS_AT, fetch, place
+from kernels.mla_fetch import BARS_AT, FREE, MET, RAW, READY, WEIGHTS_AT, fetch, place
 
 HEADS = 64  # of a program
 LATENTS = 512
@@ -244,7 +244,7 @@ def decode_blocks(
 ):  # fmt: skip
     """As `_decode`; entries, rotated, queries, query_ropes are descriptors of blocks of 64 x 256, ROPE, 256, ROPE.
 
-    Entries of an FP8 cache are its memory in int32, its scales the same in fp32.
+    Entries of an FP8 cache are blocks of 64 x 32 int32, its scales the same memory in fp32.
     """
     ROPES: gl.constexpr = gl.NVMMASharedLayout(2 * ROPE, 16, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -265,7 +265,7 @@ def decode_blocks(
         ropes = view(weights, gl.bfloat16, [3 * 64 // ROPE, 64, ROPE], ROPES)
         maxima = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
         bars = view(shared.index(BARS_AT // 512), gl.int64, [64, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(MET + 8):  # places of keys are freed by the warps of both programs
+        for i in gl.static_range(RAW + 4):  # places of keys are freed by the warps of both programs
             mbarrier.init(bars.index(i), count=8 if i >= FREE and i < FREE + 4 else 1)
         fence_async_shared()
         barrier()
@@ -284,7 +284,7 @@ def decode_blocks(
             gl.warp_specialize(
                 [(_attend, (held, bars, to, scale2, start, end, 0, FP8, ROPE)),
                  (_attend, (held, bars, to, scale2, start, end, 1, FP8, ROPE)),
-                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0))], [4, 4], [208, 80],
+                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0))], [4, 4], [224, 56],
             )  # fmt: skip
         else:
             gl.warp_specialize(
