@@ -74,21 +74,18 @@ def _fetch_bf16(
 
 
 @gluon.jit
-def _scales(scales, entry, left, HALF: gl.constexpr, WIDTH: gl.constexpr):
-    """Of this program's 128 latents of half a block, fp32 [64]; 0 from row `left`."""
-    row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
-    first = entry.to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2 + gl.program_id(0) % 2
-    return gl.load(scales + first + row * (WIDTH // 4), mask=row < left, other=0.0)
-
-
-@gluon.jit
-def _ask(entries, quarters, bars, entry, step, HALF: gl.constexpr):
-    """Fetch 128 latents of half a block in e4m3 into the second half of their place."""
+def _ask(
+    entries, scales, quarters, bars, entry, left, step, HALF: gl.constexpr, WIDTH: gl.constexpr
+):
+    """Fetch 128 latents of half a block in e4m3 into the second half of their place; return their scales [64]."""
     cta = gl.program_id(0) % 2
     mbarrier.wait(bars.index(FREE + HALF), (step + 1) & 1)
     mbarrier.expect(bars.index(RAW + HALF), 64 * 128)
     to = quarters.index(4 * HALF + 2 * cta + 1)
     load_block(entries, [entry, HALF % 2 * 64 + cta * 32], bars.index(RAW + HALF), to)
+    row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
+    at = scales + (entry + row).to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2 + cta
+    return gl.load(at, mask=row < left, other=0.0)
 
 
 @gluon.jit
@@ -141,18 +138,13 @@ def _fetch_fp8(
         left = end - start - step * 128
         next0 = _entry(table, start + step * 128 + 128, end, PAGE)
         next1 = _entry(table, start + step * 128 + 192, end, PAGE)
-        _ask(entries, quarters, bars, entry0, step, 0)
-        _ask(entries, quarters, bars, entry0, step, 1)
-        # all of a step at once: a fence before a copy waits for every load that is on its way
-        a = _scales(scales, entry0, left, 0, WIDTH)
-        b = _scales(scales, entry0, left, 1, WIDTH)
-        c = _scales(scales, entry1, left - 64, 2, WIDTH)
-        d = _scales(scales, entry1, left - 64, 3, WIDTH)
+        a = _ask(entries, scales, quarters, bars, entry0, left, step, 0, WIDTH)
+        b = _ask(entries, scales, quarters, bars, entry0, left, step, 1, WIDTH)
         _scale_half(places, quarters, a, left, bars, step, 0)
         # before places of the odd block: where this one is the last, the even warpgroup frees them behind clearing it
         _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, WIDTH // 2 - ROPE)
-        _ask(entries, quarters, bars, entry1, step, 2)
-        _ask(entries, quarters, bars, entry1, step, 3)
+        c = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 2, WIDTH)
+        d = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 3, WIDTH)
         _scale_half(places, quarters, b, left, bars, step, 1)
         _scale_half(places, quarters, d, left - 64, bars, step, 3)
         _scale_half(places, quarters, c, left - 64, bars, step, 2)
