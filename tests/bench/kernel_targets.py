@@ -1,4 +1,7 @@
-"""What kernels were to reach, beside what each card has: the first table of README's section on kernels."""
+"""What kernels were to reach, beside what each card has: the first table of README's section on kernels.
+
+A value that misses is followed by what the same kernel has in bursts, where the card's power does not limit it.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +10,12 @@ from typing import Any
 Record = dict[str, Any]
 _FP8_TARGET = 1.187  # PFLOP/s: 60 % of the datasheet's peak
 _FEW, _MANY = (1, 16, 64, 128), (2048, 4096, 8192)
+
+
+def in_bursts(record: Record) -> Record:
+    """The record with the times that bursts took for those of the steady state."""
+    times = {k: record.get(f"burst_{k}") for k in ("us", "floor_us")}
+    return record | times | {"peer_us": record.get("peer_burst_us")}
 
 
 def _share(r: Record) -> float:
@@ -47,13 +56,17 @@ class Target:
     def cell(self, records: list[Record]) -> str:
         """What a card has, and which of it misses; what failed does."""
         chosen = [r for r in records if self.chosen(r)]
-        values = [self.value(r) for r in chosen if r["us"] is not None]
-        told = list(map(self._told, [min(values)] if self.worst and values else values))
-        return ", ".join(told + ["failed (missed)"] * (len(chosen) - len(values)))
+        ran = [r for r in chosen if r["us"] is not None]
+        pairs = [(self.value(r), self.value(in_bursts(r))) for r in ran]
+        if self.worst and pairs:
+            pairs = [(min(steady for steady, _ in pairs), min(burst for _, burst in pairs))]
+        told = [self._told(*pair) for pair in pairs]
+        return ", ".join(told + ["failed (missed)"] * (len(chosen) - len(ran)))
 
-    def _told(self, value: float) -> str:
-        missed = value >= self.wanted if self.less else value < self.wanted
-        return f"{value:{self.form}}{self.unit}{' (missed)' if missed else ''}"
+    def _told(self, steady: float, burst: float) -> str:
+        missed = steady >= self.wanted if self.less else steady < self.wanted
+        text = f"{steady:{self.form}}{self.unit}"
+        return f"{text} (missed; {burst:{self.form}} in bursts)" if missed else text
 
 
 def _expert(hidden: int, rows: tuple[int, ...]) -> Callable[[Record], bool]:
@@ -67,8 +80,8 @@ def _op(*ops: str, **shape: Any) -> Callable[[Record], bool]:
 
 
 TARGETS = (
-    Target("an expert of 18432, 1, 16, 64, 128 rows, of read bandwidth", 80, " %", ".0f", _expert(18432, _FEW), _share),
-    Target("an expert of 2048, the same", 60, " %", ".0f", _expert(2048, _FEW), _share),
+    Target("an expert of 18432, 1, 16, 64, 128 rows, of read bandwidth", 80, " %", ".1f", _expert(18432, _FEW), _share),
+    Target("an expert of 2048, the same", 60, " %", ".1f", _expert(2048, _FEW), _share),
     Target("of 18432, 128 rows, against the chain", 1.3, "x", ".2f", _expert(18432, (128,)), _faster),
     Target("of 2048, 128 rows, against the chain", 1.8, "x", ".2f", _expert(2048, (128,)), _faster),
     Target("of 18432, 2,048, 4,096, 8,192 rows, PFLOP/s", _FP8_TARGET, "", ".3f", _expert(18432, _MANY), _pflops),
