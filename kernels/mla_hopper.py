@@ -7,8 +7,7 @@ second and sums the right half; each leaves its weights to the other, so that on
 products. The running maximum goes from even to odd and back: a warpgroup shrinks its sums to the other's maximum before
 it adds the other's block. The schedule is FlashMLA's ("seesaw").
 
-Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache is scaled by four more warps, to
-f16, and so are the queries' latents and the weights; rotated keys and queries stay bf16.
+Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache's become f16, by four more warps.
 """
 
 import triton.experimental.gluon.language as gl
@@ -258,7 +257,7 @@ def decode_blocks(
         qr = gl.allocate_shared_memory(gl.bfloat16, [1, 64, ROPE], query_ropes.layout)
         shared = gl.allocate_shared_memory(gl.int32, [BARS_AT // 512 + 1, 1, 128], WORDS)
         hopper.check_base(shared, BARS_AT)
-        KIND: gl.constexpr = gl.float16 if FP8 else gl.bfloat16
+        KIND: gl.constexpr = gl.float16 if FP8 else gl.bfloat16  # also of queries and weights
         keys = view(hopper.part(shared, 0, WEIGHTS_AT // 512), KIND, [4, 64, 256], TILE)
         # Even weights; rotated keys of the odd block, then its weights; rotated keys of the even block.
         weights = view(hopper.part(shared, WEIGHTS_AT // 512, 48), KIND, [3, 64, 64], TILE)

@@ -109,11 +109,6 @@ class ModelConfig:
         """What scores are multiplied by before the softmax (`yarn_apply_mscale` in modeling_deepseek_v3.py)."""
         return float(self.qk_head_dim**-0.5) * self.rope.scale_factor
 
-    @property
-    def expert_nbytes_fp32(self) -> int:
-        """Memory of one routed expert in fp32."""
-        return 3 * self.hidden_size * self.moe_intermediate_size * 4
-
 
 # What transformers assumes for a key that is absent; keys not listed here must be present.
 _DEFAULTS: dict[Family, dict[str, Any]] = {

@@ -39,10 +39,6 @@ class Plan:
             f" | {len(self.nodes)} workers on {len(set(self.nodes))} nodes, {len(self.spares)} spare]>"
         )
 
-    def primaries(self, layer: int) -> tuple[int, ...]:
-        """The first worker of each expert of a layer."""
-        return tuple(workers[0] for workers in self.holders[layer])
-
     def has_replicas(self, layer: int) -> bool:
         """Whether any expert of a layer has more than one worker."""
         return any(len(workers) > 1 for workers in self.holders[layer])

@@ -7,7 +7,6 @@ talks to processes with one, and every test of this form.
 Only whoever asks for this form imports torch.
 """
 
-import contextlib
 import ctypes
 from collections.abc import Callable
 from functools import partial
@@ -289,10 +288,3 @@ def release_behind(seam: Seam, *held: Buffer | DeviceRows | DeviceBlock) -> Fenc
     for item in held:
         fence.then(item.release)
     return fence
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for everything launched: when starting and in tests, never between messages."""
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize(device)

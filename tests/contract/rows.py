@@ -9,10 +9,10 @@ import struct
 
 import torch
 
-from common.transport.device import DevicePool, synchronise
+from common.transport.device import DevicePool
 from common.transport.ucx import UcxTransport
 from common.wire.header import Header, Kind
-from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, InprocNet, Peer, hello
+from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, InprocNet, Peer, hello, synchronise
 
 
 class ReachingPort:

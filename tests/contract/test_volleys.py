@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from common.errors import Overloaded
-from common.transport.device import synchronise
 from common.transport.link import LinkLimits, LinkState
 from common.transport.outbox import Outbox
 from common.transport.port import CANCELED
@@ -18,7 +17,7 @@ from common.transport.seam import Fence, Seam
 from common.transport.volley import Volley
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
-from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run
+from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run, synchronise
 from tests.contract.rows import (
     NETS,
     LandedPeer,

@@ -90,13 +90,14 @@ def test_a_worker_reads_only_its_own_bytes(directory: Path) -> None:
     from common.model.hf_config import load_config
 
     config = load_config(directory)
+    expert_nbytes = 3 * config.hidden_size * config.moe_intermediate_size * 4
     with Checkpoint(directory) as checkpoint:
         load_expert(checkpoint, config, 1, 3)
-        assert checkpoint.nbytes_read == config.expert_nbytes_fp32
+        assert checkpoint.nbytes_read == expert_nbytes
     with Checkpoint(directory) as checkpoint:
         load_attention_weights(checkpoint, config)
         total = sum(checkpoint.entry(name).nbytes for name in checkpoint.names)
-        experts = config.num_experts * len(config.moe_layers) * config.expert_nbytes_fp32
+        experts = config.num_experts * len(config.moe_layers) * expert_nbytes
         assert checkpoint.nbytes_read == total - experts
         assert len(checkpoint.files) > 1
 

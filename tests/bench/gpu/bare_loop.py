@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.transport.device import open_context, synchronise
+from common.transport.device import open_context
 from common.transport.environment import set_ucx_environment
 from kernels import ops
-from tests.bench.gpu.cluster import DEVICE, mps
+from tests.bench.gpu.cluster import DEVICE, mps, synchronise
 from tests.bench.gpu.environment import gpu_facts
 
 WIDTH, ROW_NBYTES = 7168, 7424  # e4m3 values, then fp32 scales per 128, padded
@@ -120,7 +120,7 @@ def attention(parent: Connection, shape: Shape, blocks: int) -> None:
         places[:] = (np.arange(tokens)[:, None] + np.arange(experts) * tokens).ravel()
         block = torch.randint(0, 100, (tokens * ROW_NBYTES,), dtype=torch.uint8, device=DEVICE)
         out = torch.empty(tokens * WIDTH * 2, dtype=torch.uint8, device=DEVICE)
-        synchronise(torch.device(DEVICE))
+        synchronise()
         arrays = [peers.array(memory) for memory in (_bytes(out), numbers, _bytes(block))]
         tags = [peers.tag(kind, m) for kind in (COMBINED, TABLES, ROWS)]
         while left > 0:

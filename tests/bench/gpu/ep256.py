@@ -47,10 +47,17 @@ from common.wire.header import Wire
 from kernels import ops
 from kernels.reference.quant import BLOCK
 from services.expert.device_bank import load_device_expert
-from tests.bench.gpu.cluster import DEVICE, GpuCluster, Launch, as_client_of_mps, gpu_config
+from tests.bench.gpu.cluster import (
+    DEVICE,
+    GpuCluster,
+    Launch,
+    as_client_of_mps,
+    gpu_config,
+    synchronise,
+)
 from tests.bench.gpu.counts import Statuses, per_block
 from tests.bench.gpu.environment import gpu_facts
-from tests.bench.gpu.round_trip import LAYER, Attention, pinned, quantised, synchronise
+from tests.bench.gpu.round_trip import LAYER, Attention, pinned, quantised
 from tests.bench.gpu.skew import loads, summary, write_skewed_source
 
 VARIANTS = 4  # different blocks of a lane, in turn

@@ -41,7 +41,7 @@ from deploy.trace.blocks import blocks, by_layer
 from deploy.trace.spans import read
 from kernels import ops
 from services.attention.moe_client import MoeClient
-from tests.bench.gpu.cluster import DEVICE, GpuCluster, as_client_of_mps, gpu_config
+from tests.bench.gpu.cluster import DEVICE, GpuCluster, as_client_of_mps, gpu_config, synchronise
 from tests.bench.gpu.environment import gpu_facts
 
 LAYER = 3
@@ -198,11 +198,6 @@ def quantised(x: torch.Tensor) -> DeviceBlock:
     block = DeviceBlock(torch.zeros(segment.end, dtype=torch.uint8, device=DEVICE), lambda _: None)
     ops.quantise_rows(x, block.tensor, rows_offset=0, scales_offset=segment.scales_offset)
     return block
-
-
-def synchronise() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
