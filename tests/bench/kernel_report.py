@@ -56,12 +56,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _ceilings(ceilings: dict[str, float]) -> str:
-    rates = [("read", "read_bytes", 1e12, "TB/s", 2), ("copy", "copy_bytes", 1e12, "TB/s", 2),
-             ("bf16", "bf16_flop", 1e12, "TFLOP/s", 0), ("FP8", "fp8_flop", 1e12, "TFLOP/s", 0)]  # fmt: skip
-    return ", ".join(
-        f"{name} {ceilings[f'{key}_per_s'] / unit:.{digits}f} {of}"
-        for name, key, unit, of, digits in rates
+    read, copy, bf16, fp8 = (
+        ceilings[f"{k}_per_s"] / 1e12 for k in ("read_bytes", "copy_bytes", "bf16_flop", "fp8_flop")
     )
+    return f"read {read:.2f} TB/s, copy {copy:.2f} TB/s, bf16 {bf16:.0f} TFLOP/s, FP8 {fp8:.0f} TFLOP/s"
 
 
 def summary(results: list[dict[str, Any]]) -> str:
