@@ -1,7 +1,7 @@
 """How mla_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
 
 The programs of a pair need the same keys: each brings half of them to both, where a place is free in both. An FP8
-cache's latents come into the second half of their place, and are scaled from there into the whole of it, to f16.
+cache's latents come into the second half of their place, and are scaled from there into the whole of it.
 """
 
 import triton.experimental.gluon.language as gl
@@ -88,18 +88,22 @@ def _ask(
 
 
 @gluon.jit
-def _scaled(values, scale):
-    """Four e4m3 in an int32 [64, 32] times scale [64], in f16 (bf16: thrice the work): two in an int32 [64, 64]."""
-    both = gl.inline_asm_elementwise(
-        "{ .reg .b16 s; cvt.rn.f16.f32 s, $1; mov.b32 $0, {s, s}; }", "=r,f", [scale], dtype=gl.int32,
-        is_pure=True, pack=1,
-    )  # fmt: skip
+def _scaled(values, scale, left):
+    """Four e4m3 in an int32 [64, 32] times scale [64], in fp32: bf16, two in an int32 [64, 64]; 0 from row `left`."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
     low, high = gl.inline_asm_elementwise(
-        """{ .reg .b16 l, h; .reg .b32 x, y;
+        """{
+        .reg .b16 l, h, a, b, c, d;
+        .reg .b32 x, y;
+        .reg .f32 e, f, g, i;
         mov.b32 {l, h}, $2;
         cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h;
-        mul.rn.f16x2 $0, x, $3; mul.rn.f16x2 $1, y, $3; }""",
-        "=r,=r,r,r", [values, both[:, None]],
+        mov.b32 {a, b}, x; mov.b32 {c, d}, y;
+        cvt.f32.f16 e, a; cvt.f32.f16 f, b; cvt.f32.f16 g, c; cvt.f32.f16 i, d;
+        mul.f32 e, e, $3; mul.f32 f, f, $3; mul.f32 g, g, $3; mul.f32 i, i, $3;
+        cvt.rn.bf16x2.f32 $0, f, e; cvt.rn.bf16x2.f32 $1, i, g;
+        }""",
+        "=r,=r,r,f", [gl.where((row < left)[:, None], values, 0), scale[:, None]],
         dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     return gl.join(low, high).reshape(64, 64)
@@ -111,11 +115,8 @@ def _scale_half(places, quarters, scale, left, bars, step, HALF: gl.constexpr):
     cta = gl.program_id(0) % 2
     mbarrier.wait(bars.index(RAW + HALF), step & 1)
     values = quarters.index(4 * HALF + 2 * cta + 1).load(BYTES)
-    if left < 64:  # slots never written may hold NaN
-        row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
-        values = gl.where((row < left)[:, None], values, 0)
     barrier()  # all has been read
-    places.index(2 * HALF + cta).store(_scaled(values, scale))
+    places.index(2 * HALF + cta).store(_scaled(values, scale, left))
     fence_async_shared()
     barrier()
     hopper.copy_to_other(HALF * 32768 + cta * 16384, BARS_AT + HALF * 8, 16384)
