@@ -20,7 +20,8 @@ from common.transport.device import DevicePool, open_context, open_seam
 from common.transport.link import LinkLimits
 from common.transport.ucx import UcxTransport
 from common.wire.header import Header, Kind
-from tests.contract.harness import SECRET, Peer, hello, send, send_apart, synchronise
+from tests.contract.harness import SECRET, Peer, hello, send, send_apart
+from tests.device import synchronise
 
 FLOOD_NBYTES = 4 << 20
 OFFERED = bytes(i * 7 % 251 for i in range(100_000))

@@ -5,7 +5,6 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import torch
 import uvloop
 
 from common.errors import LinkClosed
@@ -192,9 +191,3 @@ def send_apart(transport: Transport, link: Link, rows: int, tables: int, **field
         link.post(Header(Kind.EXPERT_IN, **fields), payload)
     finally:
         payload.release()
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for everything launched."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,7 +12,8 @@ import torch
 from common.transport.device import DevicePool
 from common.transport.ucx import UcxTransport
 from common.wire.header import Header, Kind
-from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, InprocNet, Peer, hello, synchronise
+from tests.contract.harness import LIMITS, ROUTER, DeviceUcxNet, InprocNet, Peer, hello
+from tests.device import synchronise
 
 
 class ReachingPort:

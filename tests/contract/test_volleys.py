@@ -17,7 +17,7 @@ from common.transport.seam import Fence, Seam
 from common.transport.volley import Volley
 from common.waiting import poll_until
 from common.wire.header import Header, Kind, Wire
-from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run, synchronise
+from tests.contract.harness import DEVICE, LIMITS, ROUTER, DeviceUcxNet, hello, run
 from tests.contract.rows import (
     NETS,
     LandedPeer,
@@ -27,6 +27,7 @@ from tests.contract.rows import (
     check_no_block_leaked,
 )
 from tests.contract.test_death import child, kill
+from tests.device import synchronise
 
 REQUEST = Header(
     Kind.DISPATCH, Wire.BF16, 7, 3, 1024, 1 << 50, 1 << 40, 128, 1024, attempt=2, microbatch=1

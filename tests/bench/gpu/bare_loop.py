@@ -25,8 +25,9 @@ import torch
 from common.transport.device import open_context
 from common.transport.environment import set_ucx_environment
 from kernels import ops
-from tests.bench.gpu.cluster import DEVICE, mps, synchronise
+from tests.bench.gpu.cluster import DEVICE, mps
 from tests.bench.gpu.environment import gpu_facts
+from tests.device import synchronise
 
 WIDTH, ROW_NBYTES = 7168, 7424  # e4m3 values, then fp32 scales per 128, padded
 TABLES, ROWS, QUESTION, ANSWER, COMBINED = range(1, 6)  # kinds of messages
@@ -120,7 +121,7 @@ def attention(parent: Connection, shape: Shape, blocks: int) -> None:
         places[:] = (np.arange(tokens)[:, None] + np.arange(experts) * tokens).ravel()
         block = torch.randint(0, 100, (tokens * ROW_NBYTES,), dtype=torch.uint8, device=DEVICE)
         out = torch.empty(tokens * WIDTH * 2, dtype=torch.uint8, device=DEVICE)
-        synchronise()
+        synchronise(DEVICE)
         arrays = [peers.array(memory) for memory in (_bytes(out), numbers, _bytes(block))]
         tags = [peers.tag(kind, m) for kind in (COMBINED, TABLES, ROWS)]
         while left > 0:

@@ -210,14 +210,6 @@ def mps() -> Iterator[None]:
             del os.environ["CUDA_MPS_PIPE_DIRECTORY"], os.environ["CUDA_MPS_LOG_DIRECTORY"]
 
 
-def synchronise() -> None:
-    """Wait for everything launched."""
-    if DEVICE == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
 def as_client_of_mps() -> None:
     """Go on in a process of its own under `mps`, which waits for its clients to end, and exit as that does."""
     if DEVICE == "cuda" and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:

@@ -47,18 +47,12 @@ from common.wire.header import Wire
 from kernels import ops
 from kernels.reference.quant import BLOCK
 from services.expert.device_bank import load_device_expert
-from tests.bench.gpu.cluster import (
-    DEVICE,
-    GpuCluster,
-    Launch,
-    as_client_of_mps,
-    gpu_config,
-    synchronise,
-)
+from tests.bench.gpu.cluster import DEVICE, GpuCluster, Launch, as_client_of_mps, gpu_config
 from tests.bench.gpu.counts import Statuses, per_block
 from tests.bench.gpu.environment import gpu_facts
 from tests.bench.gpu.round_trip import LAYER, Attention, pinned, quantised
 from tests.bench.gpu.skew import loads, summary, write_skewed_source
+from tests.device import synchronise
 
 VARIANTS = 4  # different blocks of a lane, in turn
 WARM_ROUNDS, ROUNDS = 5, 12  # of all variants; the first make the experts' graphs
@@ -133,7 +127,7 @@ class Block:
         self.ids, self.weights = pinned(ids.cpu()), pinned(weights.float().cpu())
         self.block = None if DEVICE == "cpu" else quantised(self.x)
         self.out = None if DEVICE == "cpu" else torch.empty_like(self.x)
-        synchronise()
+        synchronise(DEVICE)
 
     async def __call__(self, a: Attention, lane: int) -> torch.Tensor:
         """There and back: the combined rows [tokens, width]."""

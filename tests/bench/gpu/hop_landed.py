@@ -26,7 +26,7 @@ from common.transport.device import (
 )
 from common.transport.seam import Seam
 from common.wire.header import Header, Kind, Landed, Wire
-from tests.bench.gpu.cluster import synchronise
+from tests.device import synchronise
 
 LAND = 3  # layer of a header, beside those of `hop`
 FLIGHTS = (1, 8, 32)
@@ -118,7 +118,7 @@ class Asking:
         ]
         for place in self._places:
             place.tensor.zero_()
-        synchronise()  # before anybody else writes there
+        synchronise(pool.device)  # before anybody else writes there
 
     def on_answer(self, answer: Header | Landed) -> None:
         """The rows of an answer are in their place."""
@@ -162,7 +162,7 @@ class Asking:
 
     def close(self) -> None:
         """Raises AssertionError when a place has something else than the far side's rows."""
-        synchronise()
+        synchronise(self._pool.device)
         for place, question in zip(self._places, self._questions, strict=True):
             assert place.tensor.eq(OWN).all(), "other rows than were asked for"
             place.release()

@@ -41,8 +41,9 @@ from deploy.trace.blocks import blocks, by_layer
 from deploy.trace.spans import read
 from kernels import ops
 from services.attention.moe_client import MoeClient
-from tests.bench.gpu.cluster import DEVICE, GpuCluster, as_client_of_mps, gpu_config, synchronise
+from tests.bench.gpu.cluster import DEVICE, GpuCluster, as_client_of_mps, gpu_config
 from tests.bench.gpu.environment import gpu_facts
+from tests.device import synchronise
 
 LAYER = 3
 WARM_UP = 30  # blocks of every lane
@@ -125,7 +126,7 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
         ids = pinned(order.sort(1).values)
         weights = pinned(torch.full((tokens, top_k), 1 / top_k))
         told = pinned(torch.ones(1, dtype=torch.int64)).numpy().data
-        synchronise()
+        synchronise(DEVICE)
 
         async def block() -> float:
             t, since = time.perf_counter(), time.monotonic_ns()
@@ -156,7 +157,7 @@ async def measure(a: Attention, tokens: int, in_flight: int, blocks: int) -> dic
 
     await asyncio.gather(*(lane(i) for i in range(in_flight)))
     per_block = (time.perf_counter() - started) / blocks * 1e6
-    synchronise()
+    synchronise(DEVICE)
     ordered = sorted(latencies)
     return {
         "tokens": tokens, "in_flight": in_flight, "latency_us": round(median(latencies), 1),
