@@ -6,7 +6,8 @@ kernel, others by a second that adds the splits in order. Where the shapes allow
 DeepSeek-V2 (arXiv 2405.04434), section 2.1; the running softmax is arXiv 2205.14135.
 
 Cache: bf16 [pages, page tokens, latent + rope], or uint8 [pages, page tokens, latent + latent / 32 + 2 * rope]: e4m3
-latents, one fp32 scale per 128 of them, then the rotated key in bf16. Floor: max(cache bytes / read bandwidth,
+latents, one fp32 scale per 128 of them, then the rotated key in bf16. On Hopper such latents and queries in the latent
+space are multiplied in f16: beyond its 65,504 they give NaN. Floor: max(cache bytes / read bandwidth,
 2 * heads * context * (2 * latent + rope) / bf16 peak).
 """
 

@@ -1,7 +1,7 @@
 """How mla_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
 
 The programs of a pair need the same keys: each brings half of them to both, where a place is free in both. An FP8
-cache's latents come into the second half of their place, and are scaled from there into the whole of it.
+cache's latents come into the second half of their place, and are scaled from there into the whole of it, to f16.
 """
 
 import triton.experimental.gluon.language as gl
@@ -56,20 +56,20 @@ def _fetch_rope(
 
 
 @gluon.jit
-def _fetch_bf16(
-    rotated, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr, B: gl.constexpr
-):
-    """Fetch every second block of a split, in the order in which its halves are needed."""
-    entry = _entry(table, start + 64 * B, end, PAGE)
+def _fetch_bf16(rotated, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr):
+    """Fetch a split, in the order in which places become free."""
+    entry0 = _entry(table, start, end, PAGE)
+    entry1 = _entry(table, start + 64, end, PAGE)
     for step in range(gl.cdiv(end - start, 128)):
-        later = _entry(table, start + step * 128 + 128 + 64 * B, end, PAGE)  # before it is needed
-        _fetch_half(bars, entry, step, 3 * B)
-        if B == 0:
-            _fetch_rope(rotated, ropes, bars, entry, step, 0, ROPE, 512)
-        _fetch_half(bars, entry, step, 1 + B)
-        if B == 1:
-            _fetch_rope(rotated, ropes, bars, entry, step, 1, ROPE, 512)
-        entry = later
+        next0 = _entry(table, start + step * 128 + 128, end, PAGE)  # before they are needed
+        next1 = _entry(table, start + step * 128 + 192, end, PAGE)
+        _fetch_half(bars, entry0, step, 0)
+        _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, 512)
+        _fetch_half(bars, entry0, step, 1)
+        _fetch_half(bars, entry1, step, 3)
+        _fetch_half(bars, entry1, step, 2)
+        _fetch_rope(rotated, ropes, bars, entry1, step, 1, ROPE, 512)
+        entry0, entry1 = next0, next1
 
 
 @gluon.jit
@@ -88,22 +88,18 @@ def _ask(
 
 
 @gluon.jit
-def _scaled(values, scale, left):
-    """Four e4m3 in an int32 [64, 32] times scale [64], in fp32: bf16, two in an int32 [64, 64]; 0 from row `left`."""
-    row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
+def _scaled(values, scale):
+    """Four e4m3 in an int32 [64, 32] times scale [64], in f16 (bf16: thrice the work): two in an int32 [64, 64]."""
+    both = gl.inline_asm_elementwise(
+        "{ .reg .b16 s; cvt.rn.f16.f32 s, $1; mov.b32 $0, {s, s}; }", "=r,f", [scale], dtype=gl.int32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
     low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b16 l, h, a, b, c, d;
-        .reg .b32 x, y;
-        .reg .f32 e, f, g, i;
+        """{ .reg .b16 l, h; .reg .b32 x, y;
         mov.b32 {l, h}, $2;
         cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h;
-        mov.b32 {a, b}, x; mov.b32 {c, d}, y;
-        cvt.f32.f16 e, a; cvt.f32.f16 f, b; cvt.f32.f16 g, c; cvt.f32.f16 i, d;
-        mul.f32 e, e, $3; mul.f32 f, f, $3; mul.f32 g, g, $3; mul.f32 i, i, $3;
-        cvt.rn.bf16x2.f32 $0, f, e; cvt.rn.bf16x2.f32 $1, i, g;
-        }""",
-        "=r,=r,r,f", [gl.where((row < left)[:, None], values, 0), scale[:, None]],
+        mul.rn.f16x2 $0, x, $3; mul.rn.f16x2 $1, y, $3; }""",
+        "=r,=r,r,r", [values, both[:, None]],
         dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     return gl.join(low, high).reshape(64, 64)
@@ -115,8 +111,11 @@ def _scale_half(places, quarters, scale, left, bars, step, HALF: gl.constexpr):
     cta = gl.program_id(0) % 2
     mbarrier.wait(bars.index(RAW + HALF), step & 1)
     values = quarters.index(4 * HALF + 2 * cta + 1).load(BYTES)
+    if left < 64:  # slots never written may hold NaN
+        row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
+        values = gl.where((row < left)[:, None], values, 0)
     barrier()  # all has been read
-    places.index(2 * HALF + cta).store(_scaled(values, scale, left))
+    places.index(2 * HALF + cta).store(_scaled(values, scale))
     fence_async_shared()
     barrier()
     hopper.copy_to_other(HALF * 32768 + cta * 16384, BARS_AT + HALF * 8, 16384)
@@ -154,16 +153,16 @@ def _fetch_fp8(
 
 @gluon.jit
 def fetch(
-    source, held, bars, start, end, PAGE: gl.constexpr, FP8: gl.constexpr, ROPE: gl.constexpr, B: gl.constexpr,
+    source, held, bars, start, end, PAGE: gl.constexpr, FP8: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """Fetch keys of a split, of bf16 those of every second block: arguments as mla_hopper.decode_blocks has them."""
+    """Fetch keys of a split: arguments as mla_hopper.decode_blocks has them."""
     hopper.meet()
     entries, rotated, scales, table = source
     _, _, keys, ropes, _, _ = held
     if FP8:
         _fetch_fp8(entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE, ROPE)
     else:
-        _fetch_bf16(rotated, ropes, bars, table, start, end, PAGE, ROPE, B)
+        _fetch_bf16(rotated, ropes, bars, table, start, end, PAGE, ROPE)
     last = gl.cdiv(end - start, 128) - 1
     # The other program arrives here, when all that it was sent is there: this one stays.
     mbarrier.wait(bars.index(FREE + 0), last & 1)

@@ -7,7 +7,7 @@ second and sums the right half; each leaves its weights to the other, so that on
 products. The running maximum goes from even to odd and back: a warpgroup shrinks its sums to the other's maximum before
 it adds the other's block. The schedule is FlashMLA's ("seesaw").
 
-Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache is scaled by four more warps.
+Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache's become f16, by four more warps.
 """
 
 import triton.experimental.gluon.language as gl
@@ -27,9 +27,10 @@ HEADS = 64  # of a program
 LATENTS = 512
 QUERIES = gl.constexpr(6)  # of READY, behind the keys
 # Of MET, each for the even block and, + 1, the odd one.
-MAXIMUM, WEIGHTS, TOTALS = gl.constexpr(0), gl.constexpr(2), gl.constexpr(4)
+MAXIMUM, WEIGHTS, TOTALS, IN_F16 = (gl.constexpr(i) for i in (0, 2, 4, 6))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))  # of bf16 or f16
 ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
 
@@ -50,6 +51,19 @@ def _clear_rows(shared, first, COLUMNS: gl.constexpr):
         part = shared.slice(c, min(64, COLUMNS), 1)
         value = part.load(layout)
         part.store(gl.where((row < first)[:, None], value, gl.zeros_like(value)))
+
+
+@gluon.jit
+def _to_f16(queries, bars, ODD: gl.constexpr):
+    """Turn all queries from bf16 to f16 where they lie, each warpgroup its half of the latents."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    came = view(queries, gl.bfloat16, [2, 64, 256], TILE)
+    for c in gl.static_range(0, 256, 64):
+        value = came.index(ODD).slice(c, 64, 1).load(layout)
+        queries.index(ODD).slice(c, 64, 1).store(value.to(gl.float16))
+    fence_async_shared()
+    tell(bars.index(MET + IN_F16 + ODD))
+    mbarrier.wait(bars.index(MET + IN_F16 + 1 - ODD), 0)
 
 
 @gluon.jit
@@ -120,10 +134,10 @@ def _step(
     weight = gl.exp2(scores * scale2 - new[:, None])
     total = total * shrink + gl.sum(weight, 1)
     if ODD:
-        weights.index(1).store(weight.to(gl.bfloat16))  # over the rotated keys, which are scored
+        weights.index(1).store(weight.to(weights.dtype))  # over the rotated keys, which are scored
         fence_async_shared()
         tell(bars.index(MET + WEIGHTS + 1))
-    p = gl.convert_layout(weight.to(gl.bfloat16), gl.DotOperandLayout(0, SUMS, 2))
+    p = gl.convert_layout(weight.to(weights.dtype), gl.DotOperandLayout(0, SUMS, 2))
     acc = _times(acc, shrink)
     if ODD:
         mbarrier.wait(bars.index(MET + WEIGHTS), phase)
@@ -140,7 +154,7 @@ def _step(
         maximum = maxima.index(1).load(ROWS)
         shrink = gl.exp2(new - maximum)
         total *= shrink
-        weights.index(0).store((weight * shrink[:, None]).to(gl.bfloat16))
+        weights.index(0).store((weight * shrink[:, None]).to(weights.dtype))
         fence_async_shared()
         tell(bars.index(MET + WEIGHTS))
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -183,6 +197,8 @@ def _attend(
     left = end - start - 64 * ODD
     zero = _zero()
     mbarrier.wait(bars.index(READY + QUERIES), 0)
+    if FP8:
+        _to_f16(q, bars, ODD)
     _clear_block(keys, ropes, bars, left, 0, ODD, ROPE, FP8)
     scores = gl.zeros([64, 64], gl.float32, SCORES)
     scores = _score_half(q, keys, bars, scores, zero, 0, 3 * ODD, False, FP8)
@@ -229,7 +245,6 @@ def decode_blocks(
 
     Entries of an FP8 cache are blocks of 64 x 32 int32, its scales the same memory in fp32.
     """
-    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     ROPES: gl.constexpr = gl.NVMMASharedLayout(2 * ROPE, 16, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -242,9 +257,10 @@ def decode_blocks(
         qr = gl.allocate_shared_memory(gl.bfloat16, [1, 64, ROPE], query_ropes.layout)
         shared = gl.allocate_shared_memory(gl.int32, [BARS_AT // 512 + 1, 1, 128], WORDS)
         hopper.check_base(shared, BARS_AT)
-        keys = view(hopper.part(shared, 0, WEIGHTS_AT // 512), gl.bfloat16, [4, 64, 256], TILE)
+        KIND: gl.constexpr = gl.float16 if FP8 else gl.bfloat16  # also of queries and weights
+        keys = view(hopper.part(shared, 0, WEIGHTS_AT // 512), KIND, [4, 64, 256], TILE)
         # Even weights; rotated keys of the odd block, then its weights; rotated keys of the even block.
-        weights = view(hopper.part(shared, WEIGHTS_AT // 512, 48), gl.bfloat16, [3, 64, 64], TILE)
+        weights = view(hopper.part(shared, WEIGHTS_AT // 512, 48), KIND, [3, 64, 64], TILE)
         ropes = view(weights, gl.bfloat16, [3 * 64 // ROPE, 64, ROPE], ROPES)
         maxima = gl.allocate_shared_memory(gl.float32, [2, 64], VECTOR)
         bars = view(shared.index(BARS_AT // 512), gl.int64, [64, 1], mbarrier.MBarrierLayout())
@@ -261,18 +277,19 @@ def decode_blocks(
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
         # of an odd number of blocks the last one's neighbour fetches, and computes what nobody asked for
         to = out, partial, lse, row.to(gl.int64), part, context <= SPLIT, block * 64 < heads
-        held, source = (q, qr, keys, ropes, weights, maxima), (entries, rotated, scales, table)
+        held = view(q, KIND, [2, 64, 256], TILE), qr, keys, ropes, weights, maxima
+        source = entries, rotated, scales, table
         if FP8:
             gl.warp_specialize(
                 [(_attend, (held, bars, to, scale2, start, end, 0, FP8, ROPE)),
                  (_attend, (held, bars, to, scale2, start, end, 1, FP8, ROPE)),
-                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0))], [4, 4], [224, 56],
+                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE))], [4, 4], [224, 56],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [(_attend, (held, bars, to, scale2, start, end, 0, FP8, ROPE)),
                  (_attend, (held, bars, to, scale2, start, end, 1, FP8, ROPE)),
                  (hopper.meet, ()),  # all warps must
-                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 0)),
-                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE, 1))], [4, 2, 1, 1], [240, 24, 24, 24],
+                 (hopper.meet, ()),
+                 (fetch, (source, held, bars, start, end, PAGE, FP8, ROPE))], [4, 2, 1, 1], [240, 24, 24, 24],
             )  # fmt: skip

@@ -439,6 +439,27 @@ def test_decode_over_poisoned_pages(heads, rope, page, fp8):
 
 
 @on_gpu
+@pytest.mark.parametrize("size", [1e-3, 300.0, 1e4, 1e6])
+def test_an_fp8_cache_is_multiplied_within_the_range_of_f16(size):
+    latent, tokens, page = 512, 1000, 64
+    cache = torch.full((16, page, latent + latent // 32 + 128), 255, dtype=torch.uint8)
+    entries = torch.randn(tokens, latent + 64) * size
+    entries[:, latent:] /= size
+    ref_paged.cache_write(entries.bfloat16(), cache, torch.arange(tokens), latent=latent)
+    queries = torch.randn(1, 128, latent + 64)
+    queries[..., :latent] /= max(size, 1)
+    table, context = torch.arange(16).int()[None], torch.tensor([tokens], dtype=torch.int32)
+    place = {"scale": 0.07, "latent": latent, "max_context": 1024}
+    args = queries.bfloat16(), cache, table, context
+    expected = ref_paged.mla_decode_paged(queries.bfloat16().float(), *args[1:], **place)
+    got = ops.mla_decode_paged(*(a.cuda() for a in args), **place).cpu()
+    if size == 1e6:
+        assert got.isnan().all()  # and no wrong number
+    else:
+        assert error(got, expected.double()) < BF16
+
+
+@on_gpu
 @pytest.mark.parametrize("fp8", [False, True])
 def test_cache_write_and_norm_rope(fp8):
     x, weight, angle = (
