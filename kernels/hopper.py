@@ -69,6 +69,20 @@ def tell(bar):
 
 
 @gluon.jit
+def clear_rows(shared, first):
+    """Zero rows of a shared tile from `first` on, for a warpgroup: what nobody has written may hold NaN."""
+    ROWS: gl.constexpr = shared.shape[0]
+    WIDTH: gl.constexpr = shared.shape[1]
+    COLUMNS: gl.constexpr = min(64, WIDTH)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    for c in gl.static_range(0, WIDTH, COLUMNS):
+        part = shared.slice(c, COLUMNS, 1)
+        value = part.load(layout)
+        part.store(gl.where((row < first)[:, None], value, gl.zeros_like(value)))
+
+
+@gluon.jit
 def _ptx(PTX: gl.constexpr, CONSTRAINTS: gl.constexpr, args):
     gl.inline_asm_elementwise(PTX, CONSTRAINTS, args, dtype=gl.int32, is_pure=False, pack=1)
 

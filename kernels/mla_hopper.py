@@ -43,17 +43,6 @@ def _zero():
 
 
 @gluon.jit
-def _clear_rows(shared, first, COLUMNS: gl.constexpr):
-    """Zero rows of a shared tile [64, COLUMNS] from `first` on: cache slots never written may hold NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    for c in gl.static_range(0, COLUMNS, min(64, COLUMNS)):
-        part = shared.slice(c, min(64, COLUMNS), 1)
-        value = part.load(layout)
-        part.store(gl.where((row < first)[:, None], value, gl.zeros_like(value)))
-
-
-@gluon.jit
 def _to_f16(queries, bars, ODD: gl.constexpr):
     """Turn all queries from bf16 to f16 where they lie, each warpgroup its half of the latents."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -98,9 +87,9 @@ def _clear_block(
             for half in gl.static_range(2):
                 at = place(2 * B + half, phase, FP8)
                 mbarrier.wait(bars.index(READY + at), phase)
-                _clear_rows(keys.index(at), left, 256)
+                hopper.clear_rows(keys.index(at), left)
         mbarrier.wait(bars.index(READY + 4 + B), phase)
-        _clear_rows(ropes.index((2 - B) * 64 // ROPE), left, ROPE)
+        hopper.clear_rows(ropes.index((2 - B) * 64 // ROPE), left)
         fence_async_shared()
         barrier()
 

@@ -8,8 +8,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels import prefill_hopper
 
 _LOG2_E = 1.4426950408889634
+_HOPPER_WIDTHS = (128, 192)
 _BLOCKS = (128, 64, 3, 8)  # rows and keys of a step, stages, warps
 
 
@@ -83,6 +88,12 @@ def _padded(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
+def _blocks(matrix: Tensor, rows: int, columns: int) -> object:
+    """A descriptor of blocks of a contiguous bf16 matrix."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+
+
 def mla_prefill_rows(
     queries: Tensor, keys: Tensor, values: Tensor, starts_q: Tensor, starts_k: Tensor, *,
     scale: float, max_rows: int,
@@ -96,7 +107,18 @@ def mla_prefill_rows(
     rows, heads, width = queries.shape
     value_width = values.shape[-1]
     out = torch.empty(rows, heads, value_width, dtype=queries.dtype, device=queries.device)
-    if rows:
+    if rows and width in _HOPPER_WIDTHS and value_width in (64, 128):
+        parts = width // 64
+        blocks = (
+            _blocks(queries.view(rows, -1), 64, 64),
+            _blocks(keys.flatten(1), prefill_hopper.KEYS.value, 64),
+            _blocks(values.flatten(1), prefill_hopper.KEYS.value, value_width),
+        )
+        grid = (triton.cdiv(max_rows, prefill_hopper.ROWS), heads, starts_q.shape[0] - 1)
+        prefill_hopper.attend_rows[grid](
+            *blocks, out, starts_q, starts_k, scale * _LOG2_E, heads, parts, value_width, num_warps=4, maxnreg=168
+        )
+    elif rows:
         first, second = _halves(width)
         block, keys_block, stages, warps = _BLOCKS
         grid = (triton.cdiv(max_rows, block), heads, starts_q.shape[0] - 1)
