@@ -9,9 +9,11 @@ import functools
 from typing import Any
 
 import triton.experimental.gluon.language as gl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -30,6 +32,17 @@ class _Paired(GluonJITFunction):  # type: ignore[misc]
 def paired(**options: Any) -> Any:  # noqa: ANN401
     """As gluon.jit, for a kernel whose programs 2i and 2i + 1 are one cluster; its grid counts pairs."""
     return functools.partial(_Paired, **options)
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: gl.dtype) -> object:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+
+
+def blocks_of(matrix: Tensor, rows: int, columns: int, dtype: gl.dtype = gl.bfloat16) -> object:
+    """Descriptor of blocks of a contiguous matrix of that dtype."""
+    layout = _layout(rows, columns, dtype)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
 def first_descriptor(kernel: str) -> Any:  # noqa: ANN401

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import mla_hopper
+from kernels.hopper import blocks_of
 
 # 64 requests x 4,096 tokens take 165 us with 4096 and 187 us with 2048, 64 of random length 157 and 138 (H100,
 # 2026-11-23): a second split writes and reads its sums, but evens out what the SMs have to do.
@@ -135,21 +135,15 @@ def _add_splits(
     tl.store(OUT + row * LATENT + latent, acc / total)
 
 
-def _blocks(rows: Tensor, columns: int, dtype: gl.dtype = gl.bfloat16) -> object:
-    """A descriptor of blocks of 64 rows and `columns` columns of a contiguous matrix."""
-    layout = gl.NVMMASharedLayout.get_default_for([_HEADS, columns], dtype)
-    return TensorDescriptor.from_tensor(rows, [_HEADS, columns], layout)
-
-
 def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, ...]:
     """Queries and cache as mla_hopper.decode_blocks takes them."""
     rows = queries.view(-1, queries.shape[2])
     halves = cache.view(torch.bfloat16).flatten(0, 1)
-    others = _blocks(halves, rope), _blocks(rows, 256), _blocks(rows, rope)
+    others = blocks_of(halves, 64, rope), blocks_of(rows, 64, 256), blocks_of(rows, 64, rope)
     if cache.dtype is torch.uint8:
         words = cache.view(torch.int32).flatten(0, 1)
-        return (_blocks(words, 32, gl.int32), *others, cache.view(torch.float32))
-    return (_blocks(halves, 256), *others, None)
+        return (blocks_of(words, 64, 32, gl.int32), *others, cache.view(torch.float32))
+    return (blocks_of(halves, 64, 256), *others, None)
 
 
 def mla_decode_paged(

@@ -23,7 +23,6 @@ from kernels import hopper
 from kernels.hopper import arrive, barrier, load_block, tell, view
 from kernels.mla_fetch import BARS_AT, FREE, MET, RAW, READY, WEIGHTS_AT, fetch, place
 
-HEADS = 64  # of a program
 LATENTS = 512
 QUERIES = gl.constexpr(6)  # of READY, behind the keys
 # Of MET, each for the even block and, + 1, the odd one.

@@ -1,20 +1,19 @@
 """Causal attention of prompt rows whose keys and values were expanded from the latent, sequences of any length.
 
 One program per 128 rows of one sequence and one head; pages of 64 keys in ascending order with a running softmax
-(arXiv 2205.14135), so a row's bits depend on its own position and context alone. Floor: FLOP / bf16 peak.
+(arXiv 2205.14135), so a row's bits depend on its own position and context alone. Where the widths allow, prefill_hopper
+does it. Floor: FLOP / bf16 peak.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import prefill_hopper
+from kernels.hopper import blocks_of
 
 _LOG2_E = 1.4426950408889634
-_HOPPER_WIDTHS = (128, 192)
 _BLOCKS = (128, 64, 3, 8)  # rows and keys of a step, stages, warps
 
 
@@ -88,12 +87,6 @@ def _padded(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def _blocks(matrix: Tensor, rows: int, columns: int) -> object:
-    """A descriptor of blocks of a contiguous bf16 matrix."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
-
-
 def mla_prefill_rows(
     queries: Tensor, keys: Tensor, values: Tensor, starts_q: Tensor, starts_k: Tensor, *,
     scale: float, max_rows: int,
@@ -107,17 +100,14 @@ def mla_prefill_rows(
     rows, heads, width = queries.shape
     value_width = values.shape[-1]
     out = torch.empty(rows, heads, value_width, dtype=queries.dtype, device=queries.device)
-    if rows and width in _HOPPER_WIDTHS and value_width in (64, 128):
-        parts = width // 64
-        blocks = (
-            _blocks(queries.view(rows, -1), 64, 64),
-            _blocks(keys.flatten(1), prefill_hopper.KEYS.value, 64),
-            _blocks(values.flatten(1), prefill_hopper.KEYS.value, value_width),
-        )
-        grid = (triton.cdiv(max_rows, prefill_hopper.ROWS), heads, starts_q.shape[0] - 1)
+    if rows and width in prefill_hopper.WIDTHS and value_width in prefill_hopper.VALUE_WIDTHS:
+        block, keys_block = prefill_hopper.ROWS, prefill_hopper.KEYS.value
+        grid = (triton.cdiv(max_rows, block), heads, starts_q.shape[0] - 1)
         prefill_hopper.attend_rows[grid](
-            *blocks, out, starts_q, starts_k, scale * _LOG2_E, heads, parts, value_width, num_warps=4, maxnreg=168
-        )
+            blocks_of(queries.flatten(1), 64, 64), blocks_of(keys.flatten(1), keys_block, 64),
+            blocks_of(values.flatten(1), keys_block, value_width), out, starts_q, starts_k,
+            scale * _LOG2_E, heads, width // 64, value_width, num_warps=4, maxnreg=168,
+        )  # fmt: skip
     elif rows:
         first, second = _halves(width)
         block, keys_block, stages, warps = _BLOCKS

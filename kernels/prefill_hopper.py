@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels import hopper
 from kernels.hopper import barrier, load_block, tell, view
 
+WIDTHS = (128, 192)  # of queries and keys
+VALUE_WIDTHS = (64, 128)
 ROWS = 128  # of a program
 KEYS = gl.constexpr(128)  # of a block
 STAGES = gl.constexpr(2)
@@ -24,7 +26,9 @@ STAGES = gl.constexpr(2)
 _HAS_K, _HAS_V, _NO_K, _NO_V, _HAS_Q = (gl.constexpr(2 * i) for i in range(5))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))  # of output, whole cache lines
+_LINES = gl.constexpr(
+    gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+)  # of output, whole cache lines
 
 
 @gluon.jit
@@ -32,7 +36,7 @@ def _produce(keys, values, ks, vs, bars, row, head, blocks):
     PARTS: gl.constexpr = ks.shape[0] // STAGES
     VALUE: gl.constexpr = vs.shape[2]
     stage, phase = blocks * 0, blocks * 0 + 1  # the first time stages are free
-    for block in range(blocks):
+    for _ in range(blocks):
         mbarrier.wait(bars.index(_NO_K + stage), phase)
         ready = bars.index(_HAS_K + stage)
         mbarrier.expect(ready, PARTS * KEYS * 64 * 2)
@@ -112,7 +116,9 @@ def _attend(q, ks, vs, bars, to, scale2, position, count, blocks, WG: gl.constex
     acc = warpgroup_mma(p, vs.index(stage), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, SUMS))[:, None]
-    staged = view(hopper.part(q, WG * PARTS, VALUE // 64), gl.bfloat16, [1, 64, VALUE], TILE).index(0)
+    staged = view(hopper.part(q, WG * PARTS, VALUE // 64), gl.bfloat16, [1, 64, VALUE], TILE).index(
+        0
+    )
     staged.store(acc.to(gl.bfloat16))
     barrier()
     value = staged.load(_LINES)
@@ -125,7 +131,7 @@ def _attend(q, ks, vs, bars, to, scale2, position, count, blocks, WG: gl.constex
 def attend_rows(
     queries, keys, values, out, starts_q, starts_k, scale2, heads, PARTS: gl.constexpr, VALUE: gl.constexpr
 ):  # fmt: skip
-    """As `_prefill` of mla_prefill; queries, keys, values are descriptors of blocks of 64 x 64, 128 x 64, 128 x VALUE."""
+    """As `_prefill` of mla_prefill; queries, keys, values: descriptors of blocks of 64 x 64, 128 x 64, 128 x VALUE."""
     head, sequence = gl.program_id(1), gl.program_id(2)
     q0, q1 = gl.load(starts_q + sequence), gl.load(starts_q + sequence + 1)
     k0, k1 = gl.load(starts_k + sequence), gl.load(starts_k + sequence + 1)
@@ -149,7 +155,10 @@ def attend_rows(
         blocks = gl.cdiv(gl.minimum(position + 128, count), KEYS)
         out += ((q0 + m0).to(gl.int64) * heads + head) * VALUE
         stride = heads * VALUE
-        to0, to1 = (out, stride, rows - m0), (out + stride.to(gl.int64) * 64, stride, rows - m0 - 64)
+        to0, to1 = (
+            (out, stride, rows - m0),
+            (out + stride.to(gl.int64) * 64, stride, rows - m0 - 64),
+        )
         gl.warp_specialize(
             [(_attend, (q, ks, vs, bars, to0, scale2, position, count, blocks, 0)),
              (_attend, (q, ks, vs, bars, to1, scale2, position + 64, count, blocks, 1)),

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels import stream_hopper
+from kernels import hopper, stream_hopper
 from kernels.dependent import PROGRAMMATIC
 from kernels.reference.quant import SCALE_MIN
 from kernels.swiglu import swiglu_dense_into
@@ -51,15 +50,9 @@ def share(num_rows: int, halves: int, parts: int = 1) -> Share:
     return Share(rounds, first_row, n, groups(n))
 
 
-@functools.cache
-def _layout(rows: int) -> object:
-    """Of a block of `rows` rows and 128 columns of e4m3 in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, 128], gl.float8e4nv)
-
-
 def blocks_of(matrix: Tensor, rows: int) -> object:
     """Descriptor of blocks of `rows` rows and 128 columns of an e4m3 matrix."""
-    return TensorDescriptor.from_tensor(matrix, [rows, 128], _layout(rows))
+    return hopper.blocks_of(matrix, rows, 128, gl.float8e4nv)
 
 
 def _multiply(

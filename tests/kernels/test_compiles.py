@@ -117,6 +117,18 @@ for rope, kind, width in ((64, torch.bfloat16, 576), (64, torch.uint8, 656), (16
 """
 )
 
+PREFILL = (
+    COMPILED
+    + """
+from kernels.mla_prefill import mla_prefill_rows
+
+for width, value in ((192, 128), (128, 64)):
+    rows = [torch.empty(300, 4, w, dtype=torch.bfloat16) for w in (width, width, value)]
+    starts = torch.zeros(2, dtype=torch.int32)
+    mla_prefill_rows(*rows, starts, starts, scale=1.0, max_rows=300)
+"""
+)
+
 STREAM = (
     COMPILED
     + """
@@ -204,6 +216,18 @@ def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tm
         assert name == "decode_blocks"
         assert int(products) > 100
         assert int(waits) < int(products) / 8, "the compiler waits for every product"
+        assert int(spills) == 0
+        assert int(shared) <= 227 << 10
+
+
+def test_prefill_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
+    lines = run_apart(PREFILL, tmp_path)
+    assert len(lines) == 2
+    for line in lines:
+        name, products, waits, spills, shared = line.split()
+        assert name == "attend_rows"
+        assert int(products) > 40
+        assert int(waits) == 6  # of each warpgroup: the first scores, a step, the last values
         assert int(spills) == 0
         assert int(shared) <= 227 << 10
 

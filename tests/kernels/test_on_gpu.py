@@ -482,16 +482,31 @@ def test_cache_write_and_norm_rope(fp8):
 
 
 @on_gpu
-@pytest.mark.parametrize(("width", "value"), [(192, 128), (56, 56)])
+@pytest.mark.parametrize(("width", "value"), [(192, 128), (128, 128), (128, 64), (56, 56)])
 def test_prefill_of_ragged_sequences(width, value):
-    lengths_q, lengths_k = [1, 3, 127, 200], [1, 300, 127, 200]
-    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k)]
-    q = torch.randn(sum(lengths_q), 16, width).bfloat16()
-    k, v = (torch.randn(sum(lengths_k), 16, w).bfloat16() for w in (width, value))
-    args = (q, k, v, *starts)
-    expected = ref_paged.mla_prefill_rows(*args, scale=width**-0.5, max_rows=200)
-    got = ops.mla_prefill_rows(*(a.cuda() for a in args), scale=width**-0.5, max_rows=200)
-    assert error(got.cpu(), expected.double()) < BF16
+    counts = [(1, 1), (3, 300), (64, 64), (65, 129), (127, 127), (128, 256), (200, 200), (130, 131)]
+    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*counts, strict=True)]
+    q = torch.randn(int(starts[0][-1]), 16, width).bfloat16()
+    k, v = (torch.randn(int(starts[1][-1]), 16, w).bfloat16() for w in (width, value))
+    place = {"scale": width**-0.5, "max_rows": 200}
+    expected = ref_paged.mla_prefill_rows(q, k, v, *starts, **place)
+
+    def run(*args):
+        return ops.mla_prefill_rows(*(a.cuda() for a in args), **place).cpu()
+
+    got = run(q, k, v, *starts)
+    assert error(got, expected.double()) < BF16
+    # Bits depend on no other sequence, nor on how many of its own rows come at once.
+    for i, (n, count) in enumerate(counts):
+        mine = [slice(int(s[i]), int(s[i + 1])) for s in (starts[0], starts[1], starts[1])]
+        others = [torch.full_like(t, float("nan")) for t in (q, k, v)]
+        for to, source, where in zip(others, (q, k, v), mine, strict=True):
+            to[where] = source[where]
+        assert torch.equal(run(*others, *starts)[mine[0]], got[mine[0]])
+        first = n // 3  # these have come before
+        own = [t[where] for t, where in zip((q, k, v), mine, strict=True)]
+        ends = [torch.tensor([0, m], dtype=torch.int32) for m in (n - first, count)]
+        assert torch.equal(run(own[0][first:], *own[1:], *ends), got[mine[0]][first:])
 
 
 @on_gpu
