@@ -35,14 +35,13 @@ def paired(**options: Any) -> Any:  # noqa: ANN401
 
 
 @functools.cache
-def _layout(rows: int, columns: int, dtype: gl.dtype) -> object:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+def _layout(block: tuple[int, ...], dtype: gl.dtype) -> object:
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
-def blocks_of(matrix: Tensor, rows: int, columns: int, dtype: gl.dtype = gl.bfloat16) -> object:
-    """Descriptor of blocks of a contiguous matrix of that dtype."""
-    layout = _layout(rows, columns, dtype)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+def blocks_of(tensor: Tensor, *block: int, dtype: gl.dtype = gl.bfloat16) -> object:
+    """Descriptor of blocks of a contiguous tensor of that dtype; beyond its ends there are zeros."""
+    return TensorDescriptor.from_tensor(tensor, list(block), _layout(block, dtype))
 
 
 def first_descriptor(kernel: str) -> Any:  # noqa: ANN401

@@ -142,7 +142,7 @@ def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, .
     others = blocks_of(halves, 64, rope), blocks_of(rows, 64, 256), blocks_of(rows, 64, rope)
     if cache.dtype is torch.uint8:
         words = cache.view(torch.int32).flatten(0, 1)
-        return (blocks_of(words, 64, 32, gl.int32), *others, cache.view(torch.float32))
+        return (blocks_of(words, 64, 32, dtype=gl.int32), *others, cache.view(torch.float32))
     return (blocks_of(halves, 64, 256), *others, None)
 
 

@@ -17,39 +17,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels import hopper
 from kernels.hopper import barrier, load_block, tell, view
 
-WIDTHS = (128, 192)  # of queries and keys
-VALUE_WIDTHS = (64, 128)
 ROWS = 128  # of a program
 KEYS = gl.constexpr(128)  # of a block
 STAGES = gl.constexpr(2)
 # Barriers, one for each stage, then one for the queries.
 _HAS_K, _HAS_V, _NO_K, _NO_V, _HAS_Q = (gl.constexpr(2 * i) for i in range(5))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+_OF_HEAD = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-_LINES = gl.constexpr(
-    gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-)  # of output, whole cache lines
+# of output, in whole cache lines
+_LINES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+
+
+@gluon.jit
+def _fetch(rows, row, head, ready, tiles, FIRST: gl.constexpr, PARTS: gl.constexpr):
+    """Fetch what rows have of a head, 64 columns a tile; there are zeros where it has fewer."""
+    N: gl.constexpr = tiles.shape[1]
+    for c in gl.static_range(PARTS):
+        tile = view(tiles.index(FIRST + c), gl.bfloat16, [N, 1, 64], _OF_HEAD)
+        load_block(rows, [row, head, c * 64], ready, tile)
 
 
 @gluon.jit
 def _produce(keys, values, ks, vs, bars, row, head, blocks):
     PARTS: gl.constexpr = ks.shape[0] // STAGES
-    VALUE: gl.constexpr = vs.shape[2]
-    stage, phase = blocks * 0, blocks * 0 + 1  # the first time stages are free
-    for _ in range(blocks):
-        mbarrier.wait(bars.index(_NO_K + stage), phase)
-        ready = bars.index(_HAS_K + stage)
-        mbarrier.expect(ready, PARTS * KEYS * 64 * 2)
-        for c in gl.static_range(PARTS):
-            column = head * (PARTS * 64) + c * 64
-            load_block(keys, [row, column], ready, ks.index(stage * PARTS + c))
-        mbarrier.wait(bars.index(_NO_V + stage), phase)
-        ready = bars.index(_HAS_V + stage)
-        mbarrier.expect(ready, KEYS * VALUE * 2)
-        load_block(values, [row, head * VALUE], ready, vs.index(stage))
-        row += KEYS
-        stage ^= 1
-        phase ^= stage ^ 1
+    VALUE_PARTS: gl.constexpr = vs.shape[0] // STAGES
+    phase = blocks * 0 + 1  # at once the first time
+    for block in range(0, blocks, STAGES):
+        for stage in gl.static_range(STAGES):
+            if block + stage < blocks:
+                ready = bars.index(_HAS_K + stage)
+                mbarrier.wait(bars.index(_NO_K + stage), phase)
+                mbarrier.expect(ready, PARTS * KEYS * 64 * 2)
+                _fetch(keys, row, head, ready, ks, stage * PARTS, PARTS)
+                ready = bars.index(_HAS_V + stage)
+                mbarrier.wait(bars.index(_NO_V + stage), phase)
+                mbarrier.expect(ready, VALUE_PARTS * KEYS * 64 * 2)
+                _fetch(values, row, head, ready, vs, stage * VALUE_PARTS, VALUE_PARTS)
+                row += KEYS
+        phase ^= 1
 
 
 @gluon.jit
@@ -81,9 +87,10 @@ def _softmax(scores, maximum, total, acc, scale2):
 def _attend(q, ks, vs, bars, to, scale2, position, count, blocks, WG: gl.constexpr):
     """Rows at `position` and the 63 after it, of a sequence of `count` keys, of which `blocks` are fetched."""
     PARTS: gl.constexpr = ks.shape[0] // STAGES
-    VALUE: gl.constexpr = vs.shape[2]
+    VALUE: gl.constexpr = vs.shape[0] // STAGES * 64
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
-    out, stride, rows = to
+    out, stride, rows, width = to
+    vs = view(vs, gl.bfloat16, [STAGES, KEYS, VALUE], TILE)
     row = gl.arange(0, 64, gl.SliceLayout(1, SCORES))
     column = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
     maximum = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
@@ -116,22 +123,26 @@ def _attend(q, ks, vs, bars, to, scale2, position, count, blocks, WG: gl.constex
     acc = warpgroup_mma(p, vs.index(stage), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, SUMS))[:, None]
-    staged = view(hopper.part(q, WG * PARTS, VALUE // 64), gl.bfloat16, [1, 64, VALUE], TILE).index(
-        0
-    )
+    mine = hopper.part(q, WG * PARTS, VALUE // 64)  # queries that have been multiplied
+    staged = view(mine, gl.bfloat16, [1, 64, VALUE], TILE).index(0)
     staged.store(acc.to(gl.bfloat16))
     barrier()
     value = staged.load(_LINES)
     i = gl.arange(0, 64, gl.SliceLayout(1, _LINES))
-    at = i.to(gl.int64)[:, None] * stride + gl.arange(0, VALUE, gl.SliceLayout(0, _LINES))[None, :]
-    gl.store(out + at, value, mask=(i < rows)[:, None])
+    column = gl.arange(0, VALUE, gl.SliceLayout(0, _LINES))
+    at = i.to(gl.int64)[:, None] * stride + column[None, :]
+    gl.store(out + at, value, mask=(i < rows)[:, None] & (column < width)[None, :])
 
 
 @gluon.jit
 def attend_rows(
-    queries, keys, values, out, starts_q, starts_k, scale2, heads, PARTS: gl.constexpr, VALUE: gl.constexpr
+    queries, keys, values, out, starts_q, starts_k, scale2, heads, width, PARTS: gl.constexpr,
+    VALUE_PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As `_prefill` of mla_prefill; queries, keys, values: descriptors of blocks of 64 x 64, 128 x 64, 128 x VALUE."""
+    """As mla_prefill.mla_prefill_rows; queries, keys, values: descriptors of blocks of 64, 128 and 128 rows of a head.
+
+    A block has 64 columns; queries and keys have PARTS of them, values VALUE_PARTS, `width` columns in all.
+    """
     head, sequence = gl.program_id(1), gl.program_id(2)
     q0, q1 = gl.load(starts_q + sequence), gl.load(starts_q + sequence + 1)
     k0, k1 = gl.load(starts_k + sequence), gl.load(starts_k + sequence + 1)
@@ -141,24 +152,21 @@ def attend_rows(
     if m0 < rows:
         q = gl.allocate_shared_memory(gl.bfloat16, [2 * PARTS, 64, 64], TILE)
         ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, KEYS, 64], TILE)
-        vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, VALUE], TILE)
+        vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * VALUE_PARTS, KEYS, 64], TILE)
         bars = gl.allocate_shared_memory(gl.int64, [_HAS_Q + 1, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(_HAS_Q + 1):
             mbarrier.init(bars.index(i), count=2 if i >= _NO_K and i < _HAS_Q else 1)
         fence_async_shared()
         barrier()
         mbarrier.expect(bars.index(_HAS_Q), 2 * PARTS * 64 * 64 * 2)
-        for i in gl.static_range(2 * PARTS):
-            at = [q0 + m0 + i // PARTS * 64, head * (PARTS * 64) + i % PARTS * 64]
-            load_block(queries, at, bars.index(_HAS_Q), q.index(i))
+        for w in gl.static_range(2):
+            _fetch(queries, q0 + m0 + w * 64, head, bars.index(_HAS_Q), q, w * PARTS, PARTS)
         position = count - rows + m0  # of the first row
         blocks = gl.cdiv(gl.minimum(position + 128, count), KEYS)
-        out += ((q0 + m0).to(gl.int64) * heads + head) * VALUE
-        stride = heads * VALUE
-        to0, to1 = (
-            (out, stride, rows - m0),
-            (out + stride.to(gl.int64) * 64, stride, rows - m0 - 64),
-        )
+        out += ((q0 + m0).to(gl.int64) * heads + head) * width
+        stride = heads * width
+        to0 = out, stride, rows - m0, width
+        to1 = out + stride.to(gl.int64) * 64, stride, rows - m0 - 64, width
         gl.warp_specialize(
             [(_attend, (q, ks, vs, bars, to0, scale2, position, count, blocks, 0)),
              (_attend, (q, ks, vs, bars, to1, scale2, position + 64, count, blocks, 1)),

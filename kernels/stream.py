@@ -52,7 +52,7 @@ def share(num_rows: int, halves: int, parts: int = 1) -> Share:
 
 def blocks_of(matrix: Tensor, rows: int) -> object:
     """Descriptor of blocks of `rows` rows and 128 columns of an e4m3 matrix."""
-    return hopper.blocks_of(matrix, rows, 128, gl.float8e4nv)
+    return hopper.blocks_of(matrix, rows, 128, dtype=gl.float8e4nv)
 
 
 def _multiply(

@@ -106,6 +106,12 @@ def load_device_weights(
             f"{checkpoint.directory}: kv_lora_rank {latent} and qk_rope_head_dim {rope} must be powers of two, the "
             f"latter at least 16, to run on a GPU"
         )
+    width, value = config.qk_head_dim, config.v_head_dim
+    if width % 8 or value % 8 or width > 192 or value > 128:
+        raise ModelError(
+            f"{checkpoint.directory}: queries of {width} and values of {value} columns a head must have multiples of "
+            f"8, at most 192 and 128, to run on a GPU"
+        )
     read = Reader(checkpoint, config, device, dtype)
     embedding = read.vector(names.EMBEDDING)
     tied = config.tie_word_embeddings

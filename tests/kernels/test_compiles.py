@@ -122,7 +122,7 @@ PREFILL = (
     + """
 from kernels.mla_prefill import mla_prefill_rows
 
-for width, value in ((192, 128), (128, 64)):
+for width, value in ((192, 128), (56, 56)):
     rows = [torch.empty(300, 4, w, dtype=torch.bfloat16) for w in (width, width, value)]
     starts = torch.zeros(2, dtype=torch.int32)
     mla_prefill_rows(*rows, starts, starts, scale=1.0, max_rows=300)
@@ -226,7 +226,7 @@ def test_prefill_for_hopper_spills_nothing_and_does_not_serialise_its_products(t
     for line in lines:
         name, products, waits, spills, shared = line.split()
         assert name == "attend_rows"
-        assert int(products) > 40
+        assert int(products) >= 32
         assert int(waits) == 6  # of each warpgroup: the first scores, a step, the last values
         assert int(spills) == 0
         assert int(shared) <= 227 << 10

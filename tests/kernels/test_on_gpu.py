@@ -482,7 +482,9 @@ def test_cache_write_and_norm_rope(fp8):
 
 
 @on_gpu
-@pytest.mark.parametrize(("width", "value"), [(192, 128), (128, 128), (128, 64), (56, 56)])
+@pytest.mark.parametrize(
+    ("width", "value"), [(192, 128), (128, 128), (128, 64), (56, 56), (48, 72)]
+)
 def test_prefill_of_ragged_sequences(width, value):
     counts = [(1, 1), (3, 300), (64, 64), (65, 129), (127, 127), (128, 256), (200, 200), (130, 131)]
     starts = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*counts, strict=True)]

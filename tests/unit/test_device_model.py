@@ -94,9 +94,18 @@ def test_steps_that_do_not_fit_are_refused(pair):
         device.model.state(4).fill([span([1] * 5, 0, 5, 0)])
 
 
-def test_widths_that_the_kernels_cannot_take_are_named(tmp_path):
-    write_random(tmp_path, small_config() | {"num_hidden_layers": 2, "kv_lora_rank": 48}, seed=1)
-    with pytest.raises(ModelError, match="kv_lora_rank 48"):
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"kv_lora_rank": 48}, "kv_lora_rank 48"),
+        ({"v_head_dim": 136}, "values of 136 columns"),
+        ({"qk_nope_head_dim": 184}, "queries of 200 and"),
+        ({"qk_nope_head_dim": 36}, "queries of 52 and"),
+    ],
+)
+def test_widths_that_the_kernels_cannot_take_are_named(tmp_path, given, named):
+    write_random(tmp_path, small_config() | {"num_hidden_layers": 2} | given, seed=1)
+    with pytest.raises(ModelError, match=named):
         LocalDeviceModel(tmp_path)
 
 
