@@ -4,7 +4,7 @@
     [model]     path, served_name, cache_dir
     [placement] experts_per_gpu, plan, dispatch, routers_divide, expert_slices, rebalance_every_s, rebalance_gain,
                 rebalance_patience
-    [topology]  gpu, nic_gbit_s, uplink_gbit_s, nic_latency_us, nvlink_latency_us
+    [topology]  gpu, nic_gbit_s, uplink_gbit_s
     [attention] microbatches, page_tokens, max_batch_tokens, max_requests, max_context, cache_tokens,
                 gate_bias_max
     [gateway]   host, port, api_key_file, max_queued
@@ -109,8 +109,6 @@ class TopologySection:
     gpu: str = ""
     nic_gbit_s: float = _in(400.0, 0.001, 1e5)
     uplink_gbit_s: float = _in(0.0, 0.0, 1e7)
-    nic_latency_us: float = _in(5.0, 0.0, 1e6)
-    nvlink_latency_us: float = _in(2.0, 0.0, 1e6)
 
 
 @dataclass(frozen=True, slots=True)

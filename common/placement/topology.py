@@ -14,27 +14,25 @@ GBIT = 1e9 / 8
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What an expert can reach on a card: FP8 FLOP/s, bytes/s read from memory, bytes of memory, NVLink bytes/s."""
+    """What an expert can reach on a card: FP8 FLOP/s, NVLink bytes/s."""
 
     name: str
     flops: float
-    memory_bandwidth: float
-    memory_nbytes: float
     nvlink: float  # to the node's switch, one direction; PCIe where there is no NVLink
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 1044e12, 3.15e12, 80e9, 450e9),  # measured (NVLink: datasheet)
-        Gpu("H200", 1274e12, 4.59e12, 141e9, 392e9),  # measured
-        # the reference card of the project's mission: 60 % of 400 TFLOP/s, 80 % of 1.8 TB/s
-        Gpu("reference", 240e12, 1.44e12, 64e9, 450e9),
-        Gpu("H20", 296e12, 4.0e12, 96e9, 450e9),  # datasheet
-        Gpu("L40S", 733e12, 0.864e12, 48e9, 32e9),  # datasheet, PCIe 4.0 x16
-        Gpu("B200", 4500e12, 8.0e12, 180e9, 900e9),  # datasheet
+        Gpu("H100", 1044e12, 450e9),  # measured (NVLink: datasheet)
+        Gpu("H200", 1274e12, 392e9),  # measured
+        # the reference card of the project's mission: 60 % of 400 TFLOP/s
+        Gpu("reference", 240e12, 450e9),
+        Gpu("H20", 296e12, 450e9),  # datasheet
+        Gpu("L40S", 733e12, 32e9),  # datasheet, PCIe 4.0 x16
+        Gpu("B200", 4500e12, 900e9),  # datasheet
         # one core of a small machine; keeps the same code honest on laptops
-        Gpu("cpu", 30e9, 10e9, 4e9, 5e9),
+        Gpu("cpu", 30e9, 5e9),
     )
 }
 
@@ -58,8 +56,6 @@ class Topology:
 
     nodes: tuple[NodeSpec, ...]
     uplink: float = 0.0
-    nic_latency_s: float = 5e-6
-    nvlink_latency_s: float = 2e-6
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a cluster that cannot serve, or whose links have no speed."""
@@ -136,6 +132,4 @@ def cluster_topology(config: ClusterConfig) -> Topology:
                 leaf=node.leaf,
             )
         )
-    return Topology(
-        tuple(nodes), section.uplink_gbit_s * GBIT, section.nic_latency_us * 1e-6, section.nvlink_latency_us * 1e-6
-    )  # fmt: skip
+    return Topology(tuple(nodes), section.uplink_gbit_s * GBIT)
