@@ -2,7 +2,7 @@
 
 One program per request, block of 64 heads and split of the context. How a context is split depends on its own length
 alone (`SPLIT_TOKENS`), so a request's bits depend on no other request; a request of one split is finished in the first
-kernel, others by a second that adds the splits in order. Where the shapes allow, mla_hopper does the first step.
+kernel, others by a second that adds the splits in order. Where the shapes allow, mla_decode_hopper does the first step.
 DeepSeek-V2 (arXiv 2405.04434), section 2.1; the running softmax is arXiv 2205.14135.
 
 Cache: bf16 [pages, page tokens, latent + rope], or uint8 [pages, page tokens, latent + latent / 32 + 2 * rope]: e4m3
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from kernels import mla_hopper
+from kernels import mla_decode_hopper
 from kernels.hopper import blocks_of
 
 # 64 requests x 4,096 tokens take 165 us with 4096 and 187 us with 2048, 64 of random length 157 and 138 (H100,
@@ -136,7 +136,7 @@ def _add_splits(
 
 
 def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, ...]:
-    """Queries and cache as mla_hopper.decode_blocks takes them."""
+    """Queries and cache as mla_decode_hopper.decode_blocks takes them."""
     rows = queries.view(-1, queries.shape[2])
     halves = cache.view(torch.bfloat16).flatten(0, 1)
     others = blocks_of(halves, 64, rope), blocks_of(rows, 64, 256), blocks_of(rows, 64, rope)
@@ -170,9 +170,9 @@ def mla_decode_paged(
     given = (page_table, context, out, partial, lse, scale * _LOG2_E, heads)
     sizes = (page_table.shape[1], splits)
     page = cache.shape[1]
-    if latent == mla_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
+    if latent == mla_decode_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
         inputs = _hopper_inputs(queries, cache, rope)
-        mla_hopper.decode_blocks[triton.cdiv(heads, 2 * _HEADS), splits, requests](
+        mla_decode_hopper.decode_blocks[triton.cdiv(heads, 2 * _HEADS), splits, requests](
             *inputs, *given, *sizes, rope, page, SPLIT_TOKENS, fp8, num_warps=4, maxnreg=168
         )
     else:

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import prefill_hopper
+from kernels import mla_prefill_hopper
 from kernels.hopper import blocks_of
 
 _LOG2_E = 1.4426950408889634
@@ -34,9 +34,9 @@ def mla_prefill_rows(
     parts = max(-(-width // 64), value_parts)
     out = torch.empty(rows, heads, value_width, dtype=queries.dtype, device=queries.device)
     if rows:
-        keys_block = prefill_hopper.KEYS.value
-        grid = (triton.cdiv(max_rows, prefill_hopper.ROWS), heads, starts_q.shape[0] - 1)
-        prefill_hopper.attend_rows[grid](
+        keys_block = mla_prefill_hopper.KEYS.value
+        grid = (triton.cdiv(max_rows, mla_prefill_hopper.ROWS), heads, starts_q.shape[0] - 1)
+        mla_prefill_hopper.attend_rows[grid](
             blocks_of(queries, 64, 1, 64), blocks_of(keys, keys_block, 1, 64),
             blocks_of(values, keys_block, 1, 64), out, starts_q, starts_k, scale * _LOG2_E, heads,
             value_width, parts, value_parts, num_warps=4, maxnreg=168,

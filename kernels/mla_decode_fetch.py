@@ -1,4 +1,4 @@
-"""How mla_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
+"""How mla_decode_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
 
 The programs of a pair need the same keys: each brings half of them to both, where a place is free in both. An FP8
 cache's latents come into the second half of their place, and are scaled from there into the whole of it, to f16.
@@ -155,7 +155,7 @@ def _fetch_fp8(
 def fetch(
     source, held, bars, start, end, PAGE: gl.constexpr, FP8: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """Fetch keys of a split: arguments as mla_hopper.decode_blocks has them."""
+    """Fetch keys of a split: arguments as mla_decode_hopper.decode_blocks has them."""
     hopper.meet()
     entries, rotated, scales, table = source
     _, _, keys, ropes, _, _ = held

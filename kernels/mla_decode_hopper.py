@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels import hopper
 from kernels.hopper import arrive, barrier, load_block, tell, view
-from kernels.mla_fetch import BARS_AT, FREE, MET, RAW, READY, WEIGHTS_AT, fetch, place
+from kernels.mla_decode_fetch import BARS_AT, FREE, MET, RAW, READY, WEIGHTS_AT, fetch, place
 
 LATENTS = 512
 QUERIES = gl.constexpr(6)  # of READY, behind the keys
