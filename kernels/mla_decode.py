@@ -7,7 +7,8 @@ DeepSeek-V2 (arXiv 2405.04434), section 2.1; the running softmax is arXiv 2205.1
 
 Cache: bf16 [pages, page tokens, latent + rope], or uint8 [pages, page tokens, latent + latent / 32 + 2 * rope]: e4m3
 latents, one fp32 scale per 128 of them, then the rotated key in bf16. On Hopper such latents and queries in the latent
-space are multiplied in f16: beyond its 65,504 they give NaN. Floor: max(cache bytes / read bandwidth,
+space are multiplied in f16: beyond its 65,504 they give NaN, and latents of a block whose largest is below 0.027 are
+off by up to 1.3e-5, as its scale, a 448th of that, has fewer bits then. Floor: max(cache bytes / read bandwidth,
 2 * heads * context * (2 * latent + rope) / bf16 peak).
 """
 

@@ -1,4 +1,4 @@
-"""How mla_decode_hopper's keys come into shared memory: by the copy engine, an FP8 cache's through four warps that scale it.
+"""How keys of mla_decode_hopper come into shared memory: by the copy engine, an FP8 cache's through four warps.
 
 The programs of a pair need the same keys: each brings half of them to both, where a place is free in both. An FP8
 cache's latents come into the second half of their place, and are scaled from there into the whole of it, to f16.

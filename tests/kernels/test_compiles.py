@@ -208,52 +208,40 @@ def run_apart(script: str, directory: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
-    lines = run_apart(DECODE, tmp_path)
-    assert len(lines) == 3
-    for line in lines:
-        name, products, waits, spills, shared = line.split()
-        assert name == "decode_blocks"
-        assert int(products) > 100
-        assert int(waits) < int(products) / 8, "the compiler waits for every product"
+def products_and_waits(
+    script: str, directory: Path, kernel: str, count: int
+) -> list[tuple[int, int]]:
+    """Of `count` launches of a kernel, none of which spills or takes more shared memory than there is."""
+    lines = [line.split() for line in run_apart(script, directory)]
+    assert [line[0] for line in lines] == [kernel] * count
+    for _, _, _, spills, shared in lines:
         assert int(spills) == 0
         assert int(shared) <= 227 << 10
+    return [(int(products), int(waits)) for _, products, waits, _, _ in lines]
+
+
+def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
+    for products, waits in products_and_waits(DECODE, tmp_path, "decode_blocks", 3):
+        assert products > 100
+        assert waits < products / 8, "the compiler waits for every product"
 
 
 def test_prefill_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
-    lines = run_apart(PREFILL, tmp_path)
-    assert len(lines) == 2
-    for line in lines:
-        name, products, waits, spills, shared = line.split()
-        assert name == "attend_rows"
-        assert int(products) >= 32
-        assert int(waits) == 6  # of each warpgroup: the first scores, a step, the last values
-        assert int(spills) == 0
-        assert int(shared) <= 227 << 10
+    for products, waits in products_and_waits(PREFILL, tmp_path, "attend_rows", 2):
+        assert products >= 32
+        assert waits == 6  # of each warpgroup: the first scores, a step, the last values
 
 
 def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scaled(tmp_path):
-    lines = run_apart(STREAM, tmp_path)
-    assert len(lines) == 8
-    for line in lines:
-        name, products, waits, spills, shared = line.split()
-        assert name == "stream_units"
-        assert int(waits) <= int(products) / 4  # four to a block of columns
-        assert int(spills) == 0
-        assert int(shared) <= 227 << 10
+    for products, waits in products_and_waits(STREAM, tmp_path, "stream_units", 8):
+        assert waits <= products / 4  # four to a block of columns
 
 
 def test_many_row_products_for_hopper_spill_nothing_and_are_not_serialised(tmp_path):
-    lines = run_apart(TILES, tmp_path)
-    assert len(lines) == 2
-    for line in lines:
-        name, products, waits, spills, shared = line.split()
-        assert name == "tile_units"
+    for products, waits in products_and_waits(TILES, tmp_path, "tile_units", 2):
         # big units and small ones, for each warpgroup: a product is four instructions and is waited for once
-        assert int(products) in (32, 48)
-        assert int(waits) == int(products) / 4
-        assert int(spills) == 0
-        assert int(shared) <= 227 << 10
+        assert products in (32, 48)
+        assert waits == products / 4
 
 
 def test_kernels_compile_for_hopper(tmp_path):
