@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels import mla_prefill as on_gpu
 from kernels.reference.norm import rms_norm
 from kernels.reference.paged import (
     cache_entries,
@@ -82,6 +83,14 @@ def test_prefill_is_causal_and_sees_the_context_before():
             scores = torch.einsum("hd,khd->hk", q[at].double(), k[seen].double()) * 0.2
             expected = torch.einsum("hk,khd->hd", scores.softmax(-1), v[seen].double())
             assert torch.allclose(got[at].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "value"), [(200, 128), (192, 136), (60, 56), (64, 60)])
+def test_widths_that_the_kernel_for_prompts_cannot_take_are_named(width, value):
+    q, k, v = (torch.zeros(3, 2, w, dtype=torch.bfloat16) for w in (width, width, value))
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"queries of {width} and values of {value} columns"):
+        on_gpu.mla_prefill_rows(q, k, v, starts, starts, scale=1.0, max_rows=3)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
