@@ -81,6 +81,21 @@ def tell(bar):
 
 
 @gluon.jit
+def clock():
+    """Cycles of this SM."""
+    return gl.inline_asm_elementwise(
+        "mov.u64 $0, %clock64;", "=l", [], dtype=gl.int64, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pause(since, cycles):
+    """Wait until the clock is `cycles` after what it was."""
+    while clock() - since < cycles:
+        pass
+
+
+@gluon.jit
 def clear_rows(shared, first):
     """Zero rows of a shared tile from `first` on, for a warpgroup: what nobody has written may hold NaN."""
     ROWS: gl.constexpr = shared.shape[0]

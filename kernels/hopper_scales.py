@@ -19,40 +19,31 @@ def scale_addresses(x_scales, w_scales, row, M, kb, tile, tile2):
 
 
 @gluon.jit
-def _load(at, block, kb, COUNT: gl.constexpr, WIDE: gl.constexpr):
-    """Scales of COUNT blocks from `block` on, as four tensors of at's shape; behind K any: products there are zero."""
+def _load(at, block, kb, WIDE: gl.constexpr):
+    """Scales of two blocks from `block` on, as tensors of at's shape; behind K any: products there are zero."""
     if WIDE:
-        at += gl.minimum(block, kb - COUNT)
-        if COUNT == 4:
-            a, b, c, d = gl.inline_asm_elementwise(
-                "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [at],
-                dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            a, b = gl.inline_asm_elementwise(
-                "ld.global.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [at], dtype=(gl.float32, gl.float32),
-                is_pure=False, pack=1,
-            )  # fmt: skip
-            c, d = a, b
+        at += gl.minimum(block, kb - 2)
+        a, b = gl.inline_asm_elementwise(
+            "ld.global.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [at], dtype=(gl.float32, gl.float32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
     else:
         a = gl.load(at + gl.minimum(block, kb - 1))
         b = gl.load(at + gl.minimum(block + 1, kb - 1))
-        c = gl.load(at + gl.minimum(block + 2, kb - 1))
-        d = gl.load(at + gl.minimum(block + 3, kb - 1))
-    return a, b, c, d
+    return a, b
 
 
 @gluon.jit
-def load_scales(at, block, kb, COUNT: gl.constexpr, WIDE: gl.constexpr, TWO: gl.constexpr):
-    """Scales of COUNT blocks from `block` on, four each: of rows of x [64], of the first tile and (TWO) of the second.
+def load_scales(at, block, kb, WIDE: gl.constexpr):
+    """Scales of two blocks from `block` on, each: of rows of x [64], of the first tile and of the second.
 
-    WIDE: by 8 or 16 bytes, which takes addresses and kb that are multiples of 16 and 4.
+    WIDE: by 8 bytes, which takes addresses that are multiples of 8 and an even kb.
     """
-    x, w = _load(at[0], block, kb, COUNT, WIDE), _load(at[1], block, kb, COUNT, WIDE)
-    w2 = w
-    if TWO:
-        w2 = _load(at[2], block, kb, COUNT, WIDE)
-    return x, w, w2
+    return (
+        _load(at[0], block, kb, WIDE),
+        _load(at[1], block, kb, WIDE),
+        _load(at[2], block, kb, WIDE),
+    )
 
 
 @gluon.jit
@@ -65,8 +56,8 @@ def product(x, w):
 
 @gluon.jit
 def products_of(x, w):
-    """Four products, of tensors in order."""
-    return product(x[0], w[0]), product(x[1], w[1]), product(x[2], w[2]), product(x[3], w[3])
+    """Two products, of tensors in order."""
+    return product(x[0], w[0]), product(x[1], w[1])
 
 
 @gluon.jit

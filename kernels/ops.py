@@ -28,7 +28,7 @@ slot_table = _combine.slot_table
 rows_view = _quant.rows_view
 
 # one number of rows for each way in which kernels are chosen or built: whoever warms up takes them all
-KINDS_OF_ROWS = (1, 17, 65, 129, 512)
+KINDS_OF_ROWS = (1, 17, 33, 65, 129, 512)
 KINDS_OF_EXPERT_ROWS = (*KINDS_OF_ROWS, 1024)
 
 # operation -> Triton module that has it under the same name

@@ -27,21 +27,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import hopper_scales as scaling
-from kernels.hopper import barrier, load_block, tell
-from kernels.hopper_epilogue import add_scaled, row_places, store_hidden, store_wide
+from kernels.hopper import barrier, clock, load_block, pause, tell
+from kernels.hopper_epilogue import add_scaled, store_hidden, store_wide
 
 WORKERS = gl.constexpr(132)  # SMs of an H100 or H200
 
 
 @gluon.jit
-def _next(b, phase, STAGES: gl.constexpr):
+def next_stage(b, phase, STAGES: gl.constexpr):
     """The stage after stage b of the ring, and its phase."""
     last = b == STAGES - 1
     return gl.where(last, 0, b + 1), gl.where(last, 1 - phase, phase)
 
 
 @gluon.jit
-def _fetch_w(w_rows, ready, ws, b, row, k, AT: gl.constexpr, N: gl.constexpr, KU: gl.constexpr):
+def fetch_w(w_rows, ready, ws, b, row, k, AT: gl.constexpr, N: gl.constexpr, KU: gl.constexpr):
     """Ask for N weight rows of a stage, to row AT of a block; what are neighbours in memory, together."""
     ROWS: gl.constexpr = w_rows.block_shape[0]
     for first in gl.static_range(0, N, ROWS):
@@ -51,7 +51,7 @@ def _fetch_w(w_rows, ready, ws, b, row, k, AT: gl.constexpr, N: gl.constexpr, KU
 
 
 @gluon.jit
-def _fetch_x(x_rows, ready, xs, b, k, x_row, ROWS: gl.constexpr, KU: gl.constexpr):
+def fetch_x(x_rows, ready, xs, b, k, x_row, ROWS: gl.constexpr, KU: gl.constexpr):
     """Ask for a stage's rows of x, a few at a time: rows that there are not, in a block with others, take time."""
     XR: gl.constexpr = x_rows.block_shape[0]
     for j in gl.static_range(KU):
@@ -60,7 +60,10 @@ def _fetch_x(x_rows, ready, xs, b, k, x_row, ROWS: gl.constexpr, KU: gl.constexp
             load_block(x_rows, [x_row + first, (k + j) * 128], ready, place)
 
 
-_MOST_EARLY = gl.constexpr(2)  # stages; more are slower where products are short
+_MOST_EARLY = gl.constexpr(3)  # stages before the predecessor has ended
+PACE = gl.constexpr(
+    1100
+)  # cycles between these: all at once they delay what the predecessor still reads
 
 
 @gluon.jit
@@ -77,20 +80,21 @@ def _produce(
     X_SMALL: gl.constexpr = XR if XR == 16 else SM
     BYTES: gl.constexpr = (X_SMALL + 2 * N) * 128 * KU
     early = worker * 0
+    begin = clock()
     if BIG:
         for t in gl.static_range(2):
             first = worker * 128 * step + t * sub_rows
             mbarrier.expect(full.index(t), 128 * 128 * KU)
-            _fetch_w(big_rows, full.index(t), ws, t, first, 0, 0, 128, KU)
+            fetch_w(big_rows, full.index(t), ws, t, first, 0, 0, 128, KU)
     else:
         early = gl.minimum(gl.minimum(gl.cdiv(kb, KU), STAGES), _MOST_EARLY)
-        early = gl.where(worker < groups, early, 0)
         row = first_row + worker // PARTS * N * step
         for i in range(early):
+            pause(begin, i * PACE)
             mbarrier.expect(full.index(i), BYTES)
             for t in gl.static_range(2):
                 at = row + t * small_sub
-                _fetch_w(small_rows, full.index(i), ws, i, at, i * KU, AT + t * N, N, KU)
+                fetch_w(small_rows, full.index(i), ws, i, at, i * KU, AT + t * N, N, KU)
     gdc_wait()
     b, phase, i = worker * 0, worker * 0, worker * 0
     if BIG:
@@ -101,12 +105,12 @@ def _produce(
                     mbarrier.wait(empty.index(b), 1 - phase)  # at once in the first round
                     if item + k > 0:
                         mbarrier.expect(full.index(b), 128 * 128 * KU)
-                        _fetch_w(big_rows, full.index(b), ws, b, at + t * sub_rows, k, 0, 128, KU)
-                    b, phase = _next(b, phase, STAGES)
+                        fetch_w(big_rows, full.index(b), ws, b, at + t * sub_rows, k, 0, 128, KU)
+                    b, phase = next_stage(b, phase, STAGES)
                 mbarrier.wait(empty.index(b), 1 - phase)
                 mbarrier.expect(full.index(b), X * 128 * KU)
-                _fetch_x(x_rows, full.index(b), xs, b, k, 0, X, KU)
-                b, phase = _next(b, phase, STAGES)
+                fetch_x(x_rows, full.index(b), xs, b, k, 0, X, KU)
+                b, phase = next_stage(b, phase, STAGES)
     for group in range(worker, groups, WORKERS):
         row = first_row + group // PARTS * N * step
         for k in range(0, kb, KU):
@@ -115,18 +119,10 @@ def _produce(
             if i >= early:
                 mbarrier.expect(ready, BYTES)
                 for t in gl.static_range(2):
-                    _fetch_w(small_rows, ready, ws, b, row + t * small_sub, k, AT + t * N, N, KU)
-            _fetch_x(x_rows, ready, xs, b, k, group % PARTS * SM, X_SMALL, KU)
+                    fetch_w(small_rows, ready, ws, b, row + t * small_sub, k, AT + t * N, N, KU)
+            fetch_x(x_rows, ready, xs, b, k, group % PARTS * SM, X_SMALL, KU)
             i += 1
-            b, phase = _next(b, phase, STAGES)
-
-
-@gluon.jit
-def _store(out, at, first, limit, acc, ok, column):
-    """Store acc at columns first + column of a row, below the tile's limit."""
-    c = first + column
-    inside = ok[:, None] & (c < limit)[None, :]
-    gl.store(out + at[:, None] + c[None, :], acc.to(out.dtype.element_ty), mask=inside)
+            b, phase = next_stage(b, phase, STAGES)
 
 
 @gluon.jit
@@ -145,8 +141,8 @@ def _big_sums(
     w_lanes = scaling.scales_of_tiles(w_scales, w_at, w_at2, 0, last)
     w_later = scaling.scales_of_tiles(w_scales, w_at, w_at2, 16, last)
     for k in range(0, kb, KU):
-        b2, phase2 = _next(b, phase, STAGES)
-        x_b, x_phase = _next(b2, phase2, STAGES)
+        b2, phase2 = next_stage(b, phase, STAGES)
+        x_b, x_phase = next_stage(b2, phase2, STAGES)
         p = zeros
         for t in gl.static_range(2):
             mbarrier.wait(full.index(b), phase)
@@ -167,7 +163,7 @@ def _big_sums(
                     a1 = add_scaled(p, scale[:, None], a1)
             b, phase = b2, phase2
         tell(empty.index(x_b))
-        b, phase = _next(x_b, x_phase, STAGES)
+        b, phase = next_stage(x_b, x_phase, STAGES)
         if k % 4 == 4 - KU:
             x_lanes, x_later = x_later, scaling.scales_of_rows(x_scales, x_at, k + KU + 4, last)
         if k % 16 == 16 - KU:
@@ -228,25 +224,16 @@ def _small_product(
 def _small_items(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
     limit, xs, ws, full, empty, worker, b, phase, places, step: gl.constexpr, WG: gl.constexpr,
-    XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    BIG: gl.constexpr, PARTS: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
+    BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
+    PARTS: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     """Multiply a worker's small items, from stage b of the ring on, to out."""
     C: gl.constexpr = N * BM // 64
-    # few rows are stored soon enough, and beside big items no shared memory is left to turn sums round in
-    TURNED: gl.constexpr = XR > 16 and not BIG
-    TWO: gl.constexpr = BM == 128 or not TURNED  # scales of both tiles for a warpgroup
     AT: gl.constexpr = 64 if BIG else 0
     ROW: gl.constexpr = WG * 64 if BM == 128 else 0
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 32])
     column = gl.arange(0, C, gl.SliceLayout(0, ACC)) + (WG * N if BM == 64 else 0)
     second = column >= N  # of the pair's tiles
-    to_row = first_row
-    limit2 = limit
-    if step == 1:  # out has the rest alone, gate and up each
-        to_row = worker * 0
-        limit2 = limit + out_sub
-        column = gl.where(second, column - N + out_sub, column)
     stored = M
     if PLACED:
         stored = gl.minimum(M, gl.load(places).to(gl.int32))
@@ -259,17 +246,13 @@ def _small_items(
         tile2 = tile + sub_tiles
         if step == 2:
             tile2 = gl.minimum((first_row + w_row + small_sub) // 128, tiles - 1)
-        if not TWO and WG == 1:
-            tile = tile2
         at = scaling.scale_addresses(x_scales, w_scales, row, M, kb, tile, tile2)
-        x_scale, w_scale, w_scale2 = scaling.load_scales(at, 0, kb, KU, WIDE, TWO)
+        x_scale, w_scale, w_scale2 = scaling.load_scales(at, 0, kb, WIDE)
         for k in range(0, kb, KU):
             scales = scaling.products_of(x_scale, w_scale)
-            scales2 = scales
-            if TWO:
-                scales2 = scaling.products_of(x_scale, w_scale2)
+            scales2 = scaling.products_of(x_scale, w_scale2)
             # The next stage's scales are asked for before this one is waited for.
-            x_scale, w_scale, w_scale2 = scaling.load_scales(at, k + KU, kb, KU, WIDE, TWO)
+            x_scale, w_scale, w_scale2 = scaling.load_scales(at, k + KU, kb, WIDE)
             mbarrier.wait(full.index(b), phase)
             products = (_small_product(xs, ws, b, zeros, 0, WG, BM, KU, N, AT),)
             for j in gl.static_range(1, KU):
@@ -278,31 +261,25 @@ def _small_items(
                 p = warpgroup_mma_wait(KU - 1 - j, deps=(products[j],))
                 if j == KU - 1:
                     tell(empty.index(b))
-                scale = scales[j][:, None]
-                if TWO:
-                    scale = gl.where(second[None, :], scales2[j][:, None], scale)
+                scale = gl.where(second[None, :], scales2[j][:, None], scales[j][:, None])
                 a = add_scaled(p, scale, a)
-            b, phase = _next(b, phase, STAGES)
-        if TURNED:
-            to, end = first_row + w_row + (WG * N if BM == 64 else 0), limit
-            if step == 1:
-                to, end = w_row + WG * out_sub, limit + WG * out_sub
-            first = ROW + group % PARTS * BM
-            value = a.to(out.dtype.element_ty)
-            store_wide(value, out, out_stride, first, stored, to, end, places, PLACED)
+            b, phase = next_stage(b, phase, STAGES)
+        value = a.to(out.dtype.element_ty)
+        if BIG:  # out has the rest alone, gate and up each; no shared memory is left to turn sums round in
+            c = w_row + gl.where(second, column - N + out_sub, column)
+            inside = (row < M)[:, None] & (c < gl.where(second, limit + out_sub, limit))[None, :]
+            at = out + row.to(gl.int64)[:, None] * out_stride + c[None, :]
+            gl.store(at, value, mask=inside)
         else:
-            ok = row < stored
-            to = row_places(out, out_stride, places, row, ok, PLACED)
-            _store(out, to, to_row + w_row, gl.where(second, limit2, limit), a, ok, column)
+            store_wide(value, out, out_stride, ROW, stored, w_row, limit, places, PLACED)
 
 
 @gluon.jit
 def _consume(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
     tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places, step: gl.constexpr,
-    WG: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
-    PLACED: gl.constexpr,
+    WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     b, phase = worker * 0, worker * 0
@@ -313,7 +290,7 @@ def _consume(
         )  # fmt: skip
     _small_items(
         x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-        limit, xs, ws, full, empty, worker, b, phase, places, step, WG, XR, BM // PARTS, KU, N, STAGES, BIG, PARTS,
+        limit, xs, ws, full, empty, worker, b, phase, places, step, WG, BM // PARTS, KU, N, STAGES, BIG, PARTS,
         WIDE, PLACED,
     )  # fmt: skip
 
@@ -358,11 +335,11 @@ def stream_units(
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places,
-                STEP, 0, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
+                STEP, 0, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places,
-                STEP, 1, XR, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
+                STEP, 1, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
             (_produce, (
                 x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
                 full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG, PARTS)),

@@ -137,7 +137,7 @@ from kernels import stream
 def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
 
-for m in (64, 128):
+for m in (16, 32, 64, 128):
     for rows, halves in ((4096, 2), (36864, 2), (7168, 1)):
         for placed in (False, True)[: 3 - halves]:  # of down alone
             q, out = e4m3(m, rows // halves), torch.empty(m, rows)
@@ -208,12 +208,10 @@ def run_apart(script: str, directory: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def products_and_waits(
-    script: str, directory: Path, kernel: str, count: int
-) -> list[tuple[int, int]]:
-    """Of `count` launches of a kernel, none of which spills or takes more shared memory than there is."""
+def products_and_waits(script: str, directory: Path, kernels: list[str]) -> list[tuple[int, int]]:
+    """Of launches of these kernels, none of which spills or takes more shared memory than there is."""
     lines = [line.split() for line in run_apart(script, directory)]
-    assert [line[0] for line in lines] == [kernel] * count
+    assert [line[0] for line in lines] == kernels
     for _, _, _, spills, shared in lines:
         assert int(spills) == 0
         assert int(shared) <= 227 << 10
@@ -221,24 +219,26 @@ def products_and_waits(
 
 
 def test_decode_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
-    for products, waits in products_and_waits(DECODE, tmp_path, "decode_blocks", 3):
+    for products, waits in products_and_waits(DECODE, tmp_path, ["decode_blocks"] * 3):
         assert products > 100
         assert waits < products / 8, "the compiler waits for every product"
 
 
 def test_prefill_for_hopper_spills_nothing_and_does_not_serialise_its_products(tmp_path):
-    for products, waits in products_and_waits(PREFILL, tmp_path, "attend_rows", 2):
+    for products, waits in products_and_waits(PREFILL, tmp_path, ["attend_rows"] * 2):
         assert products >= 32
         assert waits == 6  # of each warpgroup: the first scores, a step, the last values
 
 
 def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scaled(tmp_path):
-    for products, waits in products_and_waits(STREAM, tmp_path, "stream_units", 8):
+    rows, units = "stream_rows", "stream_units"
+    kernels = [rows, units, rows, rows] * 3 + [rows, units, units, units]
+    for products, waits in products_and_waits(STREAM, tmp_path, kernels):
         assert waits <= products / 4  # four to a block of columns
 
 
 def test_many_row_products_for_hopper_spill_nothing_and_are_not_serialised(tmp_path):
-    for products, waits in products_and_waits(TILES, tmp_path, "tile_units", 2):
+    for products, waits in products_and_waits(TILES, tmp_path, ["tile_units"] * 2):
         # big units and small ones, for each warpgroup: a product is four instructions and is waited for once
         assert products in (32, 48)
         assert waits == products / 4
@@ -261,9 +261,10 @@ def test_kernels_compile_for_hopper(tmp_path):
 def test_a_number_of_rows_does_not_ask_for_a_kernel_of_its_own(tmp_path):
     """Each costs half a second when a request first brings that number."""
     counts = {name: int(n) for name, n in (line.split() for line in run_apart(COUNT, tmp_path))}
-    # up to 16, 64, 128 rows; gates of V3, of V2, of V2 balanced; a multiple of 16 ids and not
+    # up to 16, 32, 64 rows and up to 128; gates of V3, of V2, of V2 balanced; a multiple of 16 ids and not
     wanted = {
-        "stream_units": 3,
+        "stream_rows": 3,
+        "stream_units": 1,
         "tile_units": 2,
         "_swiglu_dense": 1,
         "_quantise": 1,

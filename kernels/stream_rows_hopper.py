@@ -1,0 +1,231 @@
+"""Few-row FP8 products for Hopper, in Gluon, where items are small: one warp fetches, one warpgroup multiplies.
+
+As in stream_hopper every worker has its own weight rows over the whole of K, an item is a pair of tiles of N rows, and
+a stage of the ring holds KU blocks of 128 columns of both and of x. With few rows an H200 brings weights faster than
+they were multiplied, so:
+
+- up to 32 rows of x are the columns of a product, whose 64 rows are weights. Were x its rows, of which there are 64 in
+  any product, most of what it reads from shared memory would be none. 64 rows of x are its rows, both tiles its
+  columns.
+- scales lie in shared memory, of 16 blocks at a time, each a row's times a tile's. The next 16, or the next item's, are
+  asked for meanwhile, and those of a worker's first weights before the predecessor has ended.
+- weights asked for before the predecessor has ended are asked for in turn, about as fast as memory gives them.
+
+No choice changes a sum's order, which is ascending along K.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.hopper import barrier, clock, pause, tell, view
+from kernels.hopper_epilogue import add_scaled, row_places, store_wide
+from kernels.stream_hopper import PACE, WORKERS, fetch_w, fetch_x, next_stage
+
+CHUNK = gl.constexpr(16)  # blocks whose scales lie in shared memory
+
+
+@gluon.jit
+def _fetch(
+    x_rows, w_rows, kb, groups, second, xs, ws, full, empty, worker, STEP: gl.constexpr, KU: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """Fetch all of a worker's items, the first weights before the predecessor has ended."""
+    N: gl.constexpr = w_rows.block_shape[0]
+    T: gl.constexpr = xs.shape[1]
+    BYTES: gl.constexpr = (T + 2 * N) * 128 * KU
+    begin = clock()
+    early = gl.minimum(gl.cdiv(kb, KU), gl.minimum(STAGES, EARLY))
+    row = worker // PARTS * N * STEP
+    for i in range(early):
+        pause(begin, i * PACE)
+        mbarrier.expect(full.index(i), BYTES)
+        for t in gl.static_range(2):
+            fetch_w(w_rows, full.index(i), ws, i, row + t * second, i * KU, t * N, N, KU)
+    gdc_wait()
+    b, phase, i = worker * 0, worker * 0, worker * 0
+    for group in range(worker, groups, WORKERS):
+        row = group // PARTS * N * STEP
+        for k in range(0, kb, KU):
+            ready = full.index(b)
+            mbarrier.wait(empty.index(b), 1 - phase)
+            if i >= early:
+                mbarrier.expect(ready, BYTES)
+                for t in gl.static_range(2):
+                    fetch_w(w_rows, ready, ws, b, row + t * second, k, t * N, N, KU)
+            fetch_x(x_rows, ready, xs, b, k, group % PARTS * T, T, KU)
+            i += 1
+            b, phase = next_stage(b, phase, STAGES)
+
+
+@gluon.jit
+def _scales_of_rows(at, block, kb):
+    """Scales [blocks, rows], zero behind K."""
+    return gl.load(at + block[:, None], mask=(block < kb)[:, None], other=0.0)
+
+
+@gluon.jit
+def _scales_of_tiles(w_scales, row, second, sub_tiles, tiles, block, kb, STEP: gl.constexpr):
+    """Scales [blocks] of both tiles of the item whose first begins at `row`, zero behind K."""
+    tile = row // 128
+    tile2 = tile + sub_tiles
+    if STEP == 2:
+        tile2 = gl.minimum((row + second) // 128, tiles - 1)
+    ok = block < kb
+    w = gl.load(w_scales + tile * kb + block, mask=ok, other=0.0)
+    w2 = gl.load(w_scales + tile2 * kb + block, mask=ok, other=0.0)
+    return w, w2
+
+
+@gluon.jit
+def _product(xs, ws, at, zeros, TURNED: gl.constexpr):
+    """Start the product of a block of columns: [64 rows of weights, rows of x] or [64 rows of x, both tiles]."""
+    x, w = xs.index(at), ws.index(at)
+    if TURNED:
+        p = warpgroup_mma(w, x.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    else:
+        p = warpgroup_mma(x, w.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return p
+
+
+@gluon.jit
+def _store(
+    value, out, out_stride, out_sub, first, stored, w_row, limit, limit2, places, N: gl.constexpr,
+    TURNED: gl.constexpr, PLACED: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """Store an item's sums: from row `first` of x on, below `stored`; columns of a tile below its limit."""
+    if TURNED:  # few rows are stored soon enough
+        line = gl.arange(0, 64, gl.SliceLayout(1, ACC))
+        row = first + gl.arange(0, value.shape[1], gl.SliceLayout(0, ACC))
+        column = w_row + gl.where(line < N, line, line - N + out_sub)
+        end = gl.where(line < N, limit, gl.where(line < 2 * N, limit2, 0))
+        ok = row < stored
+        to = row_places(out, out_stride, places, row, ok, PLACED)
+        gl.store(
+            out + to[None, :] + column[:, None], value, mask=(column < end)[:, None] & ok[None, :]
+        )
+    else:
+        one, two = gl.split(gl.permute(gl.reshape(value, [64, 2, N]), (0, 2, 1)))
+        store_wide(one, out, out_stride, first, stored, w_row, limit, places, PLACED)
+        store_wide(two, out, out_stride, first, stored, w_row + out_sub, limit2, places, PLACED)
+
+
+@gluon.jit
+def _multiply(
+    x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, second, sub_tiles, tiles, limit, limit2,
+    xs, ws, full, empty, scales, worker, places, STEP: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, PLACED: gl.constexpr,
+):  # fmt: skip
+    """Multiply all of a worker's items."""
+    T: gl.constexpr = xs.shape[1]
+    TURNED: gl.constexpr = T < 64
+    C: gl.constexpr = T if TURNED else 2 * N
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 32])
+    ROWS: gl.constexpr = gl.SliceLayout(0 if TURNED else 1, ACC)  # of x
+    WEIGHTS: gl.constexpr = gl.SliceLayout(1 if TURNED else 0, ACC)
+    LOAD: gl.constexpr = gl.BlockedLayout([4, 1], [4, 8], [1, 4], [0, 1])
+    by_block = view(scales, gl.float32, [2 * CHUNK, T], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    block = gl.arange(0, CHUNK, gl.SliceLayout(1, LOAD))
+    is_second = gl.arange(0, 64 if TURNED else C, WEIGHTS) >= N
+    first = worker % PARTS * T
+    w, w2 = _scales_of_tiles(
+        w_scales, worker // PARTS * N * STEP, second, sub_tiles, tiles, block, kb, STEP
+    )
+    gdc_wait()
+    row = first + gl.arange(0, T, gl.SliceLayout(0, LOAD))
+    x_at = x_scales + (gl.minimum(row, M - 1) * kb)[None, :]
+    x = _scales_of_rows(x_at, block, kb)
+    stored = M
+    if PLACED:
+        stored = gl.minimum(M, gl.load(places).to(gl.int32))
+    zeros = gl.zeros([64, C], gl.float32, ACC)
+    b, phase = worker * 0, worker * 0
+    for group in range(worker, groups, WORKERS):
+        a = zeros
+        for k in range(0, kb, KU):
+            at = k % CHUNK
+            if at == 0:
+                barrier()
+                scales.index(0).store(x * w[:, None])
+                scales.index(1).store(x * w2[:, None])
+                barrier()
+                more = k + CHUNK < kb
+                item = gl.where(more, group, gl.minimum(group + WORKERS, groups - 1))
+                ahead = block + gl.where(more, k + CHUNK, 0)
+                x = _scales_of_rows(x_at, ahead, kb)
+                w, w2 = _scales_of_tiles(
+                    w_scales, item // PARTS * N * STEP, second, sub_tiles, tiles, ahead, kb, STEP
+                )
+            mbarrier.wait(full.index(b), phase)
+            products = (_product(xs, ws, b * KU, zeros, TURNED),)
+            for j in gl.static_range(1, KU):
+                products += (_product(xs, ws, b * KU + j, zeros, TURNED),)  # type: ignore[assignment]
+            one, two = (by_block.index(at).load(ROWS),), (by_block.index(at + CHUNK).load(ROWS),)
+            for j in gl.static_range(1, KU):
+                one += (by_block.index(at + j).load(ROWS),)  # type: ignore[assignment]
+                two += (by_block.index(at + CHUNK + j).load(ROWS),)  # type: ignore[assignment]
+            for j in gl.static_range(KU):
+                p = warpgroup_mma_wait(KU - 1 - j, deps=(products[j],))
+                if j == KU - 1:
+                    tell(empty.index(b))
+                if TURNED:
+                    scale = gl.where(is_second[:, None], two[j][None, :], one[j][None, :])
+                else:
+                    scale = gl.where(is_second[None, :], two[j][:, None], one[j][:, None])
+                a = add_scaled(p, scale, a)
+            b, phase = next_stage(b, phase, STAGES)
+        _store(
+            a.to(out.dtype.element_ty), out, out_stride, out_sub, first, stored, group // PARTS * N * STEP,
+            limit, limit2, places, N, TURNED, PLACED, ACC,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M", "kb", "groups", "sub_tiles", "tiles"])
+def stream_rows(
+    x_rows, x_scales, w_rows, w_scales, out, out_stride, out_sub, M, kb, groups, second, sub_tiles, tiles,
+    limit, limit2, places, STEP: gl.constexpr, T: gl.constexpr, KU: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, EARLY: gl.constexpr, PLACED: gl.constexpr,
+):  # fmt: skip
+    """Products of x [M, K] with the rows of w; x_rows, w_rows: descriptors of blocks of x and of N rows of w.
+
+    Items are numbered along the first tile of the pair (STEP 1: gate, the second is `second` rows further) or along
+    both (STEP 2). An item is that of PARTS workers, each with T rows of x: 16, 32 or 64. Row r's sums go to out from
+    r * out_stride on, the second tile's out_sub further; no column of a tile reaches its limit. EARLY stages are asked
+    for before the predecessor has ended. PLACED: the first places[0] rows go where `stage.stage` noted it in `places`,
+    and others nowhere.
+    """
+    N: gl.constexpr = w_rows.block_shape[0]
+    worker = gl.program_id(0)
+    gdc_launch_dependents()
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU, T, 128], x_rows.layout)
+    # beside x's columns weights are the 64 rows of a product; what stands in those that there are not is never stored
+    ws = gl.allocate_shared_memory(
+        gl.float8e4nv, [STAGES * KU, 64 if T < 64 else 2 * N, 128], w_rows.layout
+    )
+    scales = gl.allocate_shared_memory(
+        gl.float32, [2, CHUNK, T], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, second, sub_tiles, tiles, limit,
+                limit2, xs, ws, full, empty, scales, worker, places, STEP, KU, N, STAGES, PARTS, PLACED)),
+            (_fetch, (
+                x_rows, w_rows, kb, groups, second, xs, ws, full, empty, worker, STEP, KU, STAGES, PARTS, EARLY)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
