@@ -18,10 +18,8 @@ from kernels.swiglu import swiglu_dense_into
 
 STREAM_ROWS = 128  # above, a product is bound by arithmetic
 WORKERS = 132  # SMs of an H100 or H200
-_SHARED, _SCALES = (
-    225 << 10,
-    8 << 10,
-)  # bytes of shared memory for the ring; of these for scales, with one warpgroup
+_SHARED = 225 << 10  # bytes of shared memory for the ring
+_SCALES = 8 << 10  # of these for scales, with one warpgroup
 
 
 class Share(NamedTuple):
