@@ -61,9 +61,8 @@ def fetch_x(x_rows, ready, xs, b, k, x_row, ROWS: gl.constexpr, KU: gl.constexpr
 
 
 _MOST_EARLY = gl.constexpr(3)  # stages before the predecessor has ended
-PACE = gl.constexpr(
-    1100
-)  # cycles between these: all at once they delay what the predecessor still reads
+# cycles from one of these to the next, a block of columns: all at once they delay what the predecessor still reads
+PACE = gl.constexpr(425)
 
 
 @gluon.jit
@@ -90,7 +89,7 @@ def _produce(
         early = gl.minimum(gl.minimum(gl.cdiv(kb, KU), STAGES), _MOST_EARLY)
         row = first_row + worker // PARTS * N * step
         for i in range(early):
-            pause(begin, i * PACE)
+            pause(begin, i * KU * PACE)
             mbarrier.expect(full.index(i), BYTES)
             for t in gl.static_range(2):
                 at = row + t * small_sub

@@ -44,7 +44,7 @@ def _fetch(
     early = gl.minimum(gl.cdiv(kb, KU), gl.minimum(STAGES, EARLY))
     row = worker // PARTS * N * STEP
     for i in range(early):
-        pause(begin, i * PACE)
+        pause(begin, i * KU * PACE)
         mbarrier.expect(full.index(i), BYTES)
         for t in gl.static_range(2):
             fetch_w(w_rows, full.index(i), ws, i, row + t * second, i * KU, t * N, N, KU)
