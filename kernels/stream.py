@@ -68,7 +68,8 @@ def _by_one(
     parts = 1 if m <= 64 else 2
     t = 16 if m <= 16 else 32 if m <= 32 else 64
     s = share(num_rows, halves, parts, widest=32)
-    # of a down a stage is half of its weights with 64 rows of x, and may be early; of a gate and up any is too many
+    # a stage's blocks of columns, and how many stages are asked for before the predecessor has ended: what comes before
+    # gate and up leaves time for one; down's are smaller beside 64 rows of x, so that more of it is there early
     columns, early = (4, 1) if halves == 2 else (2, 4) if t == 64 else (4, 3)
     stage_nbytes = columns * 128 * (t + (2 * s.n if t == 64 else 64))
     stages = min(4 if halves == 2 else 8, (_SHARED - _SCALES) // stage_nbytes)

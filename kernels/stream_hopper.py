@@ -5,11 +5,11 @@ stages in shared memory full, from before its predecessor has ended. Every worke
 of K: nothing is split and added up through memory, at the price of reading x once per worker and item.
 
 An item is a pair of weight tiles: gate and up of the same columns, or neighbours. A worker has BIG items of 2 x 128
-rows (of gate and up), then small ones of 2 x N (stream.py shares them out). A stage holds KU blocks of 128 columns of a
-small item, or two of one tile of a big one, or of x for both: 256 bytes of a row come faster than twice 128. Rows of x
-are the 64 rows of a wgmma, or 128, one half per warpgroup; with 64, each warpgroup takes half of both big tiles or one
-of the small ones. PARTS workers share a small item and divide the rows of x, so that less of x is fetched for each
-weight. No choice changes a sum's order, which is ascending along K.
+rows (of gate and up), then small ones of 2 x N (stream.py shares them out); small ones alone with more than 64 rows of
+x and no gate: stream_rows_hopper has the others. A stage holds KU blocks of 128 columns of a small item, or two of one
+tile of a big one, or of x for both: 256 bytes of a row come faster than twice 128. Rows of x are the 64 rows of a
+wgmma, or 128, one half per warpgroup; with 64, each has half of both big tiles or one of the small ones. PARTS workers
+share a small item and divide the rows of x. No choice changes a sum's order, which is ascending along K.
 
 Shared memory feeds the products and takes what is fetched, and every cache line that a warp looks up takes a turn
 there: of small items a product reads x for both tiles, and a row's scales of a stage's blocks are one load (WIDE); of

@@ -7,9 +7,10 @@ from kernels.stream import WORKERS, share
 from kernels.tile import PAIRS, tiles_pay, whole
 
 
-def spans(num_rows, halves, parts=1):
+def spans(num_rows, halves, parts=1, widest=64):
     """(worker, first row, end) in a half, of every item; small ones once for each part of the rows of x."""
-    s = share(num_rows, halves, parts)
+    s = share(num_rows, halves, parts, widest)
+    assert s.n <= widest
     step = 3 - halves
     for item in range(s.rounds):
         for worker in range(WORKERS):
@@ -20,16 +21,16 @@ def spans(num_rows, halves, parts=1):
         yield group % WORKERS, first, first + s.n * step
 
 
+@pytest.mark.parametrize("widest", [64, 32])
 @pytest.mark.parametrize(
     ("num_rows", "halves"),
     [(128, 2), (384, 2), (2816, 2), (4096, 2), (36864, 2),
      (64, 1), (576, 1), (2064, 1), (7168, 1), (24576, 1), (129280, 1)],
 )  # fmt: skip
-def test_every_row_has_one_worker(num_rows, halves):
+def test_every_row_has_one_worker(num_rows, halves, widest):
     rows = num_rows // halves
-    taken = [
-        row for _, first, end in spans(num_rows, halves) for row in range(first, min(end, rows))
-    ]
+    items = spans(num_rows, halves, widest=widest)
+    taken = [row for _, first, end in items for row in range(first, min(end, rows))]
     assert taken == list(range(rows))
 
 
