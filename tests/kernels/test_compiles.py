@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECK = """
 import re, subprocess, sys, tempfile
 from pathlib import Path
@@ -137,13 +139,12 @@ from kernels import stream
 def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
 
-for m in (16, 32, 64, 128):
-    for rows, halves in ((4096, 2), (36864, 2), (7168, 1)):
-        for placed in (False, True)[: 3 - halves]:  # of down alone
-            q, out = e4m3(m, rows // halves), torch.empty(m, rows)
-            places = torch.zeros(1 + m, dtype=torch.int64) if placed else None
-            stream._multiply(e4m3(m, 512), torch.ones(m, 4), e4m3(rows, 512), torch.ones(rows // 128, 4), out, halves,
-                             q, torch.ones(m, rows // halves // 128), places)
+def multiply(m, rows, halves, placed=False):
+    q, out = e4m3(m, rows // halves), torch.empty(m, rows)
+    places = torch.zeros(1 + m, dtype=torch.int64) if placed else None
+    stream._multiply(e4m3(m, 512), torch.ones(m, 4), e4m3(rows, 512), torch.ones(rows // 128, 4), out, halves,
+                     q, torch.ones(m, rows // halves // 128), places)
+
 """
 )
 
@@ -230,10 +231,21 @@ def test_prefill_for_hopper_spills_nothing_and_does_not_serialise_its_products(t
         assert waits == 6  # of each warpgroup: the first scores, a step, the last values
 
 
-def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scaled(tmp_path):
-    rows, units = "stream_rows", "stream_units"
-    kernels = [rows, units, rows, rows] * 3 + [rows, units, units, units]
-    for products, waits in products_and_waits(STREAM, tmp_path, kernels):
+@pytest.mark.parametrize(
+    ("kernel", "cases"),
+    [
+        (
+            "stream_rows",
+            [(16, 4096, 2), (16, 7168, 1, True), (32, 7168, 1), (64, 4096, 2), (64, 7168, 1, True), (128, 4096, 2)],
+        ),
+        ("stream_units", [(64, 36864, 2), (128, 36864, 2), (128, 7168, 1, True)]),
+    ],
+)  # fmt: skip
+def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scaled(
+    kernel, cases, tmp_path
+):
+    script = STREAM + "\n".join(f"multiply{case}" for case in cases)
+    for products, waits in products_and_waits(script, tmp_path, [kernel] * len(cases)):
         assert waits <= products / 4  # four to a block of columns
 
 
