@@ -58,7 +58,7 @@ def blocks_of(matrix: Tensor, rows: int) -> object:
     return hopper.blocks_of(matrix, rows, 128, dtype=gl.float8e4nv)
 
 
-def _by_one(
+def _one_warpgroup(
     x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, halves: int, places: Tensor | None
 ) -> None:  # fmt: skip
     """Products by stream_rows: small items, each of one warpgroup."""
@@ -83,7 +83,7 @@ def _by_one(
     )  # fmt: skip
 
 
-def _by_two(
+def _two_warpgroups(
     x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, halves: int,
     q: Tensor, q_scales: Tensor, places: Tensor | None,
 ) -> None:  # fmt: skip
@@ -124,9 +124,9 @@ def _multiply(
     With `places` rows [M, N] go where these say, and none to out.
     """
     if share(w.shape[0], halves).rounds or (halves == 1 and x_scales.shape[0] > 64):
-        _by_two(x, x_scales, w, w_scales, out, halves, q, q_scales, places)
+        _two_warpgroups(x, x_scales, w, w_scales, out, halves, q, q_scales, places)
     else:
-        _by_one(x, x_scales, w, w_scales, out, halves, places)
+        _one_warpgroup(x, x_scales, w, w_scales, out, halves, places)
 
 
 def stream_expert(

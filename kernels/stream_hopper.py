@@ -66,6 +66,45 @@ PACE = gl.constexpr(425)
 
 
 @gluon.jit
+def fetch_early(
+    w_rows, kb, second, ws, full, worker, step: gl.constexpr, BYTES: gl.constexpr, AT: gl.constexpr,
+    N: gl.constexpr, KU: gl.constexpr, MOST: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Ask for weights of the first stages of a worker's first item, at most MOST, and say of how many."""
+    begin = clock()
+    early = gl.minimum(gl.cdiv(kb, KU), MOST)
+    row = worker // PARTS * N * step
+    for i in range(early):
+        pause(begin, i * KU * PACE)
+        mbarrier.expect(full.index(i), BYTES)
+        for t in gl.static_range(2):
+            fetch_w(w_rows, full.index(i), ws, i, row + t * second, i * KU, AT + t * N, N, KU)
+    return early
+
+
+@gluon.jit
+def fetch_items(
+    x_rows, w_rows, kb, groups, first_row, second, xs, ws, full, empty, worker, early, b, phase,
+    step: gl.constexpr, BYTES: gl.constexpr, X: gl.constexpr, PART: gl.constexpr, AT: gl.constexpr,
+    N: gl.constexpr, KU: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Fetch a worker's small items from stage b of the ring on, X rows of each PART; weights of `early` stages came."""
+    i = worker * 0
+    for group in range(worker, groups, WORKERS):
+        row = first_row + group // PARTS * N * step
+        for k in range(0, kb, KU):
+            ready = full.index(b)
+            mbarrier.wait(empty.index(b), 1 - phase)
+            if i >= early:
+                mbarrier.expect(ready, BYTES)
+                for t in gl.static_range(2):
+                    fetch_w(w_rows, ready, ws, b, row + t * second, k, AT + t * N, N, KU)
+            fetch_x(x_rows, ready, xs, b, k, group % PARTS * PART, X, KU)
+            i += 1
+            b, phase = next_stage(b, phase, STAGES)
+
+
+@gluon.jit
 def _produce(
     x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws, full, empty,
     worker, step: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
@@ -79,23 +118,17 @@ def _produce(
     X_SMALL: gl.constexpr = XR if XR == 16 else SM
     BYTES: gl.constexpr = (X_SMALL + 2 * N) * 128 * KU
     early = worker * 0
-    begin = clock()
     if BIG:
         for t in gl.static_range(2):
             first = worker * 128 * step + t * sub_rows
             mbarrier.expect(full.index(t), 128 * 128 * KU)
             fetch_w(big_rows, full.index(t), ws, t, first, 0, 0, 128, KU)
     else:
-        early = gl.minimum(gl.minimum(gl.cdiv(kb, KU), STAGES), _MOST_EARLY)
-        row = first_row + worker // PARTS * N * step
-        for i in range(early):
-            pause(begin, i * KU * PACE)
-            mbarrier.expect(full.index(i), BYTES)
-            for t in gl.static_range(2):
-                at = row + t * small_sub
-                fetch_w(small_rows, full.index(i), ws, i, at, i * KU, AT + t * N, N, KU)
+        early = fetch_early(
+            small_rows, kb, small_sub, ws, full, worker, step, BYTES, AT, N, KU, min(STAGES, _MOST_EARLY), PARTS
+        )  # fmt: skip
     gdc_wait()
-    b, phase, i = worker * 0, worker * 0, worker * 0
+    b, phase = worker * 0, worker * 0
     if BIG:
         for item in range(rounds):
             at = (item * WORKERS + worker) * 128 * step
@@ -110,18 +143,10 @@ def _produce(
                 mbarrier.expect(full.index(b), X * 128 * KU)
                 fetch_x(x_rows, full.index(b), xs, b, k, 0, X, KU)
                 b, phase = next_stage(b, phase, STAGES)
-    for group in range(worker, groups, WORKERS):
-        row = first_row + group // PARTS * N * step
-        for k in range(0, kb, KU):
-            ready = full.index(b)
-            mbarrier.wait(empty.index(b), 1 - phase)
-            if i >= early:
-                mbarrier.expect(ready, BYTES)
-                for t in gl.static_range(2):
-                    fetch_w(small_rows, ready, ws, b, row + t * small_sub, k, AT + t * N, N, KU)
-            fetch_x(x_rows, ready, xs, b, k, group % PARTS * SM, X_SMALL, KU)
-            i += 1
-            b, phase = next_stage(b, phase, STAGES)
+    fetch_items(
+        x_rows, small_rows, kb, groups, first_row, small_sub, xs, ws, full, empty, worker, early, b, phase,
+        step, BYTES, X_SMALL, SM, AT, N, KU, STAGES, PARTS,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -24,9 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper import barrier, clock, pause, tell, view
+from kernels.hopper import barrier, tell, view
 from kernels.hopper_epilogue import add_scaled, row_places, store_wide
-from kernels.stream_hopper import PACE, WORKERS, fetch_w, fetch_x, next_stage
+from kernels.stream_hopper import WORKERS, fetch_early, fetch_items, next_stage
 
 CHUNK = gl.constexpr(16)  # blocks whose scales lie in shared memory
 
@@ -40,28 +40,15 @@ def _fetch(
     N: gl.constexpr = w_rows.block_shape[0]
     T: gl.constexpr = xs.shape[1]
     BYTES: gl.constexpr = (T + 2 * N) * 128 * KU
-    begin = clock()
-    early = gl.minimum(gl.cdiv(kb, KU), gl.minimum(STAGES, EARLY))
-    row = worker // PARTS * N * STEP
-    for i in range(early):
-        pause(begin, i * KU * PACE)
-        mbarrier.expect(full.index(i), BYTES)
-        for t in gl.static_range(2):
-            fetch_w(w_rows, full.index(i), ws, i, row + t * second, i * KU, t * N, N, KU)
+    early = fetch_early(
+        w_rows, kb, second, ws, full, worker, STEP, BYTES, 0, N, KU, min(STAGES, EARLY), PARTS
+    )
     gdc_wait()
-    b, phase, i = worker * 0, worker * 0, worker * 0
-    for group in range(worker, groups, WORKERS):
-        row = group // PARTS * N * STEP
-        for k in range(0, kb, KU):
-            ready = full.index(b)
-            mbarrier.wait(empty.index(b), 1 - phase)
-            if i >= early:
-                mbarrier.expect(ready, BYTES)
-                for t in gl.static_range(2):
-                    fetch_w(w_rows, ready, ws, b, row + t * second, k, t * N, N, KU)
-            fetch_x(x_rows, ready, xs, b, k, group % PARTS * T, T, KU)
-            i += 1
-            b, phase = next_stage(b, phase, STAGES)
+    b, phase, first_row = worker * 0, worker * 0, worker * 0
+    fetch_items(
+        x_rows, w_rows, kb, groups, first_row, second, xs, ws, full, empty, worker, early, b, phase, STEP,
+        BYTES, T, T, 0, N, KU, STAGES, PARTS,
+    )  # fmt: skip
 
 
 @gluon.jit
