@@ -88,7 +88,7 @@ def fetch_items(
     step: gl.constexpr, BYTES: gl.constexpr, X: gl.constexpr, PART: gl.constexpr, AT: gl.constexpr,
     N: gl.constexpr, KU: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Fetch a worker's small items from stage b of the ring on, X rows of each PART; weights of `early` stages came."""
+    """Fetch a worker's small items from stage b of the ring on: X of its PART rows of x, weights but early ones."""
     i = worker * 0
     for group in range(worker, groups, WORKERS):
         row = first_row + group // PARTS * N * step
