@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.hopper import barrier
 from kernels.quant import quotients
-from kernels.swiglu import swiglu
+from kernels.swiglu import swiglu as _swiglu
 
 
 @gluon.jit
@@ -32,7 +32,7 @@ def _block_scale(magnitude, MIN: gl.constexpr):
 
 
 _quotients = gluon.jit(quotients.fn)
-_swiglu = gluon.jit(swiglu.fn)
+swiglu = gluon.jit(_swiglu.fn)
 
 
 @gluon.jit
@@ -44,7 +44,7 @@ def hidden(
     column = group * 128 + gl.arange(0, BM, gl.SliceLayout(0, ACC))
     if BM == 64:
         column += WG * 64
-    x = gl.where((column < width)[None, :], _swiglu(gate, up), 0.0)
+    x = gl.where((column < width)[None, :], swiglu(gate, up), 0.0)
     peak = _magnitude(x)
     if BM == 64:
         # The other half of the block's columns is the other warpgroup's.

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 
 from kernels import hopper, stream_hopper, stream_rows_hopper
 from kernels.dependent import PROGRAMMATIC
+from kernels.quant import quantise_into
 from kernels.reference.quant import SCALE_MIN
 from kernels.swiglu import swiglu_dense_into
 
@@ -61,7 +62,7 @@ def blocks_of(matrix: Tensor, rows: int) -> object:
 def _one_warpgroup(
     x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, halves: int, places: Tensor | None
 ) -> None:  # fmt: skip
-    """Products by stream_rows: small items, each of one warpgroup."""
+    """Products by stream_rows: small items, each of one warpgroup; of gate and up SwiGLU, fp32."""
     m, kb = x_scales.shape
     num_rows, half_rows, step = w.shape[0], w.shape[0] // halves, 3 - halves
     half_tiles = -(-half_rows // 128)
@@ -73,12 +74,10 @@ def _one_warpgroup(
     columns, early = (4, 1) if halves == 2 else (2, 4) if t == 64 else (4, 3)
     stage_nbytes = columns * 128 * (t + (2 * s.n if t == 64 else 64))
     stages = min(4 if halves == 2 else 8, (_SHARED - _SCALES) // stage_nbytes)
-    second, out_sub, sub_tiles, limit2 = (
-        (half_rows, half_rows, half_tiles, num_rows) if halves == 2 else (s.n, s.n, 1, num_rows)
-    )
+    second, sub_tiles = (half_rows, half_tiles) if halves == 2 else (s.n, 1)
     stream_rows_hopper.stream_rows[(min(WORKERS, s.groups),)](
-        blocks_of(x, min(t, 32)), x_scales, blocks_of(w, s.n), w_scales, out, out.stride(0), out_sub, m, kb,
-        s.groups, second, sub_tiles, halves * half_tiles, half_rows, limit2, places, step, t, columns, stages,
+        blocks_of(x, min(t, 32)), x_scales, blocks_of(w, s.n), w_scales, out, out.stride(0), m, kb,
+        s.groups, second, sub_tiles, halves * half_tiles, half_rows, places, step, t, columns, stages,
         parts, early, places is not None, num_warps=4, maxnreg=128, **PROGRAMMATIC,
     )  # fmt: skip
 
@@ -119,9 +118,10 @@ def _multiply(
     x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, halves: int,
     q: Tensor, q_scales: Tensor, places: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Products to out: [M, N]; of gate and up (`halves` 2) big items to q and q_scales, others to out [M, 2, rest].
+    """Products to out: [M, N]; of gate and up (`halves` 2) without big items SwiGLU to out [M, N / 2], fp32.
 
-    With `places` rows [M, N] go where these say, and none to out.
+    Big ones go to q and q_scales, and what is left beside them to out [M, 2, rest]. With `places` rows [M, N] go where
+    these say, and none to out.
     """
     if share(w.shape[0], halves).rounds or (halves == 1 and x_scales.shape[0] > 64):
         _two_warpgroups(x, x_scales, w, w_scales, out, halves, q, q_scales, places)
@@ -143,10 +143,12 @@ def stream_expert(
     whole = make(-(-m // 64) * 64, hidden, dtype=torch.float8_e4m3fn)
     q, q_scales = whole[:m], make(m, -(-hidden // 128))
     done = share(2 * hidden, 2).first_row  # columns of q that the first launch finishes
-    both = make(m, 2 * (hidden - done))
-    _multiply(rows, scales, gate_up, gate_up_scales, both, 2, q, q_scales)
-    if done < hidden:
-        swiglu_dense_into(both, q, q_scales, done)
+    left = make(m, hidden if done == 0 else 2 * (hidden - done))
+    _multiply(rows, scales, gate_up, gate_up_scales, left, 2, q, q_scales)
+    if done == 0:
+        quantise_into(left, q, q_scales)
+    elif done < hidden:
+        swiglu_dense_into(left, q, q_scales, done)
     out = make(m if places is None else 0, width, dtype=torch.bfloat16)
     _multiply(whole, q_scales, down, down_scales, out, 1, q, q_scales, places)
     return out

@@ -10,6 +10,7 @@ they were multiplied, so:
 - scales lie in shared memory, of 16 blocks at a time, each a row's times a tile's. The next 16, or the next item's, are
   asked for meanwhile, and those of a worker's first weights before the predecessor has ended.
 - weights asked for before the predecessor has ended are asked for in turn, about as fast as memory gives them.
+- gate and up become SwiGLU's numbers in registers, half as many to be stored and read again to be quantised.
 
 No choice changes a sum's order, which is ascending along K.
 """
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.hopper import barrier, tell, view
-from kernels.hopper_epilogue import add_scaled, row_places, store_wide
+from kernels.hopper_epilogue import add_scaled, row_places, store_wide, swiglu
 from kernels.stream_hopper import WORKERS, fetch_early, fetch_items, next_stage
 
 CHUNK = gl.constexpr(16)  # blocks whose scales lie in shared memory
@@ -82,31 +83,64 @@ def _product(xs, ws, at, zeros, TURNED: gl.constexpr):
 
 
 @gluon.jit
+def _apart(value, N: gl.constexpr):
+    """Gate and up [rows of x, N] of an item's sums [64, rows of x], where they are rows of different warps."""
+    T: gl.constexpr = value.shape[1]
+    FOLD: gl.constexpr = 64 // N  # gate, up, and what is never stored
+    EACH: gl.constexpr = min(4, N * T // 128)
+    APART: gl.constexpr = gl.BlockedLayout(
+        [1, EACH, FOLD], [32 * EACH // N, N // EACH, 1], [4, 1, 1], [2, 1, 0]
+    )
+    parts = gl.permute(gl.reshape(value, [FOLD, N, T]), (2, 1, 0))
+    parts = gl.convert_layout(parts, APART)
+    if FOLD == 2:
+        gate, up = gl.split(parts)
+    else:
+        evens, odds = gl.split(gl.reshape(parts, [T, N, 2, 2]))
+        gate, _ = gl.split(evens)
+        up, _ = gl.split(odds)
+    return gate, up
+
+
+@gluon.jit
+def _store_swiglu(
+    value, out, out_stride, first, stored, w_row, limit, N: gl.constexpr, TURNED: gl.constexpr
+):
+    """Store SwiGLU of an item's sums: from row `first` of x on, below `stored`; columns below `limit`."""
+    if TURNED:
+        gate, up = _apart(value, N)
+    else:
+        gate, up = gl.split(gl.permute(gl.reshape(value, [64, 2, N]), (0, 2, 1)))
+    h = swiglu(gate, up)
+    row = first + gl.arange(0, h.shape[0], gl.SliceLayout(1, h.type.layout))
+    column = w_row + gl.arange(0, N, gl.SliceLayout(0, h.type.layout))
+    ok = (row < stored)[:, None] & (column < limit)[None, :]
+    gl.store(out + row[:, None] * out_stride + column[None, :], h, mask=ok)
+
+
+@gluon.jit
 def _store(
-    value, out, out_stride, out_sub, first, stored, w_row, limit, limit2, places, N: gl.constexpr,
-    TURNED: gl.constexpr, PLACED: gl.constexpr, ACC: gl.constexpr,
+    value, out, out_stride, first, stored, w_row, limit, places, N: gl.constexpr, TURNED: gl.constexpr,
+    PLACED: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """Store an item's sums: from row `first` of x on, below `stored`; columns of a tile below its limit."""
+    """Store an item's sums, of neighbours: from row `first` of x on, below `stored`; columns below `limit`."""
     if TURNED:  # few rows are stored soon enough
         line = gl.arange(0, 64, gl.SliceLayout(1, ACC))
         row = first + gl.arange(0, value.shape[1], gl.SliceLayout(0, ACC))
-        column = w_row + gl.where(line < N, line, line - N + out_sub)
-        end = gl.where(line < N, limit, gl.where(line < 2 * N, limit2, 0))
         ok = row < stored
+        inside = (line < 2 * N) & (w_row + line < limit)
         to = row_places(out, out_stride, places, row, ok, PLACED)
         gl.store(
-            out + to[None, :] + column[:, None], value, mask=(column < end)[:, None] & ok[None, :]
+            out + to[None, :] + (w_row + line)[:, None], value, mask=inside[:, None] & ok[None, :]
         )
     else:
-        one, two = gl.split(gl.permute(gl.reshape(value, [64, 2, N]), (0, 2, 1)))
-        store_wide(one, out, out_stride, first, stored, w_row, limit, places, PLACED)
-        store_wide(two, out, out_stride, first, stored, w_row + out_sub, limit2, places, PLACED)
+        store_wide(value, out, out_stride, first, stored, w_row, limit, places, PLACED)
 
 
 @gluon.jit
 def _multiply(
-    x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, second, sub_tiles, tiles, limit, limit2,
-    xs, ws, full, empty, scales, worker, places, STEP: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
+    x_scales, w_scales, out, out_stride, M, kb, groups, second, sub_tiles, tiles, limit, xs, ws,
+    full, empty, scales, worker, places, STEP: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
     STAGES: gl.constexpr, PARTS: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     """Multiply all of a worker's items."""
@@ -167,25 +201,29 @@ def _multiply(
                     scale = gl.where(is_second[None, :], two[j][:, None], one[j][:, None])
                 a = add_scaled(p, scale, a)
             b, phase = next_stage(b, phase, STAGES)
-        _store(
-            a.to(out.dtype.element_ty), out, out_stride, out_sub, first, stored, group // PARTS * N * STEP,
-            limit, limit2, places, N, TURNED, PLACED, ACC,
-        )  # fmt: skip
+        w_row = group // PARTS * N * STEP
+        if STEP == 1:
+            _store_swiglu(a, out, out_stride, first, stored, w_row, limit, N, TURNED)
+        else:
+            _store(
+                a.to(out.dtype.element_ty), out, out_stride, first, stored, w_row, limit, places, N, TURNED,
+                PLACED, ACC,
+            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "kb", "groups", "sub_tiles", "tiles"])
 def stream_rows(
-    x_rows, x_scales, w_rows, w_scales, out, out_stride, out_sub, M, kb, groups, second, sub_tiles, tiles,
-    limit, limit2, places, STEP: gl.constexpr, T: gl.constexpr, KU: gl.constexpr, STAGES: gl.constexpr,
+    x_rows, x_scales, w_rows, w_scales, out, out_stride, M, kb, groups, second, sub_tiles, tiles,
+    limit, places, STEP: gl.constexpr, T: gl.constexpr, KU: gl.constexpr, STAGES: gl.constexpr,
     PARTS: gl.constexpr, EARLY: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     """Products of x [M, K] with the rows of w; x_rows, w_rows: descriptors of blocks of x and of N rows of w.
 
-    Items are numbered along the first tile of the pair (STEP 1: gate, the second is `second` rows further) or along
-    both (STEP 2). An item is that of PARTS workers, each with T rows of x: 16, 32 or 64. Row r's sums go to out from
-    r * out_stride on, the second tile's out_sub further; no column of a tile reaches its limit. EARLY stages are asked
-    for before the predecessor has ended. PLACED: the first places[0] rows go where `stage.stage` noted it in `places`,
-    and others nowhere.
+    Items are numbered along the first tile of the pair, gate (STEP 1: up is `second` rows further, out is SwiGLU of
+    both), or along both, neighbours (STEP 2). An item is that of PARTS workers, each with T rows of x: 16, 32 or 64.
+    Row r's begin at r * out_stride of out; none of its columns reaches `limit`. EARLY stages are asked for before the
+    predecessor has ended. PLACED: the first places[0] rows go where `stage.stage` noted it in `places`, and others
+    nowhere.
     """
     N: gl.constexpr = w_rows.block_shape[0]
     worker = gl.program_id(0)
@@ -208,8 +246,8 @@ def stream_rows(
     gl.warp_specialize(
         [
             (_multiply, (
-                x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, second, sub_tiles, tiles, limit,
-                limit2, xs, ws, full, empty, scales, worker, places, STEP, KU, N, STAGES, PARTS, PLACED)),
+                x_scales, w_scales, out, out_stride, M, kb, groups, second, sub_tiles, tiles, limit, xs, ws, full,
+                empty, scales, worker, places, STEP, KU, N, STAGES, PARTS, PLACED)),
             (_fetch, (
                 x_rows, w_rows, kb, groups, second, xs, ws, full, empty, worker, STEP, KU, STAGES, PARTS, EARLY)),
         ],
