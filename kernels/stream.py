@@ -108,7 +108,7 @@ def _two_warpgroups(
     stream_hopper.stream_units[(workers,)](
         blocks_of(x, x_rows), x_scales, blocks_of(w, 64), blocks_of(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
-        halves * half_tiles, limit, q, q_scales, half_rows, places, 3 - halves, x_rows, block, 2, s.n,
+        halves * half_tiles, limit, q, q_scales, half_rows, places, x_rows, block, 2, s.n,
         stages, of_multiplier, big, parts, SCALE_MIN, wide, places is not None, num_warps=4,
         maxnreg=per_thread, **PROGRAMMATIC,
     )  # fmt: skip

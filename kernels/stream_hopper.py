@@ -107,8 +107,8 @@ def fetch_items(
 @gluon.jit
 def _produce(
     x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws, full, empty,
-    worker, step: gl.constexpr, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
-    N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr,
+    worker, XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    BIG: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Fetch all of a worker's units, the first weights before the predecessor has ended."""
     SM: gl.constexpr = BM // PARTS
@@ -120,18 +120,18 @@ def _produce(
     early = worker * 0
     if BIG:
         for t in gl.static_range(2):
-            first = worker * 128 * step + t * sub_rows
+            first = worker * 128 + t * sub_rows
             mbarrier.expect(full.index(t), 128 * 128 * KU)
             fetch_w(big_rows, full.index(t), ws, t, first, 0, 0, 128, KU)
     else:
         early = fetch_early(
-            small_rows, kb, small_sub, ws, full, worker, step, BYTES, AT, N, KU, min(STAGES, _MOST_EARLY), PARTS
+            small_rows, kb, small_sub, ws, full, worker, 2, BYTES, AT, N, KU, min(STAGES, _MOST_EARLY), PARTS
         )  # fmt: skip
     gdc_wait()
     b, phase = worker * 0, worker * 0
     if BIG:
         for item in range(rounds):
-            at = (item * WORKERS + worker) * 128 * step
+            at = (item * WORKERS + worker) * 128
             for k in range(0, kb, KU):
                 for t in gl.static_range(2):
                     mbarrier.wait(empty.index(b), 1 - phase)  # at once in the first round
@@ -145,7 +145,7 @@ def _produce(
                 b, phase = next_stage(b, phase, STAGES)
     fetch_items(
         x_rows, small_rows, kb, groups, first_row, small_sub, xs, ws, full, empty, worker, early, b, phase,
-        step, BYTES, X_SMALL, SM, AT, N, KU, STAGES, PARTS,
+        1 if BIG else 2, BYTES, X_SMALL, SM, AT, N, KU, STAGES, PARTS,
     )  # fmt: skip
 
 
@@ -230,33 +230,30 @@ def _big_items(
 
 @gluon.jit
 def _small_product(
-    xs, ws, b, zeros, J: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr,
-    N: gl.constexpr, AT: gl.constexpr,
+    xs, ws, b, zeros, J: gl.constexpr, WG: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
+    BIG: gl.constexpr,
 ):  # fmt: skip
-    """Start the product of block J of a stage: with 64 rows one tile of the pair, with 128 both at once."""
+    """Start the product of block J of a stage: of 64 rows with one tile of the pair, or half of 128 with both."""
     x, w = xs.index(b * KU + J), ws.index(b * KU + J)
-    if BM == 128:  # a product with both reads x from shared memory once
-        x = x.slice(WG * 64, 64, 0)
-        w = w.slice(AT, 2 * N, 0)
-    else:
+    if BIG:
         x = x.slice(0, 64, 0)
-        w = w.slice(AT + WG * N, N, 0)
+        w = w.slice(64 + WG * N, N, 0)
+    else:  # a product with both reads x from shared memory once
+        x = x.slice(WG * 64, 64, 0)
     return warpgroup_mma(x, w.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _small_items(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-    limit, xs, ws, full, empty, worker, b, phase, places, step: gl.constexpr, WG: gl.constexpr,
-    BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
-    PARTS: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
+    limit, xs, ws, full, empty, worker, b, phase, places, WG: gl.constexpr, KU: gl.constexpr, N: gl.constexpr,
+    STAGES: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     """Multiply a worker's small items, from stage b of the ring on, to out."""
-    C: gl.constexpr = N * BM // 64
-    AT: gl.constexpr = 64 if BIG else 0
-    ROW: gl.constexpr = WG * 64 if BM == 128 else 0
+    C: gl.constexpr = N if BIG else 2 * N
+    ROW: gl.constexpr = 0 if BIG else WG * 64
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 32])
-    column = gl.arange(0, C, gl.SliceLayout(0, ACC)) + (WG * N if BM == 64 else 0)
+    column = gl.arange(0, C, gl.SliceLayout(0, ACC)) + (WG * N if BIG else 0)
     second = column >= N  # of the pair's tiles
     stored = M
     if PLACED:
@@ -264,11 +261,11 @@ def _small_items(
     zeros = gl.zeros([64, C], gl.float32, ACC)
     for group in range(worker, groups, WORKERS):
         a = zeros
-        row = ROW + group % PARTS * BM + gl.arange(0, 64, gl.SliceLayout(1, ACC))
-        w_row = group // PARTS * N * step
+        row = ROW + group % PARTS * 64 + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+        w_row = group // PARTS * N * (1 if BIG else 2)
         tile = (first_row + w_row) // 128
         tile2 = tile + sub_tiles
-        if step == 2:
+        if not BIG:
             tile2 = gl.minimum((first_row + w_row + small_sub) // 128, tiles - 1)
         at = scaling.scale_addresses(x_scales, w_scales, row, M, kb, tile, tile2)
         x_scale, w_scale, w_scale2 = scaling.load_scales(at, 0, kb, WIDE)
@@ -278,9 +275,9 @@ def _small_items(
             # The next stage's scales are asked for before this one is waited for.
             x_scale, w_scale, w_scale2 = scaling.load_scales(at, k + KU, kb, WIDE)
             mbarrier.wait(full.index(b), phase)
-            products = (_small_product(xs, ws, b, zeros, 0, WG, BM, KU, N, AT),)
+            products = (_small_product(xs, ws, b, zeros, 0, WG, KU, N, BIG),)
             for j in gl.static_range(1, KU):
-                products += (_small_product(xs, ws, b, zeros, j, WG, BM, KU, N, AT),)  # type: ignore[assignment]
+                products += (_small_product(xs, ws, b, zeros, j, WG, KU, N, BIG),)  # type: ignore[assignment]
             for j in gl.static_range(KU):
                 p = warpgroup_mma_wait(KU - 1 - j, deps=(products[j],))
                 if j == KU - 1:
@@ -301,9 +298,9 @@ def _small_items(
 @gluon.jit
 def _consume(
     x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub, sub_tiles,
-    tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places, step: gl.constexpr,
-    WG: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
+    tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places, WG: gl.constexpr,
+    BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BIG: gl.constexpr,
+    PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     b, phase = worker * 0, worker * 0
@@ -314,25 +311,24 @@ def _consume(
         )  # fmt: skip
     _small_items(
         x_scales, w_scales, out, out_stride, out_sub, M, kb, groups, first_row, small_sub, sub_tiles, tiles,
-        limit, xs, ws, full, empty, worker, b, phase, places, step, WG, BM // PARTS, KU, N, STAGES, BIG, PARTS,
-        WIDE, PLACED,
+        limit, xs, ws, full, empty, worker, b, phase, places, WG, KU, N, STAGES, BIG, PARTS, WIDE, PLACED,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "kb", "groups", "sub_tiles", "tiles"])
 def stream_units(
     x_rows, x_scales, big_rows, small_rows, w_scales, out, out_stride, out_sub, M, kb, rounds, groups,
-    first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, places, STEP: gl.constexpr,
-    XR: gl.constexpr, BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr,
-    PLACED: gl.constexpr,
+    first_row, sub_rows, small_sub, sub_tiles, tiles, limit, q, q_scales, hidden, places, XR: gl.constexpr,
+    BM: gl.constexpr, KU: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    BIG: gl.constexpr, PARTS: gl.constexpr, MIN: gl.constexpr, WIDE: gl.constexpr, PLACED: gl.constexpr,
 ):  # fmt: skip
     """Products of x [M, K] with the rows of w; x_rows, big_rows, small_rows: descriptors of blocks of x and w.
 
-    Groups are numbered along the first tile of the pair (STEP 1: gate, the second is sub_rows further) or along both
-    (STEP 2). Small items start at first_row; their sums go to out, row r's at r * out_stride, the second tile's out_sub
-    further. Big items, of gate and up alone, go to q and q_scales. WIDE: scales may be loaded 16 bytes at a time.
-    PLACED (STEP 2): the first places[0] rows go where `stage.stage` noted it in `places`, and others nowhere.
+    BIG: of gate and up; items are numbered along the first tile of the pair, gate, and the second is sub_rows further.
+    Big ones go to q and q_scales, then come small ones, from first_row on. Else there are small ones of neighbours
+    alone. Small ones' sums go to out, row r's at r * out_stride, up's out_sub further. WIDE: scales may be loaded 16
+    bytes at a time. PLACED (not BIG): the first places[0] rows go where `stage.stage` noted it in `places`, and others
+    nowhere.
     """
     worker = gl.program_id(0)
     gdc_launch_dependents()
@@ -359,14 +355,14 @@ def stream_units(
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places,
-                STEP, 0, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
+                0, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
             (_consume, (
                 x_scales, w_scales, out, out_stride, out_sub, M, kb, rounds, groups, first_row, small_sub,
                 sub_tiles, tiles, limit, q, q_scales, hidden, xs, ws, full, empty, peaks, met, worker, places,
-                STEP, 1, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
+                1, BM, KU, N, STAGES, BIG, PARTS, MIN, WIDE, PLACED)),
             (_produce, (
                 x_rows, big_rows, small_rows, kb, rounds, groups, first_row, sub_rows, small_sub, xs, ws,
-                full, empty, worker, STEP, XR, BM, KU, N, STAGES, BIG, PARTS)),
+                full, empty, worker, XR, BM, KU, N, STAGES, BIG, PARTS)),
         ],
         [4, 1],
         [REGISTERS, 24],
