@@ -143,9 +143,8 @@ def stream_expert(
     whole = make(-(-m // 64) * 64, hidden, dtype=torch.float8_e4m3fn)
     q, q_scales = whole[:m], make(m, -(-hidden // 128))
     done = share(2 * hidden, 2).first_row  # columns of q that the first launch finishes
-    left = make(
-        m, hidden if done == 0 else 2 * (hidden - done)
-    )  # SwiGLU of all, or gate and up of the rest
+    # SwiGLU of all columns, or gate and up of the rest
+    left = make(m, hidden if done == 0 else 2 * (hidden - done))
     _multiply(rows, scales, gate_up, gate_up_scales, left, 2, q, q_scales)
     if done == 0:
         quantise_into(left, q, q_scales)
