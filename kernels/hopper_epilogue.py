@@ -1,4 +1,4 @@
-"""What becomes of products in registers (stream_hopper): scaled sums, SwiGLU, quantisation; for Hopper in Gluon."""
+"""What becomes of products in registers: scaled sums, SwiGLU, quantisation; for Hopper in Gluon."""
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon

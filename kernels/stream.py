@@ -21,6 +21,7 @@ STREAM_ROWS = 128  # above, a product is bound by arithmetic
 WORKERS = 132  # SMs of an H100 or H200
 _SHARED = 225 << 10  # bytes of shared memory for the ring
 _SCALES = 8 << 10  # of these for scales, with one warpgroup
+_COLUMNS = 2  # blocks of 128 columns in a stage of two warpgroups, as many as hopper_scales.load_scales brings
 
 
 class Share(NamedTuple):
@@ -95,7 +96,7 @@ def _two_warpgroups(
     parts = 2 if m > 64 and big else 1
     s = share(num_rows, halves, parts)
     block, x_rows = 64 if m <= 64 else 128, 16 if m <= 16 else 32
-    stages = min(8, _SHARED // (2 * 128 * (128 if big else block + 2 * s.n)))
+    stages = min(8, _SHARED // (_COLUMNS * 128 * (128 if big else block + 2 * s.n)))
     per_thread, of_multiplier = (168, 240) if block == 128 and (big or s.n == 64) else (128, 176)
     wide = not (kb % 2 or x_scales.data_ptr() % 8 or w_scales.data_ptr() % 8)
     if big:
@@ -108,7 +109,7 @@ def _two_warpgroups(
     stream_hopper.stream_units[(workers,)](
         blocks_of(x, x_rows), x_scales, blocks_of(w, 64), blocks_of(w, s.n), w_scales, out, out.stride(0),
         out_sub, m, kb, s.rounds, s.groups, s.first_row, sub_rows, small_sub, sub_tiles,
-        halves * half_tiles, limit, q, q_scales, half_rows, places, x_rows, block, 2, s.n,
+        halves * half_tiles, limit, q, q_scales, half_rows, places, x_rows, block, _COLUMNS, s.n,
         stages, of_multiplier, big, parts, SCALE_MIN, wide, places is not None, num_warps=4,
         maxnreg=per_thread, **PROGRAMMATIC,
     )  # fmt: skip

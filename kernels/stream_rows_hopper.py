@@ -29,7 +29,7 @@ from kernels.hopper import barrier, tell, view
 from kernels.hopper_epilogue import add_scaled, row_places, store_wide, swiglu
 from kernels.stream_hopper import WORKERS, fetch_early, fetch_items, next_stage
 
-CHUNK = gl.constexpr(16)  # blocks whose scales lie in shared memory
+CHUNK = gl.constexpr(16)  # blocks whose scales lie in shared memory together
 
 
 @gluon.jit
@@ -53,13 +53,13 @@ def _fetch(
 
 
 @gluon.jit
-def _scales_of_rows(at, block, kb):
-    """Scales [blocks, rows], zero behind K."""
+def _row_chunk(at, block, kb):
+    """Scales of rows of x [blocks, rows], zero behind K."""
     return gl.load(at + block[:, None], mask=(block < kb)[:, None], other=0.0)
 
 
 @gluon.jit
-def _scales_of_tiles(w_scales, row, second, sub_tiles, tiles, block, kb, STEP: gl.constexpr):
+def _tile_chunks(w_scales, row, second, sub_tiles, tiles, block, kb, STEP: gl.constexpr):
     """Scales [blocks] of both tiles of the item whose first begins at `row`, zero behind K."""
     tile = row // 128
     tile2 = tile + sub_tiles
@@ -155,13 +155,13 @@ def _multiply(
     block = gl.arange(0, CHUNK, gl.SliceLayout(1, LOAD))
     is_second = gl.arange(0, 64 if TURNED else C, WEIGHTS) >= N
     first = worker % PARTS * T
-    w, w2 = _scales_of_tiles(
+    w, w2 = _tile_chunks(
         w_scales, worker // PARTS * N * STEP, second, sub_tiles, tiles, block, kb, STEP
     )
     gdc_wait()
     row = first + gl.arange(0, T, gl.SliceLayout(0, LOAD))
     x_at = x_scales + (gl.minimum(row, M - 1) * kb)[None, :]
-    x = _scales_of_rows(x_at, block, kb)
+    x = _row_chunk(x_at, block, kb)
     stored = M
     if PLACED:
         stored = gl.minimum(M, gl.load(places).to(gl.int32))
@@ -179,8 +179,8 @@ def _multiply(
                 more = k + CHUNK < kb
                 item = gl.where(more, group, gl.minimum(group + WORKERS, groups - 1))
                 ahead = block + gl.where(more, k + CHUNK, 0)
-                x = _scales_of_rows(x_at, ahead, kb)
-                w, w2 = _scales_of_tiles(
+                x = _row_chunk(x_at, ahead, kb)
+                w, w2 = _tile_chunks(
                     w_scales, item // PARTS * N * STEP, second, sub_tiles, tiles, ahead, kb, STEP
                 )
             mbarrier.wait(full.index(b), phase)
