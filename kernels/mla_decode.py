@@ -136,11 +136,12 @@ def _add_splits(
     tl.store(OUT + row * LATENT + latent, acc / total)
 
 
-def _hopper_inputs(queries: Tensor, cache: Tensor, rope: int) -> tuple[object, ...]:
-    """Queries and cache as mla_decode_hopper.decode_blocks takes them."""
+def _hopper_inputs(queries: Tensor, cache: Tensor, out: Tensor, rope: int) -> tuple[object, ...]:
+    """Queries, cache and output as mla_decode_hopper.decode_blocks takes them."""
     rows = queries.view(-1, queries.shape[2])
     halves = cache.view(torch.bfloat16).flatten(0, 1)
-    others = blocks_of(halves, 64, rope), blocks_of(rows, 64, 256), blocks_of(rows, 64, rope)
+    outs = blocks_of(out.flatten(0, 1), 64, 256)
+    others = blocks_of(halves, 64, rope), blocks_of(rows, 64, 256), blocks_of(rows, 64, rope), outs
     if cache.dtype is torch.uint8:
         words = cache.view(torch.int32).flatten(0, 1)
         return (blocks_of(words, 64, 32, dtype=gl.int32), *others, cache.view(torch.float32))
@@ -172,9 +173,19 @@ def mla_decode_paged(
     sizes = (page_table.shape[1], splits)
     page = cache.shape[1]
     if latent == mla_decode_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
-        inputs = _hopper_inputs(queries, cache, rope)
+        inputs = _hopper_inputs(queries, cache, out, rope)
         mla_decode_hopper.decode_blocks[triton.cdiv(heads, 2 * _HEADS), splits, requests](
-            *inputs, *given, *sizes, rope, page, SPLIT_TOKENS, fp8, num_warps=4, maxnreg=168
+            *inputs,
+            page_table,
+            context,
+            *given[3:],
+            *sizes,
+            rope,
+            page,
+            SPLIT_TOKENS,
+            fp8,
+            num_warps=4,
+            maxnreg=168,
         )
     else:
         shape = (latent, rope, page, SPLIT_TOKENS)

@@ -15,12 +15,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from kernels import hopper
-from kernels.hopper import arrive, barrier, load_block, tell, view
+from kernels.hopper import arrive, barrier, load_block, store_block, tell, view
 from kernels.mla_decode_fetch import BARS_AT, FREE, MET, RAW, READY, WEIGHTS_AT, fetch, place
 
 LATENTS = 512
@@ -30,6 +31,8 @@ MAXIMUM, WEIGHTS, TOTALS, IN_F16 = (gl.constexpr(i) for i in (0, 2, 4, 6))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))  # of bf16 or f16
+# powers of two by which scores may exceed what their row is scaled by: sums are seldom multiplied then (FlashAttention-4)
+SLACK = gl.constexpr(8.0)
 ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
 
@@ -93,9 +96,22 @@ def _clear_block(
         barrier()
 
 
+# A thread has 128 sums, of two rows; a warp whose rows' factors are all 1 multiplies nothing.
+_MULTIPLY = gl.constexpr(
+    "{ .reg .pred p, q; setp.ne.f32 p, $256, 0f3F800000; setp.ne.f32 q, $258, 0f3F800000; or.pred p, p, q; "
+    "vote.sync.any.pred p, p, 0xffffffff; @!p bra done; "
+    + " ".join(f"mul.rn.f32 ${i}, ${i}, ${i + 256};" for i in range(128))
+    + " done: }"
+)
+_SUMS = gl.constexpr(",".join(["=f"] * 128 + [str(i) for i in range(128)] + ["f"] * 128))
+
+
 @gluon.jit
 def _times(acc, factor):
-    return acc * gl.convert_layout(factor, gl.SliceLayout(1, SUMS))[:, None]
+    by = gl.convert_layout(factor, gl.SliceLayout(1, SUMS))[:, None]
+    return gl.inline_asm_elementwise(
+        _MULTIPLY, _SUMS, [acc, by], dtype=gl.float32, is_pure=False, pack=128
+    )
 
 
 @gluon.jit
@@ -111,11 +127,11 @@ def _step(
         column = gl.arange(0, 64, gl.SliceLayout(0, SCORES))
         scores = gl.where((column < left)[None, :], scores, float("-inf"))
     highest = gl.max(scores, 1) * scale2
+    new = maximum
     if ODD:
         mbarrier.wait(bars.index(MET + MAXIMUM), phase)
-        new = gl.maximum(maxima.index(0).load(ROWS), highest)
-    else:
-        new = gl.maximum(maximum, highest)
+        new = maxima.index(0).load(ROWS)
+    new = gl.where(highest > new + SLACK, highest, new)
     maxima.index(ODD).store(new)
     tell(bars.index(MET + MAXIMUM + ODD))
     shrink = gl.exp2(maximum - new)
@@ -181,7 +197,7 @@ def _attend(
     hopper.meet()
     both = hopper.of_both()
     q, qr, keys, ropes, _, maxima = held
-    out, partial, lse, row, part, whole, has_heads = to
+    outs, partial, lse, row, part, whole, has_heads = to
     left = end - start - 64 * ODD
     zero = _zero()
     mbarrier.wait(bars.index(READY + QUERIES), 0)
@@ -217,7 +233,12 @@ def _attend(
     at = head[:, None] * 512 + column[None, :]
     if has_heads:
         if whole:
-            gl.store(out + row * 512 + at, acc.to(gl.bfloat16))
+            rows = keys.index(ODD)  # which this warpgroup was the last to read
+            view(rows, gl.bfloat16, [64, 256], TILE).store(acc.to(gl.bfloat16))
+            fence_async_shared()
+            barrier()
+            store_block(outs, [row, ODD * 256], view(rows, gl.bfloat16, [64, 256], TILE))
+            tma.store_wait(0)
         else:
             gl.store(partial + part * 512 + at, acc)
             if not ODD:
@@ -226,7 +247,7 @@ def _attend(
 
 @hopper.paired()
 def decode_blocks(
-    entries, rotated, queries, query_ropes, scales, table, contexts, out, partial, lse, scale2, heads,
+    entries, rotated, queries, query_ropes, outs, scales, table, contexts, partial, lse, scale2, heads,
     table_width, max_splits, ROPE: gl.constexpr, PAGE: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """As `_decode`; entries, rotated, queries, query_ropes are descriptors of blocks of 64 x 256, ROPE, 256, ROPE.
@@ -264,7 +285,7 @@ def decode_blocks(
         table += request * table_width
         part = (request * max_splits + split).to(gl.int64) * heads + block * 64
         # of an odd number of blocks the last one's neighbour fetches, and computes what nobody asked for
-        to = out, partial, lse, row.to(gl.int64), part, context <= SPLIT, block * 64 < heads
+        to = outs, partial, lse, row, part, context <= SPLIT, block * 64 < heads
         held = view(q, KIND, [2, 64, 256], TILE), qr, keys, ropes, weights, maxima
         source = entries, rotated, scales, table
         if FP8:
