@@ -208,6 +208,16 @@ def load_row(source, to, ready, NBYTES: gl.constexpr):
 
 
 @gluon.jit
+def prefetch(source, NBYTES: gl.constexpr):
+    """Ask for NBYTES (a multiple of 16) from a pointer into L2, from warps the first of which is a multiple of them."""
+    _ptx(
+        """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, $3; setp.eq.u32 p, t, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""", "=r,l,r,r",
+        [source, NBYTES, 32 * gl.num_warps() - 1],
+    )  # fmt: skip
+
+
+@gluon.jit
 def at_byte(at):
     """The fp32 number at byte `at` of shared memory, read here and not before a `wait` above."""
     return gl.inline_asm_elementwise(

@@ -74,7 +74,7 @@ def _attend(q, qr, keys, rotated, ok, scale2, maximum, total, acc):
 
 @triton.jit
 def _decode(
-    Q, CACHE, TABLE, CONTEXT, OUT, PARTIAL, LSE, scale2, heads, table_width, max_splits,
+    Q, CACHE, OUT, TABLE, CONTEXT, PARTIAL, LSE, scale2, heads, table_width, max_splits,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
     FP8: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def _hopper_inputs(queries: Tensor, cache: Tensor, out: Tensor, rope: int) -> tu
     if cache.dtype is torch.uint8:
         words = cache.view(torch.int32).flatten(0, 1)
         return (blocks_of(words, 64, 32, dtype=gl.int32), *others, cache.view(torch.float32))
-    return (blocks_of(halves, 64, 256), *others, None)
+    return (blocks_of(halves, 64, 256), *others, halves)
 
 
 def mla_decode_paged(
@@ -169,28 +169,17 @@ def mla_decode_paged(
     kept = (requests * splits * heads) if splits > 1 else 1
     partial = torch.empty(kept, latent, device=queries.device)
     lse = torch.empty(kept, device=queries.device)
-    given = (page_table, context, out, partial, lse, scale * _LOG2_E, heads)
-    sizes = (page_table.shape[1], splits)
+    given = (page_table, context, partial, lse, scale * _LOG2_E, heads, page_table.shape[1], splits)
     page = cache.shape[1]
     if latent == mla_decode_hopper.LATENTS and rope <= 64 and not (page % 64 or heads % _HEADS):
         inputs = _hopper_inputs(queries, cache, out, rope)
         mla_decode_hopper.decode_blocks[triton.cdiv(heads, 2 * _HEADS), splits, requests](
-            *inputs,
-            page_table,
-            context,
-            *given[3:],
-            *sizes,
-            rope,
-            page,
-            SPLIT_TOKENS,
-            fp8,
-            num_warps=4,
-            maxnreg=168,
+            *inputs, *given, rope, page, SPLIT_TOKENS, fp8, num_warps=4, maxnreg=168
         )
     else:
         shape = (latent, rope, page, SPLIT_TOKENS)
         _decode[triton.cdiv(heads, _HEADS), splits, requests](
-            queries, cache, *given, *sizes, *shape, fp8, _HEADS, 32, 3, num_warps=8, num_stages=3
+            queries, cache, out, *given, *shape, fp8, _HEADS, 32, 3, num_warps=8, num_stages=3
         )
     if splits > 1:
         _add_splits[(heads, requests)](

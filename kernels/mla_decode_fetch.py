@@ -34,6 +34,13 @@ def _entry(table, token, end, PAGE: gl.constexpr):
 
 
 @gluon.jit
+def _prefetch_block(cache, entry, WIDTH: gl.constexpr):
+    """Ask for half of a block of 64 entries into L2, in one piece; the other program asks for the other half."""
+    at = cache + (entry + gl.program_id(0) % 2 * 32).to(gl.int64) * WIDTH
+    hopper.prefetch(at, 32 * WIDTH * (cache.dtype.element_ty.primitive_bitwidth // 8))
+
+
+@gluon.jit
 def _fetch_half(bars, entry, step, HALF: gl.constexpr):
     """Fetch 128 of the 256 latents of half a block for both programs."""
     at = place(HALF, step & 1, False)
@@ -56,8 +63,10 @@ def _fetch_rope(
 
 
 @gluon.jit
-def _fetch_bf16(rotated, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr):
-    """Fetch a split, in the order in which places become free."""
+def _fetch_bf16(
+    rotated, cache, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr
+):
+    """Fetch a split, in the order in which places become free; a block is in L2 when its place is."""
     entry0 = _entry(table, start, end, PAGE)
     entry1 = _entry(table, start + 64, end, PAGE)
     for step in range(gl.cdiv(end - start, 128)):
@@ -65,16 +74,18 @@ def _fetch_bf16(rotated, ropes, bars, table, start, end, PAGE: gl.constexpr, ROP
         next1 = _entry(table, start + step * 128 + 192, end, PAGE)
         _fetch_half(bars, entry0, step, 0)
         _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, 512)
+        _prefetch_block(cache, entry1, 512 + ROPE)
         _fetch_half(bars, entry0, step, 1)
         _fetch_half(bars, entry1, step, 3)
         _fetch_half(bars, entry1, step, 2)
         _fetch_rope(rotated, ropes, bars, entry1, step, 1, ROPE, 512)
+        _prefetch_block(cache, next0, 512 + ROPE)
         entry0, entry1 = next0, next1
 
 
 @gluon.jit
 def _ask(
-    entries, scales, quarters, bars, entry, left, step, HALF: gl.constexpr, WIDTH: gl.constexpr
+    entries, cache, quarters, bars, entry, left, step, HALF: gl.constexpr, WIDTH: gl.constexpr
 ):
     """Fetch 128 latents of half a block in e4m3 into the second half of their place; return their scales [64]."""
     cta = gl.program_id(0) % 2
@@ -83,7 +94,7 @@ def _ask(
     to = quarters.index(4 * HALF + 2 * cta + 1)
     load_block(entries, [entry, HALF % 2 * 64 + cta * 32], bars.index(RAW + HALF), to)
     row = gl.arange(0, 64, gl.SliceLayout(1, BYTES))
-    at = scales + (entry + row).to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2 + cta
+    at = cache + (entry + row).to(gl.int64) * (WIDTH // 4) + 128 + HALF % 2 * 2 + cta
     return gl.load(at, mask=row < left, other=0.0)
 
 
@@ -124,7 +135,7 @@ def _scale_half(places, quarters, scale, left, bars, step, HALF: gl.constexpr):
 
 @gluon.jit
 def _fetch_fp8(
-    entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr,
+    entries, rotated, cache, keys, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
     """Fetch a split of an FP8 cache, in the order in which places become free."""
     WIDTH: gl.constexpr = 512 + 16 + 2 * ROPE
@@ -137,17 +148,19 @@ def _fetch_fp8(
         left = end - start - step * 128
         next0 = _entry(table, start + step * 128 + 128, end, PAGE)
         next1 = _entry(table, start + step * 128 + 192, end, PAGE)
-        a = _ask(entries, scales, quarters, bars, entry0, left, step, 0, WIDTH)
-        b = _ask(entries, scales, quarters, bars, entry0, left, step, 1, WIDTH)
+        a = _ask(entries, cache, quarters, bars, entry0, left, step, 0, WIDTH)
+        b = _ask(entries, cache, quarters, bars, entry0, left, step, 1, WIDTH)
         _scale_half(places, quarters, a, left, bars, step, 0)
         # before places of the odd block: where this one is the last, the even warpgroup frees them behind clearing it
         _fetch_rope(rotated, ropes, bars, entry0, step, 0, ROPE, WIDTH // 2 - ROPE)
-        c = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 2, WIDTH)
-        d = _ask(entries, scales, quarters, bars, entry1, left - 64, step, 3, WIDTH)
+        c = _ask(entries, cache, quarters, bars, entry1, left - 64, step, 2, WIDTH)
+        d = _ask(entries, cache, quarters, bars, entry1, left - 64, step, 3, WIDTH)
         _scale_half(places, quarters, b, left, bars, step, 1)
         _scale_half(places, quarters, d, left - 64, bars, step, 3)
         _scale_half(places, quarters, c, left - 64, bars, step, 2)
         _fetch_rope(rotated, ropes, bars, entry1, step, 1, ROPE, WIDTH // 2 - ROPE)
+        _prefetch_block(cache, next0, WIDTH // 4)
+        _prefetch_block(cache, next1, WIDTH // 4)
         entry0, entry1 = next0, next1
 
 
@@ -157,12 +170,12 @@ def fetch(
 ):  # fmt: skip
     """Fetch keys of a split: arguments as mla_decode_hopper.decode_blocks has them."""
     hopper.meet()
-    entries, rotated, scales, table = source
+    entries, rotated, cache, table = source
     _, _, keys, ropes, _, _ = held
     if FP8:
-        _fetch_fp8(entries, rotated, scales, keys, ropes, bars, table, start, end, PAGE, ROPE)
+        _fetch_fp8(entries, rotated, cache, keys, ropes, bars, table, start, end, PAGE, ROPE)
     else:
-        _fetch_bf16(rotated, ropes, bars, table, start, end, PAGE, ROPE)
+        _fetch_bf16(rotated, cache, ropes, bars, table, start, end, PAGE, ROPE)
     last = gl.cdiv(end - start, 128) - 1
     # The other program arrives here, when all that it was sent is there: this one stays.
     mbarrier.wait(bars.index(FREE + 0), last & 1)

@@ -31,7 +31,8 @@ MAXIMUM, WEIGHTS, TOTALS, IN_F16 = (gl.constexpr(i) for i in (0, 2, 4, 6))
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))  # of bf16 or f16
-# powers of two by which scores may exceed what their row is scaled by: sums are seldom multiplied then (FlashAttention-4)
+# Powers of two by which scores may exceed what their row is scaled by, so that sums are seldom multiplied
+# (FlashAttention-4).
 SLACK = gl.constexpr(8.0)
 ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
@@ -247,12 +248,12 @@ def _attend(
 
 @hopper.paired()
 def decode_blocks(
-    entries, rotated, queries, query_ropes, outs, scales, table, contexts, partial, lse, scale2, heads,
+    entries, rotated, queries, query_ropes, outs, cache, table, contexts, partial, lse, scale2, heads,
     table_width, max_splits, ROPE: gl.constexpr, PAGE: gl.constexpr, SPLIT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """As `_decode`; entries, rotated, queries, query_ropes are descriptors of blocks of 64 x 256, ROPE, 256, ROPE.
 
-    Entries of an FP8 cache are blocks of 64 x 32 int32, its scales the same memory in fp32.
+    Entries of an FP8 cache are blocks of 64 x 32 int32; `cache` is a pointer to the same memory, of fp32, else of bf16.
     """
     ROPES: gl.constexpr = gl.NVMMASharedLayout(2 * ROPE, 16, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -287,7 +288,7 @@ def decode_blocks(
         # of an odd number of blocks the last one's neighbour fetches, and computes what nobody asked for
         to = outs, partial, lse, row, part, context <= SPLIT, block * 64 < heads
         held = view(q, KIND, [2, 64, 256], TILE), qr, keys, ropes, weights, maxima
-        source = entries, rotated, scales, table
+        source = entries, rotated, cache, table
         if FP8:
             gl.warp_specialize(
                 [(_attend, (held, bars, to, scale2, start, end, 0, FP8, ROPE)),

@@ -1,5 +1,7 @@
 """Triton kernels on a GPU against the references and float64: fresh inputs, odd shapes, outliers, poisoned outputs."""
 
+import math
+
 import pytest
 import torch
 from ffn_cases import error, exact, expert, rows
@@ -462,6 +464,25 @@ def test_an_fp8_cache_is_multiplied_within_the_range_of_f16(size):
         assert got.isnan().all()  # and no wrong number
     else:
         assert error(got, expected.double()) < BF16
+
+
+@on_gpu
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("climb", [-9.0, 0.5, 7.0, 9.0])
+def test_decode_where_scores_climb(climb, fp8):
+    """By that many powers of two from one block of keys to the next: sums are scaled anew at once, late, or seldom."""
+    latent, tokens, page = 512, 1000, 64
+    entries, queries = torch.randn(tokens, latent + 64), torch.randn(1, 128, latent + 64) * 0.05
+    entries[:, -1], queries[..., -1] = climb * (torch.arange(tokens) // 64), 1.0
+    width, kind = (latent + 144, torch.uint8) if fp8 else (latent + 64, torch.bfloat16)
+    cache = torch.zeros(16, page, width, dtype=kind)
+    ref_paged.cache_write(entries.bfloat16(), cache, torch.arange(tokens), latent=latent)
+    table, context = torch.arange(16).int()[None], torch.tensor([tokens], dtype=torch.int32)
+    place = {"scale": math.log(2), "latent": latent, "max_context": 1024}
+    args = queries.bfloat16(), cache, table, context
+    expected = ref_paged.mla_decode_paged(queries.bfloat16().float(), *args[1:], **place)
+    got = ops.mla_decode_paged(*(a.cuda() for a in args), **place).cpu()
+    assert error(got, expected.double()) < BF16
 
 
 @on_gpu
