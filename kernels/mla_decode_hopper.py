@@ -4,8 +4,9 @@ As `_decode` of mla_decode, for latents of 512, pages of a multiple of 64 tokens
 are a cluster of two programs that fetch keys together. A program holds 64 queries and a pair of blocks in shared
 memory. The even warpgroup scores a pair's first block and sums the left half of the latents, the odd one scores the
 second and sums the right half; each leaves its weights to the other, so that one's softmax hides behind the other's
-products. The running maximum goes from even to odd and back: a warpgroup shrinks its sums to the other's maximum before
-it adds the other's block. The schedule is FlashMLA's ("seesaw").
+products. What scores are scaled by, a maximum so far, goes from even to odd and back: where it has changed, which is
+seldom (SLACK), a warpgroup shrinks its sums to it before it adds the other's block. The schedule is FlashMLA's
+("seesaw").
 
 Halves of the keys are numbered block * 2 + half, rotated keys 4 + block. An FP8 cache's become f16, by four more warps.
 """
@@ -32,7 +33,7 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))  # of bf16 or f16
 # Powers of two by which scores may exceed what their row is scaled by, so that sums are seldom multiplied
-# (FlashAttention-4).
+# (FlashAttention-4): a weight is at most 256, and 4,096 of them, times a latent, are far from fp32's end.
 SLACK = gl.constexpr(8.0)
 ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
