@@ -209,7 +209,7 @@ def load_row(source, to, ready, NBYTES: gl.constexpr):
 
 @gluon.jit
 def prefetch(source, NBYTES: gl.constexpr):
-    """Ask for NBYTES (a multiple of 16) from a pointer into L2, from warps the first of which is a multiple of them."""
+    """From 1 or 4 warps that begin at a multiple of that, ask for NBYTES (a multiple of 16) from a pointer into L2."""
     _ptx(
         """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, $3; setp.eq.u32 p, t, 0;
         @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""", "=r,l,r,r",

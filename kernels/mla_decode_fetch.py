@@ -66,7 +66,7 @@ def _fetch_rope(
 def _fetch_bf16(
     rotated, cache, ropes, bars, table, start, end, PAGE: gl.constexpr, ROPE: gl.constexpr
 ):
-    """Fetch a split, in the order in which places become free; a block is in L2 when its place is."""
+    """Fetch a split, in the order in which places become free; by then a block is in L2."""
     entry0 = _entry(table, start, end, PAGE)
     entry1 = _entry(table, start + 64, end, PAGE)
     for step in range(gl.cdiv(end - start, 128)):
