@@ -235,11 +235,12 @@ def _attend(
     at = head[:, None] * 512 + column[None, :]
     if has_heads:
         if whole:
-            rows = keys.index(ODD)  # which this warpgroup was the last to read
-            view(rows, gl.bfloat16, [64, 256], TILE).store(acc.to(gl.bfloat16))
+            # over keys that this warpgroup was the last to read
+            rows = view(keys.index(ODD), gl.bfloat16, [64, 256], TILE)
+            rows.store(acc.to(gl.bfloat16))
             fence_async_shared()
             barrier()
-            store_block(outs, [row, ODD * 256], view(rows, gl.bfloat16, [64, 256], TILE))
+            store_block(outs, [row, ODD * 256], rows)
             tma.store_wait(0)
         else:
             gl.store(partial + part * 512 + at, acc)
