@@ -74,6 +74,24 @@ def store_hidden(
 
 
 @gluon.jit
+def quantise_rest(
+    left, q, q_scales, width, blocks, first_block, block, first_row, M, MIN: gl.constexpr
+):
+    """Quantise 32 rows of a block of 128 columns of left [M, width - 128 * first_block] fp32, to q and its scales."""
+    # a row of a warp
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
+    row = first_row + gl.arange(0, 32, gl.SliceLayout(1, LAYOUT))
+    column = block * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
+    rest = width - first_block * 128
+    ok = (row < M)[:, None] & (column < rest)[None, :]
+    x = gl.load(left + row[:, None] * rest + column[None, :], mask=ok, other=0.0)
+    scale = _block_scale(_magnitude(x), MIN)
+    at = q + first_block * 128 + row[:, None] * width + column[None, :]
+    gl.store(at, _quotients(x, scale).to(gl.float8e4nv), mask=ok)
+    gl.store(q_scales + row * blocks + first_block + block, scale, mask=row < M)
+
+
+@gluon.jit
 def row_places(out, stride, places, row, ok, PLACED: gl.constexpr):
     """Where rows of out begin, in its elements, multiples of 8: by stride or, anywhere, as `stage.stage` noted it."""
     if PLACED:

@@ -1,8 +1,7 @@
 """Few-row FP8 products for Hopper, in Gluon, where items are small: one warp fetches, one warpgroup multiplies.
 
-As in stream_hopper every worker has its own weight rows over the whole of K, an item is a pair of tiles of N rows, and
-a stage of the ring holds KU blocks of 128 columns of both and of x. With few rows an H200 brings weights faster than
-they were multiplied, so:
+An item is a pair of weight tiles of N rows, gate and up of the same columns or neighbours; a stage of the ring holds KU
+blocks of 128 columns of both and of x. With few rows an H200 brings weights faster than they were multiplied, so:
 
 - up to 32 rows of x are the columns of a product, whose 64 rows are weights. Were x its rows, of which there are 64 in
   any product, most of what it reads from shared memory would be none. 64 rows of x are its rows, both tiles its
@@ -27,7 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.hopper import barrier, tell, view
 from kernels.hopper_epilogue import add_scaled, row_places, store_wide, swiglu
-from kernels.stream_hopper import WORKERS, fetch_early, fetch_items, next_stage
+from kernels.stream_fetch_hopper import WORKERS, fetch_early, fetch_items, next_stage
 
 CHUNK = gl.constexpr(16)  # blocks whose scales lie in shared memory together
 
@@ -42,13 +41,12 @@ def _fetch(
     T: gl.constexpr = xs.shape[1]
     BYTES: gl.constexpr = (T + 2 * N) * 128 * KU
     early = fetch_early(
-        w_rows, kb, second, ws, full, worker, STEP, BYTES, 0, N, KU, min(STAGES, EARLY), PARTS
+        w_rows, kb, second, ws, full, worker, STEP, BYTES, N, KU, min(STAGES, EARLY), PARTS
     )
     gdc_wait()
-    b, phase, first_row = worker * 0, worker * 0, worker * 0
+    gdc_launch_dependents()  # not before: stream_hidden_hopper's programs take x to be there
     fetch_items(
-        x_rows, w_rows, kb, groups, first_row, second, xs, ws, full, empty, worker, early, b, phase, STEP,
-        BYTES, T, T, 0, N, KU, STAGES, PARTS,
+        x_rows, w_rows, kb, groups, second, xs, ws, full, empty, worker, early, STEP, BYTES, N, KU, STAGES, PARTS
     )  # fmt: skip
 
 
@@ -227,7 +225,6 @@ def stream_rows(
     """
     N: gl.constexpr = w_rows.block_shape[0]
     worker = gl.program_id(0)
-    gdc_launch_dependents()
     xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * KU, T, 128], x_rows.layout)
     # beside x's columns weights are the 64 rows of a product; what stands in those that there are not is never stored
     ws = gl.allocate_shared_memory(

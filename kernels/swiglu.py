@@ -32,7 +32,7 @@ def swiglu(gate, up):
 
 @triton.jit(do_not_specialize=["num_blocks", "s_row", "s_block"])
 def _swiglu_dense(
-    BOTH, Q, S, num_blocks, hidden, per_row, q_row, s_row, s_block, MIN: tl.constexpr,
+    BOTH, Q, S, num_blocks, hidden, per_row, s_row, s_block, MIN: tl.constexpr,
     G: tl.constexpr,
 ):  # fmt: skip
     after_predecessor()
@@ -45,24 +45,8 @@ def _swiglu_dense(
     gate = tl.load(BOTH + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(BOTH + at + hidden, mask=inside, other=0.0).to(tl.float32)
     q, scale = quantise_blocks(swiglu(gate, up), MIN)
-    tl.store(Q + row[:, None] * q_row + column, q, mask=inside)
+    tl.store(Q + row[:, None] * hidden + column, q, mask=inside)
     tl.store(S + row * s_row + block * s_block, scale, mask=b < num_blocks)
-
-
-def swiglu_dense_into(both: Tensor, q: Tensor, s: Tensor, first: int) -> None:
-    """SwiGLU of both [M, 2 * n] (bf16, fp32), gate first: e4m3 to columns `first` .. first + n of q, and their scales.
-
-    q [M, first + n] has stride 1 along columns, `first` is a multiple of 128; s [M, blocks] any strides.
-    """
-    num_rows, n = both.shape[0], both.shape[1] // 2
-    per_row = -(-n // 128)
-    blocks = num_rows * per_row
-    group = min(16, triton.next_power_of_2(max(1, blocks // 264)))  # fill 132 SMs twice
-    warps = group if group < 16 else 4  # a block each, where few wait long for one another
-    _swiglu_dense[(triton.cdiv(blocks, group),)](
-        both, q[:, first:], s[:, first // 128 :], blocks, n, per_row, q.stride(0), s.stride(0),
-        s.stride(1), SCALE_MIN, group, num_warps=warps, **PROGRAMMATIC,
-    )  # fmt: skip
 
 
 def swiglu_dense(both: Tensor, *, scales_by_block: bool) -> tuple[Tensor, Tensor]:
@@ -77,5 +61,11 @@ def swiglu_dense(both: Tensor, *, scales_by_block: bool) -> tuple[Tensor, Tensor
         s = torch.empty(per_row, num_rows, device=both.device).t()
     else:
         s = torch.empty(num_rows, per_row, device=both.device)
-    swiglu_dense_into(both, q, s, 0)
+    blocks = num_rows * per_row
+    group = min(16, triton.next_power_of_2(max(1, blocks // 264)))  # fill 132 SMs twice
+    warps = group if group < 16 else 4  # a block each, where few wait long for one another
+    _swiglu_dense[(triton.cdiv(blocks, group),)](
+        both, q, s, blocks, hidden, per_row, s.stride(0), s.stride(1), SCALE_MIN, group, num_warps=warps,
+        **PROGRAMMATIC,
+    )  # fmt: skip
     return q, s

@@ -139,11 +139,14 @@ from kernels import stream
 def e4m3(*shape):
     return torch.zeros(shape, dtype=torch.float8_e4m3fn)
 
-def multiply(m, rows, halves, placed=False):
-    q, out = e4m3(m, rows // halves), torch.empty(m, rows)
+def multiply(m, rows, placed=False):
     places = torch.zeros(1 + m, dtype=torch.int64) if placed else None
-    stream._multiply(e4m3(m, 512), torch.ones(m, 4), e4m3(rows, 512), torch.ones(rows // 128, 4), out, halves,
-                     q, torch.ones(m, rows // halves // 128), places)
+    stream._multiply(e4m3(m, 512), torch.ones(m, 4), e4m3(rows, 512), torch.ones(rows // 128, 4),
+                     torch.empty(m, rows).bfloat16(), places)
+
+def hidden(m, columns):
+    stream._hidden(e4m3(m, 512), torch.ones(m, 4), e4m3(2 * columns, 512), torch.ones(columns // 64, 4),
+                   e4m3(m, columns), torch.ones(m, columns // 128))
 
 """
 )
@@ -239,20 +242,19 @@ def test_prefill_for_hopper_spills_nothing_and_does_not_serialise_its_products(t
 
 
 @pytest.mark.parametrize(
-    ("kernel", "cases"),
+    ("calls", "kernels"),
     [
-        (
-            "stream_rows",
-            [(16, 4096, 2), (16, 7168, 1, True), (32, 7168, 1), (64, 4096, 2), (64, 7168, 1, True), (128, 4096, 2)],
-        ),
-        ("stream_units", [(64, 36864, 2), (128, 36864, 2), (128, 7168, 1, True)]),
+        ("multiply(16, 7168, True); multiply(32, 7168)", ["stream_rows"] * 2),
+        ("multiply(64, 7168, True); multiply(128, 7168, True)", ["stream_rows", "stream_units"]),
+        ("hidden(16, 2048); hidden(128, 2048)", ["stream_rows", "_quantise"] * 2),
+        ("hidden(64, 18432); hidden(128, 18432)", ["stream_rows", "stream_hidden"] * 2),
+        ("hidden(128, 16896)", ["stream_hidden"]),
     ],
-)  # fmt: skip
+)
 def test_few_row_products_for_hopper_spill_nothing_and_run_while_others_are_scaled(
-    kernel, cases, tmp_path
+    calls, kernels, tmp_path
 ):
-    script = STREAM + "\n".join(f"multiply{case}" for case in cases)
-    for products, waits in products_and_waits(script, tmp_path, [kernel] * len(cases)):
+    for products, waits in products_and_waits(STREAM + calls, tmp_path, kernels):
         assert waits <= products / 4  # four to a block of columns
 
 

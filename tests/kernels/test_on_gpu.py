@@ -254,11 +254,12 @@ def test_expert_against_float64(n, width, hidden, reproducible):
 
 @on_gpu
 @pytest.mark.parametrize(
-    "hidden", [2048, 8192, 18432]
-)  # one item a worker, two, some of 2 x 128 rows
-def test_reproducible_expert_has_one_order_for_any_number_of_rows(hidden):
-    weights, (q, scales) = expert(7168, hidden, device="cuda"), rows(300, 7168, device="cuda")
-    scales[2, 50] = float("nan")
+    ("width", "hidden"),  # one item a worker, two, a round of 128 columns, and what is left beside one or two
+    [(7168, 2048), (7168, 8192), (256, 16896), (256, 16960), (7168, 18432), (384, 33856)],
+)  # fmt: skip
+def test_reproducible_expert_has_one_order_for_any_number_of_rows(width, hidden):
+    weights, (q, scales) = expert(width, hidden, device="cuda"), rows(300, width, device="cuda")
+    scales[2, 1] = float("nan")
     whole = ops.expert_ffn(q, scales, *weights, reproducible=True)
     assert whole[2].isnan().all()
     assert whole.isfinite().all(1).sum() == 299

@@ -3,28 +3,28 @@
 import pytest
 
 from kernels.ops import KINDS_OF_EXPERT_ROWS
-from kernels.stream import WORKERS, share
+from kernels.stream import WORKERS, rounds_of, share
 from kernels.tile import PAIRS, tiles_pay, whole
 
 
 def spans(num_rows, halves, parts=1, widest=64):
     """(worker, first row, end) in a half, of every item; small ones once for each part of the rows of x."""
-    s = share(num_rows, halves, parts, widest)
+    rows, step = num_rows // halves, 3 - halves
+    rounds = rounds_of(rows) if halves == 2 else 0
+    for item in range(rounds * WORKERS):
+        yield item % WORKERS, item * 128, item * 128 + 128
+    begin = rounds * WORKERS * 128
+    s = share(rows - begin, halves, parts, widest)
     assert s.n <= widest
-    step = 3 - halves
-    for item in range(s.rounds):
-        for worker in range(WORKERS):
-            first = (item * WORKERS + worker) * 128 * step
-            yield worker, first, first + 128 * step
     for group in range(s.groups):
-        first = s.first_row + group // parts * s.n * step
+        first = begin + group // parts * s.n * step
         yield group % WORKERS, first, first + s.n * step
 
 
 @pytest.mark.parametrize("widest", [64, 32])
 @pytest.mark.parametrize(
     ("num_rows", "halves"),
-    [(128, 2), (384, 2), (2816, 2), (4096, 2), (36864, 2),
+    [(128, 2), (384, 2), (2816, 2), (4096, 2), (33792, 2), (36864, 2),
      (64, 1), (576, 1), (2064, 1), (7168, 1), (24576, 1), (129280, 1)],
 )  # fmt: skip
 def test_every_row_has_one_worker(num_rows, halves, widest):
@@ -36,13 +36,13 @@ def test_every_row_has_one_worker(num_rows, halves, widest):
 
 @pytest.mark.parametrize("num_rows", [128, 384, 2816, 4096, 36864])
 def test_every_row_has_one_worker_for_each_part_of_x(num_rows):
-    first_row = share(num_rows, 2).first_row  # small items begin here, whatever the parts
+    small = rounds_of(num_rows // 2) * WORKERS * 128  # these have all rows of x
     taken = sorted(
         row
         for _, first, end in spans(num_rows, 2, parts=2)
         for row in range(first, min(end, num_rows // 2))
     )
-    assert taken == sorted([*range(num_rows // 2), *range(first_row, num_rows // 2)])
+    assert taken == sorted([*range(num_rows // 2), *range(small, num_rows // 2)])
 
 
 @pytest.mark.parametrize(
