@@ -1,7 +1,8 @@
 """Programmatic dependent launches: a kernel starts while its predecessor ends, which hides the launch.
 
 A kernel launched with PROGRAMMATIC calls `after_predecessor` before it touches any memory: its programs are in place
-when the predecessor has ended. What a kernel wrote is seen by the next one, and by those after it.
+when the predecessor has ended. What a kernel wrote is seen by the next one, and by those after it. A kernel that lets
+its dependents come only behind that wait spares them theirs for what came before it (stream_hidden_hopper).
 """
 
 from typing import Any
