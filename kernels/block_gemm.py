@@ -1,7 +1,7 @@
 """FP8 matrix products with 1x128 activation scales and 128x128 weight scales, for few and for many rows.
 
 A row's product with a weight row is added up in ascending blocks of 128 columns, in fp32, each block after scaling. The
-kernel for few rows (stream_hopper) has the same order: a row's bits depend on neither their number nor the kernel.
+kernels for few rows (stream_*_hopper) have the same order: a row's bits depend on neither their number nor the kernel.
 """
 
 import triton

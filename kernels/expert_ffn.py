@@ -2,7 +2,7 @@
 
 Three regimes, chosen by the number of rows alone; within each a row's bits depend on no other row:
 
-- up to `STREAM_ROWS` rows, reading the weights is all the work: `stream_expert`, three launches that begin to
+- up to `STREAM_ROWS` rows, reading the weights is all the work: `stream_expert`, two or three launches that begin to
   read before their predecessor has ended;
 - where there are tiles for all SMs, `tile_expert`, with SwiGLU and requantisation in the first product;
 - between, torch's block-scaled scaled_mm, with SwiGLU and requantisation in one launch.

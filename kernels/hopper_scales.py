@@ -1,4 +1,4 @@
-"""Scales of products (stream_hopper), loaded a stage ahead, or more and kept in lanes; for Hopper in Gluon.
+"""Scales of products whose rows are x's, loaded a stage ahead, or more and kept in lanes; for Hopper in Gluon.
 
 In assembly: the compiler would move what it loads to other registers, or to a uniform one, and wait for it there.
 """

@@ -76,8 +76,10 @@ def _pairs(
     # a stage's blocks of columns, and how many stages are asked for before the predecessor has ended: what comes before
     # gate and up leaves time for one, but a wide expert's down for more; down's own are smaller beside 64 rows of x, so
     # that more of it is there early
-    wide = first and t == 16
-    columns, early = (4, 4 if wide else 1) if halves == 2 else (2, 4) if t == 64 else (4, 3)
+    if halves == 2:
+        columns, early = 4, 4 if first and t == 16 else 1
+    else:
+        columns, early = (2, 4) if t == 64 else (4, 3)
     stage_nbytes = columns * 128 * (t + (2 * s.n if t == 64 else 64))
     stages = min(4 if halves == 2 else 8, (_SHARED - _SCALES) // stage_nbytes)
     second, sub_tiles = (half_rows, half_tiles) if halves == 2 else (s.n, 1)

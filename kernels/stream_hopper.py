@@ -115,8 +115,8 @@ def stream_units(
 ):  # fmt: skip
     """Products of x [M, K], at most X rows, with the rows of w; x_rows, w_rows: descriptors of blocks of x and w.
 
-    Row r's begin at r * out_stride of out, none of its columns reaches `limit`. WIDE: scales may be loaded 16 bytes at
-    a time. PLACED: the first places[0] rows go where `stage.stage` noted it in `places`, and others nowhere.
+    Row r's begin at r * out_stride of out, none of its columns reaches `limit`. WIDE: scales may be loaded 8 bytes at a
+    time. PLACED: the first places[0] rows go where `stage.stage` noted it in `places`, and others nowhere.
     """
     N: gl.constexpr = w_rows.block_shape[0]
     worker = gl.program_id(0)

@@ -7,7 +7,7 @@ block of x serves both, 64 rows of it a warpgroup. Of units that do not fill all
 
 A producer warp keeps a ring of stages full, each of 128 columns with their scales. One warpgroup's products run while
 the other scales, so what a block needs before its first product is looked up while the last products before it run.
-A sum's order is ascending along K, each block of 128 columns after scaling, as everywhere (block_gemm, stream_hopper).
+A sum's order is ascending along K, each block of 128 columns after scaling, as everywhere (block_gemm, stream).
 """
 
 import triton.experimental.gluon.language as gl
